@@ -1,0 +1,208 @@
+"""Tensors to batches: the ``LightningDataModule``."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from mnist_lit import digits
+from mnist_lit.archive import (
+    ArchiveError,
+    DownloadError,
+    Splits,
+    cached,
+    decode,
+    download_mnist,
+    read_mnist,
+    stamp,
+)
+
+Batch = tuple[Tensor, Tensor]
+
+URL = "https://github.com/pytorch/tutorials/raw/master/_static/mnist.pkl.gz"
+
+NOT_MNIST = """\
+{reason}.
+
+Instead of MNIST, this run uses the digits that come with mnist_lit: real handwriting, but only 1,797
+originals. Its figures say nothing about MNIST. For MNIST, do one of these and run again:
+  - put the tutorial's file at {archive}
+  - name a server that has it: --data.url=https://.../mnist.pkl.gz
+  - name a file that you have: --data.dataset=path/to/mnist.pkl.gz
+If the digits are what you want, say so with --data.dataset=digits, and this notice goes away."""
+
+
+class Images(Dataset[Batch]):
+    """Images and labels that are taken out a whole batch at a time.
+
+    Args:
+        images: uint8 (n, H, W).
+        labels: int64 (n,).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """One indexing operation for the whole batch: images (B, H, W), labels (B,)."""
+        return self.images[indices], self.labels[indices]
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """The ``collate_fn``: ``Images.__getitems__`` hands out whole batches, nothing is left to collate."""
+    return batch
+
+
+class MNISTDataModule(LightningDataModule):
+    """MNIST, the embedded digits, or a dataset file of one's own.
+
+    Batches leave the loaders as uint8 images (B, H, W) and int64 labels (B,), and reach the model as
+    float32 images (B, 1, H, W) in 0..1 and the same labels.
+
+    Args:
+        dataset: ``mnist``; ``digits`` (embedded, needs no network); ``auto``: MNIST if it is on disk or
+            can be downloaded, else the digits; or the path of a ``.pkl.gz`` in the tutorial's layout or an
+            ``.npz`` with ``x_train, y_train, x_valid, y_valid`` and perhaps ``x_test, y_test``.
+        data_dir: the folder of the archive, ``mnist/mnist.pkl.gz`` in it, and of the fast copies.
+        url: where to download MNIST's archive.
+        timeout: seconds after which a silent server counts as failed.
+        batch_size: training images per step and device; evaluation takes twice as many.
+        num_workers: processes that load batches; 0 is fastest for data in memory.
+    """
+
+    splits: Splits
+
+    def __init__(
+        self,
+        dataset: str = "auto",
+        data_dir: str = "data",
+        url: str = URL,
+        timeout: PositiveFloat = 10.0,
+        batch_size: PositiveInt = 64,
+        num_workers: NonNegativeInt = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.dataset, self.data_dir, self.url, self.timeout = dataset, Path(data_dir), url, timeout
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.dataset_used = self.digest = ""
+
+    def prepare_data(self) -> None:
+        """Once per node: everything that takes time or the network, so that ``setup`` finds it on disk."""
+        if self.dataset in ("auto", "mnist") and not self._archive.exists():
+            try:
+                download_mnist(self.url, self._archive, self.timeout)
+            except DownloadError as error:
+                if self.dataset == "mnist":
+                    raise ArchiveError(
+                        f"{error}; put the file at {self._archive}, or name another server with --data.url"
+                    ) from error
+                text = NOT_MNIST.format(reason=error, archive=self._archive)
+                Console(stderr=True).print(Panel(Text(text), title="NOT MNIST", style="bold yellow"))
+        self._open()
+
+    def setup(self, stage: str) -> None:
+        """On every process: opens the dataset that ``prepare_data`` left on disk."""
+        if not self.dataset_used:
+            self._open()
+
+    @property
+    def _archive(self) -> Path:
+        return self.data_dir / "mnist" / "mnist.pkl.gz"
+
+    def _open(self) -> None:
+        dataset, data_dir = self.dataset, self.data_dir
+        if dataset == "auto":
+            dataset = "mnist" if self._archive.exists() else "digits"
+        if dataset == "digits":
+            self.splits, _ = cached(data_dir / "digits" / "digits.pt", digits.VERSION, digits.make_digits)
+            self.digest = digits.VERSION  # pixels may differ by a rounding from machine to machine
+        elif dataset == "mnist":
+            self.splits, self.digest = cached(
+                self._archive.with_name("mnist.pt"), stamp(self._archive), lambda: read_mnist(self._archive)
+            )
+        else:
+            path = Path(dataset).resolve()
+            name = f"{path.name}-{hashlib.sha256(bytes(path)).hexdigest()[:8]}.pt"
+            self.splits, self.digest = cached(data_dir / "copies" / name, stamp(path), lambda: decode(path))
+        self.dataset_used = dataset
+        self.save_hyperparameters({"dataset_used": dataset})
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Shuffled training batches; the loader's place in the epoch travels in the checkpoint."""
+        return self._loader(self.splits.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        """Validation batches, of twice the size: without gradients there is room for them."""
+        return self._loader(self.splits.valid, 2 * self.batch_size)
+
+    def test_dataloader(self) -> StatefulDataLoader:
+        """Test batches.
+
+        Raises:
+            ArchiveError: when the dataset has no test split.
+        """
+        if not len(self.splits.test[0]):
+            raise ArchiveError(f"{self.dataset_used}: no test split, expected arrays x_test and y_test")
+        return self._loader(self.splits.test, 2 * self.batch_size)
+
+    def predict_dataloader(self) -> StatefulDataLoader:
+        """The test split."""
+        return self.test_dataloader()
+
+    def _loader(self, split: Batch, batch_size: int, shuffle: bool = False) -> StatefulDataLoader:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return StatefulDataLoader(
+            Images(*split),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            collate_fn=as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=on_gpu,
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """The tutorial's ``preprocess``, on the device, so that bytes travel there and not floats.
+
+        Args:
+            batch: images uint8 (B, H, W), labels int64 (B,).
+            dataloader_idx: not used.
+
+        Returns:
+            images float32 (B, 1, H, W) in 0..1, exactly the tutorial's k/256, and the labels.
+        """
+        images, labels = batch
+        return images[:, None] / 256, labels  # (B, 1, H, W)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint says of the dataset."""
+        return {"dataset": self.dataset_used, "digest": self.digest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses to go on with another dataset than the checkpoint's.
+
+        Raises:
+            ArchiveError: naming both.
+        """
+        if state_dict["digest"] != self.digest:
+            raise ArchiveError(
+                f"the checkpoint was trained on {state_dict['dataset']}, this run has {self.dataset_used}; "
+                f"resume with --data.dataset={state_dict['dataset']}, or start a new run without --ckpt_path"
+            )
