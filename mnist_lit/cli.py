@@ -30,6 +30,9 @@ NOISE = (
 )
 
 
+USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
+
+
 class CLI(LightningCLI):
     """``LightningCLI`` with the best and the last checkpoint kept, early errors and a closing table."""
 
@@ -93,6 +96,12 @@ def main() -> None:
             Classifier,
             MNISTDataModule,
             subclass_mode_model=True,
+            # An error is one message and not a screenful of options; a typo is no abbreviation.
+            parser_kwargs={
+                "prog": "python -m mnist_lit",
+                "allow_abbrev": False,
+                **{command: {"usage": USAGE} for command in CLI.subcommands()},
+            },
             seed_everything_default=1,
             trainer_defaults={"callbacks": [PredictionsFile()]},
         )

@@ -126,15 +126,15 @@ class FastCNN(Classifier):
     """
 
     def __init__(
-        self, lr: float = 0.2, momentum: float = 0.9, weight_decay: float = 5e-4, num_classes: int = 10
+        self, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-3, num_classes: int = 10
     ) -> None:
         net = nn.Sequential(
             *self.block(1, 16, kernel_size=5, stride=2),  # (B, 16, H/2, W/2)
             *self.block(16, 32, kernel_size=5, stride=2),  # (B, 32, H/4, W/4)
-            *self.block(32, 64, kernel_size=3, stride=1),  # (B, 64, H/4, W/4)
-            nn.AdaptiveMaxPool2d(1),  # (B, 64, 1, 1)
-            nn.Flatten(),  # (B, 64)
-            nn.Linear(64, num_classes),  # (B, num_classes)
+            *self.block(32, 96, kernel_size=3, stride=1),  # (B, 96, H/4, W/4)
+            nn.AdaptiveMaxPool2d(1),  # (B, 96, 1, 1)
+            nn.Flatten(),  # (B, 96)
+            nn.Linear(96, num_classes),  # (B, num_classes)
         )
         super().__init__(net, lr, momentum, num_classes)
         self.weight_decay = weight_decay

@@ -1,0 +1,93 @@
+"""What the tests share: the command line as a process, a small dataset, the real archive if there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mnist_lit.digits import make_digits
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+ARCHIVE = os.environ.get("MNIST_LIT_ARCHIVE")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("mnist") and not ARCHIVE:
+            item.add_marker(pytest.mark.skip(reason="MNIST_LIT_ARCHIVE names no archive"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Run:
+    """``python -m mnist_lit ...`` as a process in an empty folder; it must succeed, or fail if not ``ok``."""
+
+    def run(
+        *args: object, ok: bool = True, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mnist_lit", *map(str, args)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(env or {})}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert (done.returncode == 0) == ok, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder whose fast copy of the digits is made once for all tests."""
+    return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset file of 1,000 / 300 / 300 digits: trains in a second and has shorter last batches."""
+    path = tmp_path_factory.mktemp("small") / "small.npz"
+    arrays = {}
+    for name, (images, labels), n in zip(
+        ("train", "valid", "test"), make_digits(), (1000, 300, 300), strict=True
+    ):
+        arrays[f"x_{name}"], arrays[f"y_{name}"] = images[:n].numpy(), labels[:n].numpy()
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def mnist_archive() -> Path:
+    """The real archive, for tests marked ``mnist``."""
+    assert ARCHIVE is not None
+    return Path(ARCHIVE).resolve()
+
+
+@pytest.fixture(scope="session")
+def mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the real archive in its place, decoded once for all tests."""
+    assert ARCHIVE is not None
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "mnist").mkdir()
+    (folder / "mnist" / "mnist.pkl.gz").symlink_to(Path(ARCHIVE).resolve())
+    return folder
+
+
+def checkpoint(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
