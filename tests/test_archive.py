@@ -182,6 +182,7 @@ def test_every_truncation_and_flip_is_an_error_or_harmless(tmp_path: Path, kind:
     assert refused > 100
 
 
+@pytest.mark.slow
 def test_decompression_bomb_is_refused_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pkl.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
