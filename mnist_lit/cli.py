@@ -37,15 +37,11 @@ class CLI(LightningCLI):
     """``LightningCLI`` with the best and the last checkpoint kept, early errors and a closing table."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/loss",
-                "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
-                "checkpoint.enable_version_counter": False,
-            }
-        )
+        # Two callbacks, because the last.ckpt of one with a monitor is only as new as its best.ckpt.
+        for name, monitor in (("best", "val/loss"), ("last", None)):
+            parser.add_lightning_class_args(ModelCheckpoint, f"{name}_checkpoint")
+            settings = {"filename": name, "monitor": monitor, "enable_version_counter": False}
+            parser.set_defaults({f"{name}_checkpoint.{key}": value for key, value in settings.items()})
 
     def before_instantiate_classes(self) -> None:
         config, parser = self.config[self.subcommand], self._parser(self.subcommand)

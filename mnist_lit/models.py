@@ -120,7 +120,7 @@ class FastCNN(Classifier):
 
     Args:
         lr: the peak of the learning rate.
-        momentum: Nesterov momentum of SGD; one-cycle runs it between 0.85 and 0.95 on its own account.
+        momentum: Nesterov momentum of SGD.
         weight_decay: L2 penalty of SGD.
         num_classes: how many classes there are.
     """
@@ -131,10 +131,10 @@ class FastCNN(Classifier):
         net = nn.Sequential(
             *self.block(1, 16, kernel_size=5, stride=2),  # (B, 16, H/2, W/2)
             *self.block(16, 32, kernel_size=5, stride=2),  # (B, 32, H/4, W/4)
-            *self.block(32, 96, kernel_size=3, stride=1),  # (B, 96, H/4, W/4)
-            nn.AdaptiveMaxPool2d(1),  # (B, 96, 1, 1)
-            nn.Flatten(),  # (B, 96)
-            nn.Linear(96, num_classes),  # (B, num_classes)
+            *self.block(32, 64, kernel_size=3, stride=1),  # (B, 64, H/4, W/4)
+            nn.AdaptiveMaxPool2d(1),  # (B, 64, 1, 1)
+            nn.Flatten(),  # (B, 64)
+            nn.Linear(64, num_classes),  # (B, num_classes)
         )
         super().__init__(net, lr, momentum, num_classes)
         self.weight_decay = weight_decay
@@ -150,7 +150,8 @@ class FastCNN(Classifier):
         optimizer = torch.optim.SGD(
             self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=True
         )
+        steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.lr, total_steps=int(self.trainer.estimated_stepping_batches)
+            optimizer, max_lr=self.lr, total_steps=steps, cycle_momentum=False
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -37,7 +37,12 @@ def cli(tmp_path: Path) -> Run:
         *args: object, ok: bool = True, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mnist_lit", *map(str, args)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(env or {})}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "COLUMNS": "200",
+            **(env or {}),
+        }
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
         )
@@ -91,3 +96,13 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+LADDER: list[tuple[str, ...]] = []  # a row for every rung that was compared
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if LADDER:
+        terminalreporter.section("the ladder")
+        for row in LADDER:
+            terminalreporter.write_line("{:9} {:9} {:8} {:>7} {:>12}  {}".format(*row))

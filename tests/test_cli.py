@@ -61,6 +61,18 @@ def test_fit_leaves_a_run_that_can_be_tested_predicted_and_reproduced(
     assert_same_weights(checkpoint(last)["state_dict"], again["state_dict"])
 
 
+def test_last_checkpoint_is_the_last_and_best_the_best(cli: Run, small: Path, tmp_path: Path) -> None:
+    """Where the validation loss gets worse, too: a huge learning rate undoes what epoch 0 has learnt."""
+    cli(
+        *("fit", "--config", CONFIGS / "logistic.yaml", "--data.dataset", small, EVERY),
+        *("--optimizer=SGD", "--optimizer.lr=0.1"),
+        *("--lr_scheduler=StepLR", "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=1000"),
+    )
+    folder = run_of(tmp_path) / "checkpoints"
+    assert checkpoint(folder / "last.ckpt")["epoch"] == 1
+    assert checkpoint(folder / "best.ckpt")["epoch"] == 0
+
+
 def test_clean_run_says_nothing_that_a_user_can_do_nothing_about(cli: Run, small: Path) -> None:
     done = cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, EVERY)
     expected = (

@@ -1,0 +1,70 @@
+"""What a Lightning run did, in the oracle's terms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from tutorial import Outcome
+
+
+class Recorder(Callback):
+    """Records initial weights, order of the training images, losses and final weights of a fit.
+
+    Args:
+        path: where each process saves all of it, for a test in another one.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self.seen: list[list[Tensor]] = []  # per epoch and step: images uint8 (B, H, W)
+        self.losses: list[Tensor] = []
+        self.valid_losses: list[float] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start = {name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen.append([])
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen[-1].append((batch[0][:, 0] * 256).to(torch.uint8).cpu())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(outputs["loss"].detach())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.valid_losses.append(float(trainer.callback_metrics["val/loss"]))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        everything = [image.numpy().tobytes() for image in trainer.datamodule.splits.train[0]]
+        index = {image: i for i, image in enumerate(everything)}
+        epochs = [[image.numpy().tobytes() for image in torch.cat(seen)] for seen in self.seen]
+        self.order = [[index[image] for image in seen] for seen in epochs]
+        self.saw_every_image_once_an_epoch = all(Counter(seen) == Counter(everything) for seen in epochs)
+        weights = [p.detach().cpu() for p in pl_module.parameters()]
+        self.outcome = Outcome(weights, torch.stack(self.losses).tolist(), self.valid_losses)
+        if self.path:
+            rank = f".{trainer.global_rank}" if trainer.global_rank else ""
+            torch.save(
+                (self.start, self.order, self.saw_every_image_once_an_epoch, tuple(self.outcome)),
+                self.path + rank,
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Recorder:
+        """What a run in another process saved."""
+        recorder = cls()
+        saved = torch.load(path, weights_only=True)
+        recorder.start, recorder.order, recorder.saw_every_image_once_an_epoch, outcome = saved
+        recorder.outcome = Outcome(*outcome)
+        return recorder

@@ -1,0 +1,405 @@
+"""Nothing was lost on the way from the tutorial's hand-written loop to Lightning.
+
+Each rung of ``tutorial.py`` trains from the weights and on the batches of a run of mnist_lit, and is
+compared with the rung below it; the last rung is that run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tutorial
+from conftest import CONFIGS, LADDER, Run
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from recorder import Recorder
+from torch import Tensor, nn
+from tutorial import Outcome, Problem, Weights
+
+from mnist_lit import CNN, Classifier, Logistic, MNISTDataModule
+
+EPOCHS = 2
+MODELS = {"logistic": (Logistic, {"lr": 0.5}), "cnn": (CNN, {"lr": 0.1, "momentum": 0.9})}
+
+
+def data_module(dataset: str, data_dir: Path, batch_size: int = 64) -> MNISTDataModule:
+    return MNISTDataModule(dataset, data_dir=str(data_dir), batch_size=batch_size)
+
+
+def train(model: LightningModule, data: MNISTDataModule, *callbacks: Callback, **settings) -> Recorder:
+    """``Trainer.fit`` for two epochs, with nothing switched off but what writes files."""
+    recorder = Recorder()
+    settings = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1} | settings
+    trainer = Trainer(
+        **settings,
+        callbacks=[*callbacks, recorder],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=data)
+    return recorder
+
+
+def label(data: MNISTDataModule) -> str:
+    return Path(data.dataset_used).stem
+
+
+def problem_of(
+    data: MNISTDataModule, recorder: Recorder, lr: float, momentum: float = 0.0, **other
+) -> Problem:
+    (x_train, y_train), (x_valid, y_valid), _ = data.splits
+    rows = [x.flatten(1) / 256 for x in (x_train, x_valid)]
+    size = tuple(x_train.shape[1:])
+    return Problem(rows[0], y_train, rows[1], y_valid, recorder.order, lr, momentum, size=size, **other)
+
+
+def start_of(recorder: Recorder) -> Weights:
+    return {
+        name.rsplit(".", 1)[-1] if len(recorder.start) == 2 else name: w for name, w in recorder.start.items()
+    }
+
+
+def in_float64(problem: Problem, start: Weights) -> tuple[Problem, Weights]:
+    wide = {name: weight.double() for name, weight in start.items()}
+    return problem._replace(x_train=problem.x_train.double(), x_valid=problem.x_valid.double()), wide
+
+
+def distance(one: Outcome, other: Outcome) -> float:
+    """The largest difference in any parameter."""
+    pairs = zip(one.weights, other.weights, strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+def same_bits(one: Outcome, other: Outcome) -> bool:
+    same = all(torch.equal(a, b) for a, b in zip(one.weights, other.weights, strict=True))
+    return same and one.losses == other.losses
+
+
+def assert_parity(recorder: Recorder, oracle: Outcome) -> None:
+    """Every image seen once an epoch; every parameter and every step's loss bit for bit; the validation
+    loss of every epoch to 1e-6.
+    """
+    lightning = recorder.outcome
+    assert recorder.saw_every_image_once_an_epoch
+    assert lightning.losses == oracle.losses
+    for ours, theirs in zip(lightning.weights, oracle.weights, strict=True):
+        assert torch.equal(ours, theirs)
+    assert len(lightning.valid_losses) == EPOCHS
+    assert lightning.valid_losses == pytest.approx(oracle.valid_losses, rel=1e-6, abs=0)
+
+
+# ---------------------------------------------------------------------------------------- the ladder
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "small",
+        pytest.param("digits", marks=pytest.mark.slow),
+        pytest.param("mnist", marks=[pytest.mark.mnist, pytest.mark.slow]),
+    ],
+)
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MNISTDataModule:
+    """A dataset; no number of images is divisible by its batch size, so the last batches are shorter."""
+    if request.param == "small":
+        dataset, data_dir = str(request.getfixturevalue("small")), tmp_path_factory.mktemp("data")
+    else:
+        dataset, data_dir = request.param, request.getfixturevalue(f"{request.param}_dir")
+    module = data_module(dataset, data_dir)
+    module.prepare_data()
+    module.setup("fit")
+    assert all(len(images) % 64 for images, _ in module.splits)
+    return module
+
+
+class Ladder:
+    """The rungs of one model on one dataset; each is trained when it is asked for, and once."""
+
+    def __init__(self, name: str, data: MNISTDataModule) -> None:
+        make, settings = MODELS[name]
+        seed_everything(1)
+        recorder = train(make(**settings), data)
+        self.lightning, self.start = recorder, start_of(recorder)
+        self.problem = problem_of(data, recorder, **settings)
+        self.outcome = cache(lambda rung: rung(self.problem, self.start))
+        self.in_float64 = cache(lambda rung: rung(*in_float64(self.problem, self.start)))
+
+
+@pytest.fixture(scope="module")
+def ladders(data: MNISTDataModule):
+    return cache(lambda name: Ladder(name, data))
+
+
+RUNGS = [("logistic", rung) for rung in tutorial.LOGISTIC] + [("cnn", rung) for rung in tutorial.CNN]
+# The rungs that change the arithmetic, and how. All others do the same operations in the same order.
+ROUNDED = {
+    tutorial.rung_2: "the logarithm of the softmax is fused and shifted by the largest score",
+    tutorial.rung_12: "the mean over the last grid is summed in another order",
+}
+FIRST = (tutorial.rung_1, tutorial.rung_10)
+
+
+@pytest.mark.parametrize(("model", "rung"), RUNGS, ids=lambda value: getattr(value, "__name__", value))
+def test_rung_changes_nothing(ladders, data: MNISTDataModule, model: str, rung) -> None:
+    ladder: Ladder = ladders(model)
+    outcome = ladder.outcome(rung)
+    name = rung.__name__.removeprefix("rung_")
+    if rung in FIRST:
+        # The first rung of a model has none below it; it must have learnt something.
+        assert sum(outcome.losses[-10:]) < sum(outcome.losses[:10])
+        LADDER.append((label(data), model, name, "", "", rung.__doc__))
+        return
+    rungs = [below for of, below in RUNGS if of == model]
+    below = ladder.outcome(rungs[rungs.index(rung) - 1])
+    far = distance(outcome, below)
+    if rung in ROUNDED:
+        # Both rungs round one and the same real computation. How far rounding takes it by the last step
+        # is what the rung below shows against itself in float64; two roundings are at most the sum of two
+        # such distances apart, to which a factor of 4 allows for one of them being lucky.
+        tolerance = 8 * distance(below, ladder.in_float64(rungs[rungs.index(rung) - 1]))
+        LADDER.append((label(data), model, name, f"{far:.0e}", f"<{tolerance:.0e}", rung.__doc__))
+        assert 0 < far <= tolerance
+    else:
+        LADDER.append((label(data), model, name, f"{far:.0e}", "bit for bit", rung.__doc__))
+        assert same_bits(outcome, below)
+    if len(below.valid_losses) and rung not in ROUNDED and rung is not tutorial.rung_9:
+        assert outcome.valid_losses == below.valid_losses
+
+
+@pytest.mark.parametrize(("model", "oracle"), [("logistic", tutorial.rung_9), ("cnn", tutorial.rung_13)])
+def test_rung_14_lightning_is_the_tutorial_bit_for_bit(
+    ladders, data: MNISTDataModule, model: str, oracle
+) -> None:
+    ladder: Ladder = ladders(model)
+    outcome = ladder.outcome(oracle)
+    far = distance(ladder.lightning.outcome, outcome)
+    LADDER.append((label(data), model, "14", f"{far:.0e}", "bit for bit", "mnist_lit under Trainer.fit."))
+    assert_parity(ladder.lightning, outcome)
+
+
+def test_shuffling_loader_is_the_replayed_order(data: MNISTDataModule) -> None:
+    """A test of the oracle: its sampler stands for what the tutorial writes as ``shuffle=True``."""
+    rows = torch.utils.data.TensorDataset(torch.arange(100))
+    torch.manual_seed(3)
+    shuffled = [
+        [batch.tolist() for (batch,) in loader] for loader in [torch.utils.data.DataLoader(rows, 8, True)]
+    ]
+    order = [[i for batch in shuffled[0] for i in batch]]
+    replayed = torch.utils.data.DataLoader(rows, 8, sampler=tutorial.Shuffled(order))
+    assert [batch.tolist() for (batch,) in replayed] == shuffled[0]
+    assert sorted(order[0]) == list(range(100)) != order[0]
+
+
+# ------------------------------------------------------------------------------ through the command line
+
+
+@pytest.mark.parametrize(("model", "oracle"), [("logistic", tutorial.rung_9), ("cnn", tutorial.rung_12)])
+def test_command_line_is_the_tutorial_bit_for_bit(
+    cli: Run, small: Path, tmp_path: Path, model: str, oracle
+) -> None:
+    """The config as it is shipped, in a process of its own, compared by its checkpoint."""
+    overlay = tmp_path / "record.yaml"
+    overlay.write_text(
+        "trainer:\n  callbacks:\n    - class_path: recorder.Recorder\n      init_args: {path: recorded.pt}\n"
+    )
+    cli("fit", "--config", CONFIGS / f"{model}.yaml", "--config", overlay, "--data.dataset", small)
+    recorder = Recorder.load(tmp_path / "recorded.pt")
+    data = data_module(str(small), tmp_path / "data")
+    data.setup("fit")
+    outcome = oracle(problem_of(data, recorder, **MODELS[model][1]), start_of(recorder))
+    assert_parity(recorder, outcome)
+    checkpoint = torch.load(
+        tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True
+    )
+    for ours, theirs in zip(checkpoint["state_dict"].values(), outcome.weights, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------ tests of the test
+
+
+class CountedDropout(nn.Module):
+    """Dropout whose masks depend on the step alone, so that two loops can be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+            torch.manual_seed(self.steps)
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+def moody_net() -> nn.Sequential:
+    """A network that behaves differently in training and evaluation."""
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        CountedDropout(),
+        nn.Flatten(),
+        nn.Linear(1568, 10),
+    )
+
+
+class EvalInTraining(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.eval()
+
+
+class TrainInValidation(Callback):
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.train()
+
+
+class UnweightedValidation(Classifier):
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.log("val/loss", nn.functional.cross_entropy(self(images), labels), batch_size=1)
+
+
+FAULTS = {
+    "none": {},
+    "eval mode in training": {"callbacks": [EvalInTraining()]},
+    "train mode in validation": {"callbacks": [TrainInValidation()]},
+    "a batch skipped": {"limit_train_batches": 15},
+    "a learning rate off by 1e-6": {"lr": 0.1 + 1e-6},
+    "a validation mean that is not weighted": {"module": UnweightedValidation},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_parity_goes_red_for(small: Path, tmp_path: Path, fault: str) -> None:
+    settings = dict(FAULTS[fault])
+    make, lr = settings.pop("module", Classifier), settings.pop("lr", 0.1)
+    module = data_module(str(small), tmp_path)
+    recorder = train(make(moody_net(), lr, 0.9), module, *settings.pop("callbacks", []), **settings)
+
+    problem = problem_of(module, recorder, 0.1, 0.9)
+    outcome = tutorial.fit_images(problem, tutorial.set_parameters(moody_net(), recorder.start))
+    if fault == "none":
+        assert_parity(recorder, outcome)
+    else:
+        with pytest.raises(AssertionError):
+            assert_parity(recorder, outcome)
+
+
+# ---------------------------------------------------------------------------------- sizes and setups
+
+
+def npz_of(small: Path, path: Path, n: int, size: tuple[int, int]) -> str:
+    """The small dataset's first n training images (and 300 others) in another size."""
+    with np.load(small) as arrays:
+        resized = {name: torch.from_numpy(arrays[name][:n]) for name in arrays}
+    for name in ("x_train", "x_valid", "x_test"):
+        pixels = nn.functional.interpolate(resized[name][:, None].float(), size, mode="bilinear")
+        resized[name] = pixels[:, 0].round().to(torch.uint8)
+    np.savez(path, **{name: array.numpy() for name, array in resized.items()})
+    return str(path)
+
+
+@pytest.mark.parametrize("size", [(20, 20), (40, 36)])
+def test_cnn_of_other_sizes_is_the_tutorial_bit_for_bit(
+    small: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    module = data_module(npz_of(small, tmp_path / "sized.npz", 1000, size), tmp_path)
+    seed_everything(1)
+    recorder = train(CNN(), module)
+    problem = problem_of(module, recorder, 0.1, 0.9)
+    assert problem.size == size
+    assert_parity(recorder, tutorial.rung_12(problem, start_of(recorder)))
+
+
+@pytest.fixture
+def even(small: Path, tmp_path: Path) -> str:
+    """960 images: 15 whole batches of 64. A last batch of 32 + 8 would weigh the 8 like the 32."""
+    return npz_of(small, tmp_path / "even.npz", 960, (28, 28))
+
+
+def rounding_of(problem: Problem, start: Weights) -> tuple[Outcome, float]:
+    """The oracle, and the distance that any order of the same float32 operations may end from it.
+
+    As on the ladder: eight times what the oracle is off from itself in float64.
+    """
+    outcome = tutorial.rung_12(problem, start)
+    return outcome, 8 * distance(outcome, tutorial.rung_12(*in_float64(problem, start)))
+
+
+def test_accumulating_two_half_batches_is_one_batch(even: str, tmp_path: Path) -> None:
+    """Tolerance: the rounding of float32 sums in another order."""
+    module = data_module(even, tmp_path, batch_size=32)
+    seed_everything(1)
+    recorder = train(CNN(), module, accumulate_grad_batches=2)
+    outcome, tolerance = rounding_of(problem_of(module, recorder, 0.1, 0.9), start_of(recorder))
+    assert 0 < distance(recorder.outcome, outcome) <= tolerance
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(cli: Run, even: str, tmp_path: Path) -> None:
+    """DDP on gloo, 2 x 32 images a step. Tolerance: the rounding of float32 sums in another order."""
+    overlay = tmp_path / "ddp.yaml"
+    overlay.write_text(
+        "trainer:\n  accelerator: cpu\n  devices: 2\n  strategy: ddp\n  log_every_n_steps: 5\n"
+        "  callbacks:\n    - class_path: recorder.Recorder\n      init_args: {path: recorded.pt}\n"
+    )
+    settings = ("--data.dataset", even, "--data.batch_size=32")
+    cli("fit", "--config", CONFIGS / "cnn.yaml", "--config", overlay, *settings)
+    recorder, other = (Recorder.load(tmp_path / f"recorded.pt{rank}") for rank in ("", ".1"))
+    assert same_bits(recorder.outcome, other.outcome._replace(losses=recorder.outcome.losses))
+    for epoch, (ours, theirs) in enumerate(zip(recorder.order, other.order, strict=True)):
+        steps = [ours[i : i + 32] + theirs[i : i + 32] for i in range(0, 480, 32)]
+        recorder.order[epoch] = [index for step in steps for index in step]
+        assert sorted(recorder.order[epoch]) == list(range(960))
+    module = data_module(even, tmp_path / "data")
+    module.setup("fit")
+    outcome, tolerance = rounding_of(problem_of(module, recorder, 0.1, 0.9), start_of(recorder))
+    assert 0 < distance(recorder.outcome, outcome) <= tolerance
+    assert recorder.outcome.valid_losses == pytest.approx(outcome.valid_losses, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_network_is_the_same(even: str, tmp_path: Path) -> None:
+    """Tolerance: the rounding of float32 sums in another order."""
+    module = data_module(even, tmp_path)
+    seed_everything(1)
+    model = CNN()
+    model.net.compile()
+    recorder = train(model, module)
+    outcome, tolerance = rounding_of(problem_of(module, recorder, 0.1, 0.9), start_of(recorder))
+    assert 0 < distance(recorder.outcome, outcome) <= tolerance
+
+
+def test_bf16_mixed_follows_within_its_precision(even: str, tmp_path: Path) -> None:
+    """Tolerance: a bfloat16 keeps 8 bits, so each of the 8 layers rounds by up to 2**-9 of a value. The first
+    loss may be off by 8 * 2**-9 of itself; later ones drift, and the validation loss stays within 5 %.
+    """
+    module = data_module(even, tmp_path)
+    seed_everything(1)
+    recorder = train(CNN(), module, precision="bf16-mixed")
+    outcome = tutorial.rung_12(problem_of(module, recorder, 0.1, 0.9), start_of(recorder))
+    assert recorder.outcome.losses != outcome.losses
+    assert recorder.outcome.losses[0] == pytest.approx(outcome.losses[0], rel=8 * 2**-9)
+    assert recorder.outcome.valid_losses == pytest.approx(outcome.valid_losses, rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("oracle", [tutorial.rung_12, tutorial.rung_13], ids=["cpu", "same gpu"])
+def test_gpu_is_the_tutorial(even: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oracle) -> None:
+    """Tolerance: the rounding of float32 sums in another order, on both sides; TF32 is switched off."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    module = data_module(even, tmp_path)
+    seed_everything(1)
+    recorder = train(CNN(), module, accelerator="gpu")
+    problem, start = problem_of(module, recorder, 0.1, 0.9, device="cuda"), start_of(recorder)
+    _, tolerance = rounding_of(problem, start)
+    assert distance(recorder.outcome, oracle(problem, start)) <= tolerance
