@@ -1,4 +1,4 @@
-"""What a run leaves behind, beside Lightning's own logs and checkpoints."""
+"""What watches over a run and what it leaves behind, beside Lightning's own logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -7,10 +7,63 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+
+
+class DivergenceError(Exception):
+    """Training has left the finite numbers; the message says at which step."""
+
+
+class StopOnNonFinite(Callback):
+    """Ends a run whose loss is infinite or not a number, before a checkpoint is made of it.
+
+    Looks at the losses every ``log_every_n_steps`` and before every checkpoint, and not at each of them
+    by itself: on a GPU that would make every step wait.
+
+    Raises:
+        DivergenceError: naming step, batch and learning rate.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[tuple[int, int, int, float, Tensor]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            loss = outputs["loss"].detach()
+            self._losses.append((trainer.global_step, trainer.current_epoch, batch_idx, lr, loss))
+        if len(self._losses) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self._check()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._check()
+        if not all(weight.isfinite().all() for weight in pl_module.parameters()):
+            raise DivergenceError(
+                f"the weights are no longer finite after step {trainer.global_step}; {self.ADVICE}"
+            )
+
+    ADVICE = "the last checkpoint is from before that; train again with a lower learning rate"
+
+    def _check(self) -> None:
+        losses, self._losses = self._losses, []
+        if not losses or torch.stack([loss for *_, loss in losses]).isfinite().all():
+            return
+        step, epoch, batch_idx, lr, loss = next(row for row in losses if not row[-1].isfinite())
+        raise DivergenceError(
+            f"the loss is {loss.item()} at step {step} (epoch {epoch}, batch {batch_idx}), "
+            f"the learning rate {lr:g}; {self.ADVICE}"
+        )
 
 
 class PredictionsFile(BasePredictionWriter):

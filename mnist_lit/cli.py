@@ -5,18 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from rich.table import Column, Table
 
 from mnist_lit.archive import ArchiveError
-from mnist_lit.callbacks import PredictionsFile
+from mnist_lit.callbacks import DivergenceError, PredictionsFile, StopOnNonFinite
+from mnist_lit.checkpoints import (
+    CheckpointError,
+    CheckpointFiles,
+    LastCheckpoint,
+    RandomState,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.models import Classifier
 
@@ -36,33 +48,82 @@ USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
 class CLI(LightningCLI):
     """``LightningCLI`` with the best and the last checkpoint kept, early errors and a closing table."""
 
+    resumed: dict[str, Any] | None = None  # the checkpoint that fit goes on from
+    ckpt_path: str | None = None
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # Two callbacks, because the last.ckpt of one with a monitor is only as new as its best.ckpt.
-        for name, monitor in (("best", "val/loss"), ("last", None)):
-            parser.add_lightning_class_args(ModelCheckpoint, f"{name}_checkpoint")
-            settings = {"filename": name, "monitor": monitor, "enable_version_counter": False}
-            parser.set_defaults({f"{name}_checkpoint.{key}": value for key, value in settings.items()})
+        parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
+        settings = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
+        parser.set_defaults({f"best_checkpoint.{key}": value for key, value in settings.items()})
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        # LightningCLI would now read the checkpoint and let its hyperparameters win over the config, class
+        # names out of a file that may be a stranger's. The config says what is built, so the path goes back
+        # into it when that is past.
+        config = self.config[self.config.subcommand]
+        self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
 
     def before_instantiate_classes(self) -> None:
         config, parser = self.config[self.subcommand], self._parser(self.subcommand)
         if config.get("lr_scheduler") and not config.get("optimizer"):
             parser.error("--lr_scheduler changes nothing without --optimizer: give both")
-        ckpt_path = config.get("ckpt_path")
-        if ckpt_path is None:
+        if self.subcommand == "fit" and self.ckpt_path == "last":
+            self.ckpt_path = self._last_checkpoint()
+        if self.ckpt_path is None:
             if self.subcommand != "fit":
                 rank_zero_warn(f"{self.subcommand} without --ckpt_path: the model's weights are random ones")
-        elif ckpt_path in ("best", "last", "hpc"):
-            if self.subcommand != "fit":
-                parser.error(f"--ckpt_path={ckpt_path}: {self.subcommand} needs the path of a checkpoint")
-        elif "://" not in ckpt_path and not Path(ckpt_path).exists():
-            parser.error(
-                f"--ckpt_path={ckpt_path}: no such checkpoint; runs keep them in lightning_logs/*/checkpoints"
-            )
+        elif self.ckpt_path in ("best", "last"):
+            parser.error(f"--ckpt_path={self.ckpt_path}: {self.subcommand} needs the path of a checkpoint")
+        elif "://" not in self.ckpt_path and self.ckpt_path != "hpc":
+            if not Path(self.ckpt_path).exists():
+                parser.error(
+                    f"--ckpt_path={self.ckpt_path}: no such checkpoint; "
+                    "runs keep them in lightning_logs/*/checkpoints"
+                )
+            checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
+            if self.subcommand == "fit":
+                self.resumed = checkpoint
+        config.ckpt_path = self.ckpt_path
+        # A run's config.yaml is what it was started with; what it was resumed with is kept beside it.
+        step = f"-from-step-{self.resumed['global_step']}" if self.resumed else ""
+        self.save_config_kwargs = {"config_filename": f"config{step}.yaml", "overwrite": True}
 
-    @rank_zero_only
+    def _last_checkpoint(self) -> str | None:
+        root_dir = Path(self.config[self.subcommand].trainer.default_root_dir or ".")
+        path = newest_checkpoint(root_dir)
+        if path is None:
+            rank_zero_info("--ckpt_path=last: no run has left a checkpoint yet, this one starts from scratch")
+            return None
+        rank_zero_info(f"--ckpt_path=last: going on from {path}")
+        return str(path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config[self.subcommand].trainer
+        if config.logger in (None, True) and not config.fast_dev_run:
+            # Lightning's default logger; a resumed run goes on in its own folder, and what it had logged
+            # after the checkpoint makes room for what it logs again.
+            version = purge_step = None
+            if self.resumed and self.ckpt_path:
+                folder = Path(self.ckpt_path).absolute().parents[1]
+                if folder.parent.name == "lightning_logs":
+                    version, purge_step = folder.name, self.resumed["global_step"]
+                    kwargs["default_root_dir"] = folder.parents[1]
+            kwargs["logger"] = TensorBoardLogger(
+                kwargs.get("default_root_dir") or config.default_root_dir or ".",
+                version=version,
+                purge_step=purge_step,
+                default_hp_metric=False,
+            )
+        return super().instantiate_trainer(**kwargs)
+
     def after_fit(self) -> None:
         """Prints the final metrics and the commands that come next."""
         trainer, console = self.trainer, Console()
+        log_dir = trainer.log_dir  # the processes agree on it, so each of them has to ask
+        if not trainer.is_global_zero:
+            return
         name, dataset = type(self.model).__name__, self.datamodule.dataset_used
         title = f"{name} on {dataset} after {trainer.current_epoch} epochs"
         table = Table("metric", Column("value", justify="right"), title=title, min_width=len(title) + 2)
@@ -70,8 +131,8 @@ class CLI(LightningCLI):
             table.add_row(name, f"{value:.4f}")
         console.print(table)
         checkpoint = trainer.checkpoint_callback
-        if trainer.log_dir and isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
-            run, best = os.path.relpath(trainer.log_dir), os.path.relpath(checkpoint.best_model_path)
+        if log_dir and isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+            run, best = os.path.relpath(log_dir), os.path.relpath(checkpoint.best_model_path)
             module = ["python", "-m", "mnist_lit"]
             console.print("What comes next:")
             for command in (
@@ -83,6 +144,8 @@ class CLI(LightningCLI):
 
 def main() -> None:
     """Runs the command in ``sys.argv``; what the user got wrong ends in one message and exit code 1 or 2."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # until training starts: there is nothing to save
+        signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -99,7 +162,10 @@ def main() -> None:
                 **{command: {"usage": USAGE} for command in CLI.subcommands()},
             },
             seed_everything_default=1,
-            trainer_defaults={"callbacks": [PredictionsFile()]},
+            trainer_defaults={
+                "callbacks": [StopOnNonFinite(), RandomState(), PredictionsFile()],
+                "plugins": [CheckpointFiles()],
+            },
         )
-    except ArchiveError as error:
+    except (ArchiveError, CheckpointError, DivergenceError) as error:
         sys.exit(f"mnist_lit: error: {error}")

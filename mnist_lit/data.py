@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import RandomSampler
 
 from mnist_lit import digits
 from mnist_lit.archive import (
@@ -102,6 +104,7 @@ class MNISTDataModule(LightningDataModule):
         self.dataset, self.data_dir, self.url, self.timeout = dataset, Path(data_dir), url, timeout
         self.batch_size, self.num_workers = batch_size, num_workers
         self.dataset_used = self.digest = ""
+        self._shuffle: torch.Generator | None = None
 
     def prepare_data(self) -> None:
         """Once per node: everything that takes time or the network, so that ``setup`` finds it on disk."""
@@ -146,7 +149,8 @@ class MNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled training batches; the loader's place in the epoch travels in the checkpoint."""
-        return self._loader(self.splits.train, self.batch_size, shuffle=True)
+        order = RandomSampler(self.splits.train[0], generator=self._shuffle_generator())
+        return self._loader(self.splits.train, self.batch_size, order)
 
     def val_dataloader(self) -> StatefulDataLoader:
         """Validation batches, of twice the size: without gradients there is room for them."""
@@ -166,12 +170,21 @@ class MNISTDataModule(LightningDataModule):
         """The test split."""
         return self.test_dataloader()
 
-    def _loader(self, split: Batch, batch_size: int, shuffle: bool = False) -> StatefulDataLoader:
+    def _shuffle_generator(self) -> torch.Generator:
+        """Random numbers for the order of the images alone, which the model's do not disturb."""
+        if self._shuffle is None:
+            self._shuffle = torch.Generator().manual_seed(torch.initial_seed())
+        return self._shuffle
+
+    def _loader(
+        self, split: Batch, batch_size: int, order: RandomSampler | None = None
+    ) -> StatefulDataLoader:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return StatefulDataLoader(
             Images(*split),
             batch_size=batch_size,
-            shuffle=shuffle,
+            sampler=order,
+            generator=torch.Generator(),  # without one, every loader takes from the model's numbers
             collate_fn=as_it_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -192,17 +205,21 @@ class MNISTDataModule(LightningDataModule):
         return images[:, None] / 256, labels  # (B, 1, H, W)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the checkpoint says of the dataset."""
-        return {"dataset": self.dataset_used, "digest": self.digest}
+        """What the checkpoint says of the dataset and of the order of its images."""
+        shuffle = self._shuffle_generator().get_state()
+        return {"dataset": self.dataset_used, "digest": self.digest, "shuffle": shuffle}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses to go on with another dataset than the checkpoint's.
+        """Goes on with the checkpoint's order, and refuses to with another dataset.
 
         Raises:
             ArchiveError: naming both.
         """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return  # what one dataset has taught may be tested on another
         if state_dict["digest"] != self.digest:
             raise ArchiveError(
                 f"the checkpoint was trained on {state_dict['dataset']}, this run has {self.dataset_used}; "
                 f"resume with --data.dataset={state_dict['dataset']}, or start a new run without --ckpt_path"
             )
+        self._shuffle_generator().set_state(state_dict["shuffle"])

@@ -1,0 +1,288 @@
+"""Checkpoints: files that are whole and not trusted, and when to write one so that nothing is lost.
+
+Lightning saves the state of model, optimizers, schedulers, loops, callbacks and of the stateful loader.
+What is added here makes a run that is stopped anywhere and started again end in the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import shlex
+import signal
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from mnist_lit.archive import replacing
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be read or written; the message says which, why and what to do."""
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's checkpoint files, written beside the old one and then renamed, read without trust.
+
+    Lightning's own way writes to the system's temporary folder and moves the file from there, which is a
+    plain copy, and may end half-way, where that folder is on another disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        with _writing(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(Path(path)) as part:
+                part.write_bytes(data.getbuffer())
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if "://" in str(path):
+            return super().load_checkpoint(path, weights_only=weights_only is not False)
+        return read_checkpoint(path, weights_only is not False)
+
+
+@contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {path} ({error.strerror}); what was saved before is still there: "
+            "make room or make the folder writable, then go on with --ckpt_path=last"
+        ) from error
+
+
+def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
+    """A checkpoint of Lightning, its tensors on the CPU.
+
+    Args:
+        path: the file.
+        weights_only: admit nothing but tensors and plain values, so that no code runs out of the file.
+
+    Raises:
+        CheckpointError: when the file cannot be read, is damaged, holds anything else or asks for code.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            # torch.load neither compares checksums nor bounds what a compressed member grows to.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
+                raise ValueError("it is compressed, which torch.save never does")
+            if damaged := file.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+        if not isinstance(checkpoint, dict) or not {"state_dict", "loops"} <= checkpoint.keys():
+            raise ValueError("it holds something else")
+        return checkpoint
+    except Exception as error:  # a hostile file can make zipfile and torch.load raise just about anything
+        lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
+        raise CheckpointError(f"{path} is no checkpoint that can be used ({lines[0]})") from error
+
+
+def newest_checkpoint(root_dir: Path) -> Path | None:
+    """The checkpoint to go on from after an interruption: of the run that last wrote one the last, or else
+    the best, or else those of the run before. Says what it passes over because it does not load.
+
+    Args:
+        root_dir: where ``lightning_logs`` is.
+    """
+
+    def newest(folder: Path) -> int:
+        return max((path.stat().st_mtime_ns for path in folder.glob("*.ckpt")), default=0)
+
+    folders = sorted(root_dir.glob("lightning_logs/*/checkpoints"), key=newest, reverse=True)
+    for folder in folders:
+        for path in sorted(folder.glob("*.ckpt"), key=lambda path: (path.name != "last.ckpt", path.name)):
+            try:
+                read_checkpoint(path)
+            except CheckpointError as error:
+                rank_zero_warn(f"{error}: passed over")
+            else:
+                return path
+    return None
+
+
+# --------------------------------------------------------------------------------------------- when
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt``: of every epoch, every ``every_n_train_steps`` and of a run that is asked to stop.
+
+    Ctrl-C or SIGTERM ends the run after the step that it is in (a validation that follows is finished
+    first), with a checkpoint and exit code 130 or 143. A second one ends it at once.
+
+    The uninterrupted run passes through every state that is saved here, and what it has logged until then
+    is on disk before the checkpoint counts, so that a resumed run leaves the same curves.
+
+    Args:
+        every_n_train_steps: how many optimizer steps may be lost.
+        dirpath: the folder, by default ``checkpoints`` in the run's.
+    """
+
+    PENDING = "last.pending"
+
+    def __init__(self, every_n_train_steps: PositiveInt = 500, dirpath: str | None = None) -> None:
+        self.every_n_train_steps, self.dirpath = every_n_train_steps, dirpath
+        self._folder = Path()
+        self._pending, self._saved_step = False, -1
+        self._signal = 0
+        self._handlers: dict[int, Any] = {}
+        self._metrics: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[signum] = signal.signal(signum, self._stop)
+        for config in trainer.lr_scheduler_configs:
+            waits = config.reduce_on_plateau and config.interval == "epoch"
+            if self._metrics and waits and trainer.current_epoch % config.frequency == 0:
+                pl_module.lr_scheduler_step(config.scheduler, self._metrics[str(config.monitor)])
+        self._metrics = {}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self._signal = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        rank_zero_info(f"{signal.Signals(signum).name}: stopping after this step; once more stops at once")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.world_size > 1:  # all processes save together, whichever of them was asked to stop
+            asked = torch.tensor(self._signal, device=pl_module.device)
+            self._signal = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        step = trainer.global_step
+        due = step % self.every_n_train_steps == 0 and step != self._saved_step
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        if (due or self._signal) and not accumulating and not self._evaluation_follows(trainer, batch_idx):
+            self._save(trainer)
+
+    @staticmethod
+    def _evaluation_follows(trainer: Trainer, batch_idx: int) -> bool:
+        """Whether validation or the end of the epoch comes before the next batch: Lightning resumes after
+        them from what is saved here, so that theirs would be missing.
+        """
+        if trainer.check_val_every_n_epoch is None:
+            batch_idx = trainer.fit_loop.total_batch_idx
+        every = trainer.val_check_batch
+        validates = trainer.enable_validation and every is not None and (batch_idx + 1) % every == 0
+        return trainer.is_last_batch or validates
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning steps the schedulers that wait for a metric after this hook. What they would have
+        # been given travels along, and a resumed run makes up for it.
+        self._metrics = {name: metric.item() for name, metric in trainer.callback_metrics.items()}
+        self._save(trainer)
+        self._metrics = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self._metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._metrics = state_dict["metrics"]
+
+    def _save(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self._folder / self.PENDING, weights_only=False)
+            self._pending, self._saved_step = True, trainer.global_step
+
+    # The hooks that come next after what Lightning logs of the step or of the epoch.
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._commit(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._commit(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._commit(trainer)
+
+    def _commit(self, trainer: Trainer) -> None:
+        if not self._pending:
+            return
+        self._pending = False
+        last = self._folder / "last.ckpt"
+        for logger in trainer.loggers:
+            logger.save()
+        if trainer.is_global_zero:
+            with _writing(last):
+                os.replace(self._folder / self.PENDING, last)
+        if self._signal:
+            run = os.path.relpath(trainer.log_dir or trainer.default_root_dir)
+            command = ["python", "-m", "mnist_lit", "fit", "--config", f"{run}/config.yaml"]
+            command += ["--ckpt_path", os.path.relpath(last)]
+            rank_zero_info(
+                f"Stopped at step {trainer.global_step} by {signal.Signals(self._signal).name}. "
+                f"To go on: {shlex.join(command)}"
+            )
+            sys.exit(128 + self._signal)
+
+
+class RandomState(Callback):
+    """Puts the state of all random generators, of every process, into checkpoints."""
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        numpy_state = np.random.get_state(legacy=False)
+        assert isinstance(numpy_state, dict)
+        numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+        state = {
+            "python": random.getstate(),
+            "numpy": numpy_state,
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+        }
+        states = [state] * trainer.world_size
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(states, state)
+        checkpoint["random_states"] = states  # one for each process
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        states = checkpoint.get("random_states", [])
+        if trainer.state.fn != "fit":
+            return
+        if len(states) != trainer.world_size:
+            rank_zero_warn(
+                f"the checkpoint has the random state of {len(states)} processes, this run has "
+                f"{trainer.world_size}: it goes on, but not as the uninterrupted run would have"
+            )
+            return
+        state = states[trainer.global_rank]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])

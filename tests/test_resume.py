@@ -1,0 +1,161 @@
+"""Stopped anywhere and started again, a run ends exactly where it would have ended."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run, checkpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+RUN = Path("lightning_logs/version_0")
+# 16 steps to an epoch; saved every 5, logged every 4. Everything that may go wrong is switched on.
+SETTINGS = """
+seed_everything: 7
+model:
+  class_path: Classifier
+  init_args: {net: {class_path: interrupt.Chance}}
+optimizer: {class_path: SGD, init_args: {lr: 0.02, momentum: 0.9}}
+lr_scheduler: {class_path: StepLR, init_args: {step_size: 1, gamma: 0.7}}
+trainer: {max_epochs: 3, log_every_n_steps: 4, enable_progress_bar: false}
+last_checkpoint: {every_n_train_steps: 5}
+"""
+
+
+def fit(cli: Run, folder: Path, small: Path, *arguments: object, ok: bool = True):
+    (folder / "settings.yaml").write_text(SETTINGS)
+    return cli("fit", "--config", "settings.yaml", "--data.dataset", small, *arguments, ok=ok)
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: per tag the steps and values."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    """The same numbers, bit for bit, in any nest of containers."""
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor), where
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert isinstance(other, dict), where
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where  # type: ignore[arg-type]
+        for i, pair in enumerate(zip(one, other, strict=True)):  # type: ignore[call-overload]
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+STATE = ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "global_step", "epoch")
+
+
+def assert_same_run(interrupted: Path, whole: Path) -> None:
+    ours, theirs = (checkpoint(run / "checkpoints" / "last.ckpt") for run in (interrupted, whole))
+    for key in STATE:
+        assert_same(ours[key], theirs[key], key)
+    best, other = (checkpoint(run / "checkpoints" / "best.ckpt") for run in (interrupted, whole))
+    assert_same(best["state_dict"], other["state_dict"])
+    assert curves(interrupted) == curves(whole)
+    for tag, points in curves(whole).items():
+        steps = [step for step, _ in points]
+        if tag != "epoch":  # which Lightning writes with the training and with the validation metrics
+            assert steps == sorted(set(steps)), tag
+
+
+@pytest.fixture(scope="module")
+def whole_runs() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def whole(cli: Run, small: Path, tmp_path_factory: pytest.TempPathFactory, whole_runs: dict[str, Path]):
+    """Makes the uninterrupted run of some settings, once."""
+
+    def run(*settings: str) -> Path:
+        name = shlex.join(settings)
+        if name not in whole_runs:
+            folder = tmp_path_factory.mktemp("whole")
+            fit(cli, folder, small, *settings, f"--trainer.default_root_dir={folder}")
+            whole_runs[name] = folder / RUN
+        return whole_runs[name]
+
+    return run
+
+
+def interrupt(signum: str, hook: str, step: int) -> tuple[str, ...]:
+    return (
+        "--trainer.callbacks+=interrupt.SignalAt",
+        f"--trainer.callbacks.signum={signum}",
+        f"--trainer.callbacks.hook={hook}",
+        f"--trainer.callbacks.step={step}",
+    )
+
+
+WORKERS = ("--data.num_workers=2",)
+PLATEAU = (
+    *("--lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--lr_scheduler.monitor=val/loss"),
+    *("--lr_scheduler.patience=0", "--lr_scheduler.threshold=0.5"),
+)
+slow = pytest.mark.slow
+
+STOPS = [
+    (("SIGKILL", "on_train_batch_end", 8), ()),
+    (("SIGKILL", "on_validation_batch_start", 32), ()),
+    (("SIGTERM", "on_train_batch_start", 20), ()),
+    (("SIGINT", "on_validation_batch_start", 16), ()),
+    *(
+        pytest.param(stop, settings, marks=slow)
+        for stop, settings in [
+            (("SIGKILL", "on_train_batch_end", 2), ()),
+            (("SIGKILL", "on_train_batch_end", 5), ()),
+            (("SIGKILL", "on_train_batch_start", 5), ()),
+            (("SIGKILL", "on_train_batch_end", 16), ()),
+            (("SIGKILL", "on_validation_end", 16), ()),
+            (("SIGKILL", "on_train_epoch_end", 16), ()),
+            (("SIGKILL", "on_train_epoch_start", 16), ()),
+            (("SIGKILL", "on_train_batch_end", 17), ()),
+            (("SIGKILL", "on_train_epoch_end", 48), ()),
+            (("SIGTERM", "on_train_epoch_start", 32), ()),
+            (("SIGTERM", "on_train_batch_end", 47), ()),
+            (("SIGTERM", "on_train_batch_end", 31), ()),
+            (("SIGINT", "on_train_batch_end", 12), ("--trainer.log_every_n_steps=1",)),
+            (("SIGTERM", "on_train_batch_start", 9), WORKERS),
+            (("SIGKILL", "on_train_batch_start", 24), WORKERS),
+            (("SIGKILL", "on_train_epoch_start", 16), WORKERS),
+            (("SIGKILL", "on_train_batch_end", 18), PLATEAU),
+            (("SIGKILL", "on_train_batch_end", 43), PLATEAU),
+            (("SIGTERM", "on_train_batch_end", 8), ("--trainer.val_check_interval=5",)),
+            (("SIGKILL", "on_train_batch_end", 12), ("--trainer.val_check_interval=4",)),
+            (("SIGTERM", "on_train_batch_end", 3), ("--trainer.accumulate_grad_batches=3",)),
+            (("SIGKILL", "on_train_batch_end", 8), ("--trainer.accumulate_grad_batches=3",)),
+            (("SIGTERM", "on_train_batch_end", 21), ("--trainer.max_steps=40",)),
+            (("SIGKILL", "on_train_batch_end", 18), ("--trainer.max_steps=40",)),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("stop", "settings"), STOPS, ids=lambda value: "-".join(map(str, value)))
+def test_resumed_run_is_the_uninterrupted_one(
+    cli: Run, small: Path, tmp_path: Path, whole, stop: tuple[str, str, int], settings: tuple[str, ...]
+) -> None:
+    stopped = fit(cli, tmp_path, small, *settings, *interrupt(*stop), ok=False)
+    assert stopped.returncode == {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143}[stop[0]]
+    assert "Traceback" not in stopped.stderr
+    if stop[0] != "SIGKILL":
+        said = [line for line in stopped.stderr.splitlines() if line.startswith("Stopped at step")]
+        assert len(said) == 1
+        assert re.search(rf"by {stop[0]}. To go on: .*--ckpt_path {RUN}/checkpoints/last.ckpt", said[0])
+    resumed = fit(cli, tmp_path, small, *settings, "--ckpt_path=last")
+    if (tmp_path / RUN / "checkpoints").exists():
+        assert "going on from lightning_logs/version_0/checkpoints/last.ckpt" in resumed.stderr
+    runs = sorted((tmp_path / "lightning_logs").iterdir())
+    assert_same_run(runs[-1], whole(*settings))
