@@ -51,6 +51,9 @@ class CheckpointFiles(TorchCheckpointIO):
             return super().save_checkpoint(checkpoint, path, storage_options)
         data = io.BytesIO()
         torch.save(checkpoint, data)
+        data.seek(0)
+        if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(data):
+            rank_zero_warn(f"{path} holds {', '.join(foreign)}: it loads only with --weights_only=false")
         with _writing(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with replacing(Path(path)) as part:
@@ -146,7 +149,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, every_n_train_steps: PositiveInt = 500, dirpath: str | None = None) -> None:
         self.every_n_train_steps, self.dirpath = every_n_train_steps, dirpath
         self._folder = Path()
-        self._pending, self._saved_step = False, -1
+        self._pending, self._saved_step = False, 0
         self._signal = 0
         self._handlers: dict[int, Any] = {}
         self._metrics: dict[str, float] = {}
@@ -155,6 +158,7 @@ class LastCheckpoint(Checkpoint):
         self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._handlers[signum] = signal.signal(signum, self._stop)
         for config in trainer.lr_scheduler_configs:
@@ -179,8 +183,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.world_size > 1:  # all processes save together, whichever of them was asked to stop
             asked = torch.tensor(self._signal, device=pl_module.device)
             self._signal = int(trainer.strategy.reduce(asked, reduce_op="max"))
-        step = trainer.global_step
-        due = step % self.every_n_train_steps == 0 and step != self._saved_step
+        due = trainer.global_step // self.every_n_train_steps > self._saved_step // self.every_n_train_steps
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
         if (due or self._signal) and not accumulating and not self._evaluation_follows(trainer, batch_idx):
             self._save(trainer)
@@ -197,6 +200,8 @@ class LastCheckpoint(Checkpoint):
         return trainer.is_last_batch or validates
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.max_steps != -1:
+            return  # Lightning would count the epoch twice when it resumes from here
         # Lightning steps the schedulers that wait for a metric after this hook. What they would have
         # been given travels along, and a resumed run makes up for it.
         self._metrics = {name: metric.item() for name, metric in trainer.callback_metrics.items()}
@@ -225,6 +230,8 @@ class LastCheckpoint(Checkpoint):
         self._commit(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
         self._commit(trainer)
 
     def _commit(self, trainer: Trainer) -> None:

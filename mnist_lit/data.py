@@ -102,7 +102,8 @@ class MNISTDataModule(LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
         self.dataset, self.data_dir, self.url, self.timeout = dataset, Path(data_dir), url, timeout
-        self.batch_size, self.num_workers = batch_size, num_workers
+        # Plain numbers: what is of jsonargparse's types does not load from a checkpoint without trust.
+        self.batch_size, self.num_workers = int(batch_size), int(num_workers)
         self.dataset_used = self.digest = ""
         self._shuffle: torch.Generator | None = None
 

@@ -154,8 +154,9 @@ def test_resumed_run_is_the_uninterrupted_one(
         said = [line for line in stopped.stderr.splitlines() if line.startswith("Stopped at step")]
         assert len(said) == 1
         assert re.search(rf"by {stop[0]}. To go on: .*--ckpt_path {RUN}/checkpoints/last.ckpt", said[0])
+    saved = (tmp_path / RUN / "checkpoints" / "last.ckpt").exists()
     resumed = fit(cli, tmp_path, small, *settings, "--ckpt_path=last")
-    if (tmp_path / RUN / "checkpoints").exists():
+    if saved:
         assert "going on from lightning_logs/version_0/checkpoints/last.ckpt" in resumed.stderr
     runs = sorted((tmp_path / "lightning_logs").iterdir())
     assert_same_run(runs[-1], whole(*settings))
