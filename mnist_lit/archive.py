@@ -372,9 +372,8 @@ def cached(copy: Path, source: str, make: Callable[[], Splits]) -> tuple[Splits,
             found = _load(copy, source)  # another process may have made it meanwhile
             if found is None:
                 splits = make()
-                saved = {"source": source, "digest": content_digest(splits), "splits": tuple(splits)}
-                with replacing(copy) as part:
-                    torch.save(saved, part)
+                digest = content_digest(splits)
+                save({"source": source, "digest": digest, "splits": tuple(splits)}, copy)
                 found = _load(copy, source)
     if found is None:
         raise ArchiveError(f"{copy} was written and does not read back; is the disk all right?")
@@ -408,6 +407,18 @@ def stamp(path: Path) -> str:
     except OSError as error:
         raise ArchiveError(f"{path}: no such dataset file ({error.strerror})") from error
     return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+def save(content: Any, path: Path) -> None:
+    """``torch.save`` of which a file comes whole or not at all.
+
+    Raises:
+        OSError: such as that the disk is full, which torch.save itself would hide in a RuntimeError.
+    """
+    data = io.BytesIO()
+    torch.save(content, data)
+    with replacing(path) as part:
+        part.write_bytes(data.getbuffer())
 
 
 @contextmanager

@@ -6,7 +6,6 @@ What is added here makes a run that is stopped anywhere and started again end in
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import shlex
@@ -27,7 +26,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from mnist_lit.archive import replacing
+from mnist_lit.archive import save
 
 
 class CheckpointError(Exception):
@@ -49,15 +48,11 @@ class CheckpointFiles(TorchCheckpointIO):
     ) -> None:
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        data = io.BytesIO()
-        torch.save(checkpoint, data)
-        data.seek(0)
-        if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(data):
-            rank_zero_warn(f"{path} holds {', '.join(foreign)}: it loads only with --weights_only=false")
         with _writing(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with replacing(Path(path)) as part:
-                part.write_bytes(data.getbuffer())
+            save(checkpoint, Path(path))
+        if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            rank_zero_warn(f"{path} holds {', '.join(foreign)}: it loads only with --weights_only=false")
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -78,6 +73,15 @@ def _writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+_LAYOUT = {
+    "state_dict": dict,
+    "loops": dict,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+
+
 def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
     """A checkpoint of Lightning, its tensors on the CPU.
 
@@ -96,9 +100,14 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-        if not isinstance(checkpoint, dict) or not {"state_dict", "loops"} <= checkpoint.keys():
-            raise ValueError("it holds something else")
+        for key, kind in _LAYOUT.items():
+            if not isinstance(checkpoint[key], kind):
+                raise ValueError(f"{key} in it is no {kind.__name__}")
+        if not all(isinstance(weight, torch.Tensor) for weight in checkpoint["state_dict"].values()):
+            raise ValueError("state_dict in it holds something else than tensors")
         return checkpoint
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of Lightning (it has no {error})") from error
     except Exception as error:  # a hostile file can make zipfile and torch.load raise just about anything
         lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
         raise CheckpointError(f"{path} is no checkpoint that can be used ({lines[0]})") from error

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from rich.table import Column, Table
@@ -48,8 +50,8 @@ USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
 class CLI(LightningCLI):
     """``LightningCLI`` with the best and the last checkpoint kept, early errors and a closing table."""
 
-    resumed: dict[str, Any] | None = None  # the checkpoint that fit goes on from
     ckpt_path: str | None = None
+    checkpoint: dict[str, Any] | None = None  # what is in it
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
@@ -69,6 +71,15 @@ class CLI(LightningCLI):
         config, parser = self.config[self.subcommand], self._parser(self.subcommand)
         if config.get("lr_scheduler") and not config.get("optimizer"):
             parser.error("--lr_scheduler changes nothing without --optimizer: give both")
+        logs = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=logs).close()
+        except OSError as error:
+            parser.error(
+                f"cannot write in {logs} ({error.strerror}); "
+                "choose another place for runs with --trainer.default_root_dir"
+            )
         if self.subcommand == "fit" and self.ckpt_path == "last":
             self.ckpt_path = self._last_checkpoint()
         if self.ckpt_path is None:
@@ -82,12 +93,11 @@ class CLI(LightningCLI):
                     f"--ckpt_path={self.ckpt_path}: no such checkpoint; "
                     "runs keep them in lightning_logs/*/checkpoints"
                 )
-            checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
-            if self.subcommand == "fit":
-                self.resumed = checkpoint
+            self.checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
         config.ckpt_path = self.ckpt_path
         # A run's config.yaml is what it was started with; what it was resumed with is kept beside it.
-        step = f"-from-step-{self.resumed['global_step']}" if self.resumed else ""
+        resumed = self.subcommand == "fit" and self.checkpoint
+        step = f"-from-step-{resumed['global_step']}" if resumed else ""
         self.save_config_kwargs = {"config_filename": f"config{step}.yaml", "overwrite": True}
 
     def _last_checkpoint(self) -> str | None:
@@ -105,10 +115,10 @@ class CLI(LightningCLI):
             # Lightning's default logger; a resumed run goes on in its own folder, and what it had logged
             # after the checkpoint makes room for what it logs again.
             version = purge_step = None
-            if self.resumed and self.ckpt_path:
+            if self.subcommand == "fit" and self.ckpt_path and self.checkpoint:
                 folder = Path(self.ckpt_path).absolute().parents[1]
                 if folder.parent.name == "lightning_logs":
-                    version, purge_step = folder.name, self.resumed["global_step"]
+                    version, purge_step = folder.name, self.checkpoint["global_step"]
                     kwargs["default_root_dir"] = folder.parents[1]
             kwargs["logger"] = TensorBoardLogger(
                 kwargs.get("default_root_dir") or config.default_root_dir or ".",
@@ -116,7 +126,27 @@ class CLI(LightningCLI):
                 purge_step=purge_step,
                 default_hp_metric=False,
             )
+        plugins = self.config_init[self.subcommand].trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, CheckpointFiles()]
         return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        if self.checkpoint is None or not self.model.strict_loading:
+            return
+        ours, theirs = (
+            {name: tuple(weight.shape) for name, weight in state_dict.items()}
+            for state_dict in (self.model.state_dict(), self.checkpoint["state_dict"])
+        )
+        self.checkpoint = None
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise CheckpointError(
+                    f"{self.ckpt_path} is not of this model: {name} has the shape {theirs.get(name)} there "
+                    f"and {ours.get(name)} in {type(self.model).__name__}; the config.yaml in the folder of "
+                    "its run is the one that fits"
+                )
 
     def after_fit(self) -> None:
         """Prints the final metrics and the commands that come next."""
@@ -162,10 +192,7 @@ def main() -> None:
                 **{command: {"usage": USAGE} for command in CLI.subcommands()},
             },
             seed_everything_default=1,
-            trainer_defaults={
-                "callbacks": [StopOnNonFinite(), RandomState(), PredictionsFile()],
-                "plugins": [CheckpointFiles()],
-            },
+            trainer_defaults={"callbacks": [StopOnNonFinite(), RandomState(), PredictionsFile()]},
         )
     except (ArchiveError, CheckpointError, DivergenceError) as error:
         sys.exit(f"mnist_lit: error: {error}")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
 import shlex
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Run, checkpoint
+from forks import Forks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RUN = Path("lightning_logs/version_0")
@@ -90,12 +98,11 @@ def whole(cli: Run, small: Path, tmp_path_factory: pytest.TempPathFactory, whole
     return run
 
 
-def interrupt(signum: str, hook: str, step: int) -> tuple[str, ...]:
+def interrupt(signum: str, hook: str, step: int, rank: int | None = None) -> tuple[str, ...]:
+    settings = {"signum": signum, "hook": hook, "step": step, "rank": rank}
     return (
         "--trainer.callbacks+=interrupt.SignalAt",
-        f"--trainer.callbacks.signum={signum}",
-        f"--trainer.callbacks.hook={hook}",
-        f"--trainer.callbacks.step={step}",
+        *(f"--trainer.callbacks.{key}={value}" for key, value in settings.items() if value is not None),
     )
 
 
@@ -160,3 +167,91 @@ def test_resumed_run_is_the_uninterrupted_one(
         assert "going on from lightning_logs/version_0/checkpoints/last.ckpt" in resumed.stderr
     runs = sorted((tmp_path / "lightning_logs").iterdir())
     assert_same_run(runs[-1], whole(*settings))
+
+
+TWO_PROCESSES = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
+
+
+@slow
+@pytest.mark.parametrize(
+    "stop", [("SIGKILL", "on_train_batch_end", 11), ("SIGTERM", "on_train_batch_end", 3, 0)]
+)
+def test_two_processes_resume_as_one(cli: Run, small: Path, tmp_path: Path, whole, stop: tuple) -> None:
+    """Both are killed; and one of them alone is asked to stop, which stops both with a checkpoint."""
+    stopped = fit(cli, tmp_path, small, *TWO_PROCESSES, *interrupt(*stop), ok=False)
+    assert stopped.returncode == {"SIGKILL": -9, "SIGTERM": 143}[stop[0]]
+    fit(cli, tmp_path, small, *TWO_PROCESSES, "--ckpt_path=last")
+    assert_same_run(tmp_path / RUN, whole(*TWO_PROCESSES))
+
+
+def test_second_ctrl_c_stops_at_once(cli: Run, small: Path, tmp_path: Path) -> None:
+    """Two in the same step: the checkpoint that the first asks for is never made."""
+    twice = [*interrupt("SIGINT", "on_train_batch_start", 8), *interrupt("SIGINT", "on_train_batch_start", 8)]
+    stopped = fit(cli, tmp_path, small, *twice, ok=False)
+    assert stopped.returncode == -signal.SIGINT
+    assert checkpoint(tmp_path / RUN / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Forks]:
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parent.parent, Path(__file__).parent)))
+    )
+    server = Forks()
+    yield server
+    server.close()
+
+
+@slow
+def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Path, tmp_path: Path) -> None:
+    """Killed at random moments, up to three times each; every fourth has to make its dataset first."""
+    chance = random.Random(1)
+    data = {
+        "small": ("--data.dataset", small),
+        "digits": (
+            "--data.dataset=digits",
+            "--trainer.limit_train_batches=16",
+            "--trainer.limit_val_batches=3",
+        ),
+    }
+
+    def start(folder: Path, name: str, *arguments: object) -> int:
+        folder.mkdir(exist_ok=True)
+        (folder / "settings.yaml").write_text(SETTINGS)
+        return forks.start(
+            folder,
+            *("fit", "--config", "settings.yaml", *data[name], "--last_checkpoint.every_n_train_steps=3"),
+            *("--trainer.callbacks+=interrupt.Phase", *arguments),
+        )
+
+    start(tmp_path / "imports", "small")
+    forks.wait()
+    seconds = {}
+    for name in data:
+        started = time.monotonic()
+        start(tmp_path / name, name)
+        assert forks.wait() == 0, (tmp_path / name / "output").read_text()
+        seconds[name] = time.monotonic() - started
+
+    kills: Counter[str] = Counter()
+    for i in range(40):
+        name, folder = "small" if i % 4 else "digits", tmp_path / f"killed-{i}"
+        for attempt in range(4):
+            pid = start(folder, name, "--ckpt_path=last")
+            if attempt < 3 and (attempt == 0 or chance.random() < 0.5):
+                time.sleep(chance.uniform(0, 0.9 * seconds[name]))
+                with suppress(ProcessLookupError):  # it may be done already
+                    os.kill(pid, signal.SIGKILL)
+            code = forks.wait()
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, (folder / "output").read_text()
+            phase = folder / "phase"
+            kills[phase.read_text() if phase.exists() else "start"] += 1
+            phase.unlink(missing_ok=True)
+        assert "Traceback" not in (folder / "output").read_text()
+        runs = sorted((folder / "lightning_logs").iterdir())
+        assert_same_run(runs[-1], tmp_path / name / RUN)
+    print(f"40 of 40 runs end in the uninterrupted run's bytes, after {kills.total()} kills: {dict(kills)}")
+    assert kills.total() >= 40
+    assert {"data", "training", "validation", "checkpoint"} <= kills.keys()
