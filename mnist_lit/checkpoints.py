@@ -157,14 +157,15 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, every_n_train_steps: PositiveInt = 500, dirpath: str | None = None) -> None:
         self.every_n_train_steps, self.dirpath = every_n_train_steps, dirpath
-        self._folder = Path()
+        self._run = self._folder = Path()
         self._pending, self._saved_step = False, 0
         self._signal = 0
         self._handlers: dict[int, Any] = {}
         self._metrics: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        self._run = Path(trainer.log_dir or trainer.default_root_dir)
+        self._folder = Path(self.dirpath or self._run / "checkpoints")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -225,6 +226,10 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if trainer.loggers and not self._run.exists():
+                rank_zero_warn(
+                    f"{self._run} has vanished, and the curves with it; checkpoints still go there"
+                )
             trainer.save_checkpoint(self._folder / self.PENDING, weights_only=False)
             self._pending, self._saved_step = True, trainer.global_step
 
@@ -254,8 +259,8 @@ class LastCheckpoint(Checkpoint):
             with _writing(last):
                 os.replace(self._folder / self.PENDING, last)
         if self._signal:
-            run = os.path.relpath(trainer.log_dir or trainer.default_root_dir)
-            command = ["python", "-m", "mnist_lit", "fit", "--config", f"{run}/config.yaml"]
+            config = os.path.relpath(self._run / "config.yaml")
+            command = ["python", "-m", "mnist_lit", "fit", "--config", config]
             command += ["--ckpt_path", os.path.relpath(last)]
             rank_zero_info(
                 f"Stopped at step {trainer.global_step} by {signal.Signals(self._signal).name}. "

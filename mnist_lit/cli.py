@@ -39,7 +39,7 @@ NOISE = (
     r"'set_vital' is deprecated",  # torchdata 0.11 on torch 2.13
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning 2.6 on torch 2.13
     r".*does not have many workers",  # the data is in memory, workers would only slow it down
-    r".*dirpath has changed from",  # a new run has a new folder
+    r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
     r".*configure_optimizers` will be overridden by",  # which is what --optimizer asks for
 )
 
@@ -120,8 +120,10 @@ class CLI(LightningCLI):
                 if folder.parent.name == "lightning_logs":
                     version, purge_step = folder.name, self.checkpoint["global_step"]
                     kwargs["default_root_dir"] = folder.parents[1]
+            # Absolute, because the best checkpoint is forgotten by a resumed run that names its folder
+            # differently.
             kwargs["logger"] = TensorBoardLogger(
-                kwargs.get("default_root_dir") or config.default_root_dir or ".",
+                os.path.abspath(kwargs.get("default_root_dir") or config.default_root_dir or "."),
                 version=version,
                 purge_step=purge_step,
                 default_hp_metric=False,

@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import RandomSampler
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from mnist_lit import digits
 from mnist_lit.archive import (
@@ -105,7 +105,7 @@ class MNISTDataModule(LightningDataModule):
         # Plain numbers: what is of jsonargparse's types does not load from a checkpoint without trust.
         self.batch_size, self.num_workers = int(batch_size), int(num_workers)
         self.dataset_used = self.digest = ""
-        self._shuffle: torch.Generator | None = None
+        self.seed = torch.initial_seed()
 
     def prepare_data(self) -> None:
         """Once per node: everything that takes time or the network, so that ``setup`` finds it on disk."""
@@ -150,7 +150,13 @@ class MNISTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled training batches; the loader's place in the epoch travels in the checkpoint."""
-        order = RandomSampler(self.splits.train[0], generator=self._shuffle_generator())
+        # For one process, too: its order depends on seed and epoch alone, which Lightning sets.
+        order = StatefulDistributedSampler(
+            Images(*self.splits.train),
+            num_replicas=self.trainer.world_size if self.trainer else 1,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            seed=self.seed,
+        )
         return self._loader(self.splits.train, self.batch_size, order)
 
     def val_dataloader(self) -> StatefulDataLoader:
@@ -171,14 +177,8 @@ class MNISTDataModule(LightningDataModule):
         """The test split."""
         return self.test_dataloader()
 
-    def _shuffle_generator(self) -> torch.Generator:
-        """Random numbers for the order of the images alone, which the model's do not disturb."""
-        if self._shuffle is None:
-            self._shuffle = torch.Generator().manual_seed(torch.initial_seed())
-        return self._shuffle
-
     def _loader(
-        self, split: Batch, batch_size: int, order: RandomSampler | None = None
+        self, split: Batch, batch_size: int, order: StatefulDistributedSampler | None = None
     ) -> StatefulDataLoader:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return StatefulDataLoader(
@@ -207,8 +207,7 @@ class MNISTDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint says of the dataset and of the order of its images."""
-        shuffle = self._shuffle_generator().get_state()
-        return {"dataset": self.dataset_used, "digest": self.digest, "shuffle": shuffle}
+        return {"dataset": self.dataset_used, "digest": self.digest, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the checkpoint's order, and refuses to with another dataset.
@@ -223,4 +222,4 @@ class MNISTDataModule(LightningDataModule):
                 f"the checkpoint was trained on {state_dict['dataset']}, this run has {self.dataset_used}; "
                 f"resume with --data.dataset={state_dict['dataset']}, or start a new run without --ckpt_path"
             )
-        self._shuffle_generator().set_state(state_dict["shuffle"])
+        self.seed = state_dict["seed"]

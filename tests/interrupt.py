@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from typing import Any
 
@@ -79,3 +80,12 @@ class Phase(Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.write("training")
+
+
+class DeleteRun(Callback):
+    """Deletes the run's folder in the middle of the first epoch."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == 10:
+            assert trainer.log_dir
+            shutil.rmtree(trainer.log_dir)
