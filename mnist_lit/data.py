@@ -157,6 +157,8 @@ class MNISTDataModule(LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             seed=self.seed,
         )
+        if self.trainer:
+            order.set_epoch(self.trainer.current_epoch)  # workers fetch ahead before Lightning does so
         return self._loader(self.splits.train, self.batch_size, order)
 
     def val_dataloader(self) -> StatefulDataLoader:

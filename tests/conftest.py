@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 
 from mnist_lit.digits import make_digits
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 ARCHIVE = os.environ.get("MNIST_LIT_ARCHIVE")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "200"}
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -29,23 +31,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    server = Forks()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def cli(tmp_path: Path) -> Run:
-    """``python -m mnist_lit ...`` as a process in an empty folder; it must succeed, or fail if not ``ok``."""
+def cli(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Run:
+    """``python -m mnist_lit ...`` in an empty folder; it must succeed, or fail if not ``ok``.
+
+    A process of its own in any case. Unless it is a fork of one that has imported mnist_lit already, it
+    starts its own interpreter, which takes seconds.
+    """
+    printed = tmp_path_factory.mktemp("printed")
 
     def run(
-        *args: object, ok: bool = True, env: dict[str, str] | None = None
+        *args: object, ok: bool = True, env: dict[str, str] | None = None, fork: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mnist_lit", *map(str, args)]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "COLUMNS": "200",
-            **(env or {}),
-        }
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-        )
+        arguments, environment = list(map(str, args)), ENVIRONMENT | (env or {})
+        if fork:
+            output, errors = printed / "output", printed / "errors"
+            output.write_text("")
+            errors.write_text("")
+            forks.start(tmp_path, arguments, environment, output, errors)
+            done = subprocess.CompletedProcess(
+                arguments, forks.wait(), output.read_text(), errors.read_text()
+            )
+        else:
+            done = subprocess.run(
+                [sys.executable, "-m", "mnist_lit", *arguments],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
         assert (done.returncode == 0) == ok, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -98,11 +120,11 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
         assert torch.equal(tensor, other[name]), name
 
 
-LADDER: list[tuple[str, ...]] = []  # a row for every rung that was compared
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if LADDER:
+    """Prints the rows that the tests of the ladder have put into their reports."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    rows = [row for report in reports for name, row in report.user_properties if name == "rung"]
+    if rows:
         terminalreporter.section("the ladder")
-        for row in LADDER:
-            terminalreporter.write_line("{:9} {:9} {:8} {:>7} {:>12}  {}".format(*row))
+        for dataset, model, rung, *rest in sorted(rows, key=lambda row: (row[0], int(row[2]), row[1])):
+            terminalreporter.write_line("{:9} {:9} {:4} {:>7} {:>12}  {}".format(dataset, model, rung, *rest))

@@ -4,64 +4,70 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
-import traceback
 from pathlib import Path
+from typing import Any
 
 
 def serve() -> None:
-    """Per line ``[folder, arguments]`` of stdin: forks a run there, prints its pid and then its exit code."""
+    """Per line of stdin: forks a run, prints its pid and then its exit code. Returns in the forks only."""
     from mnist_lit import cli
 
     for line in sys.stdin:
-        folder, arguments = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            os._exit(run(cli.main, folder, arguments))
+            become(**json.loads(line))
+            return cli.main()
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    return None
 
 
-def run(main, folder: str, arguments: list[str]) -> int:
+def become(folder: str, arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
+    """What a shell does for a new process."""
+    for number, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, output, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+        (2, errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+    ):
+        os.dup2(os.open(path, flags), number)
     os.chdir(folder)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    os.dup2(1, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = ["mnist_lit", *arguments]
-    code: int | str | None = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code or 0
 
 
 class Forks:
-    """Runs of ``serve``'s, one at a time. What they print goes to the file ``output`` in their folder."""
+    """Runs of ``serve``'s, one at a time."""
 
     def __init__(self) -> None:
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
+        self.pid = 0
 
-    def start(self, folder: Path, *arguments: object) -> int:
-        """The pid of a run."""
+    def start(
+        self, folder: Path, arguments: list[str], environment: dict[str, str], output: Path, errors: Path
+    ) -> int:
+        """The pid of a run that appends what it prints to two files."""
+        run: dict[str, Any] = {"folder": str(folder), "arguments": arguments, "environment": environment}
+        run |= {"output": str(output), "errors": str(errors)}
         assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        print(json.dumps([str(folder), list(map(str, arguments))]), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
+        self.server.stdin.write(json.dumps(run).encode() + b"\n")
+        self.pid = self._answer()
+        return self.pid
 
-    def wait(self) -> int:
-        """The exit code of the run, negative for a signal."""
+    def wait(self, timeout: float = 600) -> int:
+        """The exit code of the run, negative for a signal; one that takes too long is killed."""
+        if not select.select([self.server.stdout], [], [], timeout)[0]:
+            os.kill(self.pid, signal.SIGKILL)
+        return self._answer()
+
+    def _answer(self) -> int:
         assert self.server.stdout is not None
         return int(self.server.stdout.readline())
 

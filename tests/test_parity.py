@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import tutorial
-from conftest import CONFIGS, LADDER, Run
+from conftest import CONFIGS, Run
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from recorder import Recorder
 from torch import Tensor, nn
@@ -146,14 +146,14 @@ FIRST = (tutorial.rung_1, tutorial.rung_10)
 
 
 @pytest.mark.parametrize(("model", "rung"), RUNGS, ids=lambda value: getattr(value, "__name__", value))
-def test_rung_changes_nothing(ladders, data: MNISTDataModule, model: str, rung) -> None:
+def test_rung_changes_nothing(ladders, data: MNISTDataModule, model: str, rung, record_property) -> None:
     ladder: Ladder = ladders(model)
     outcome = ladder.outcome(rung)
     name = rung.__name__.removeprefix("rung_")
     if rung in FIRST:
         # The first rung of a model has none below it; it must have learnt something.
         assert sum(outcome.losses[-10:]) < sum(outcome.losses[:10])
-        LADDER.append((label(data), model, name, "", "", rung.__doc__))
+        record_property("rung", (label(data), model, name, "", "", rung.__doc__))
         return
     rungs = [below for of, below in RUNGS if of == model]
     below = ladder.outcome(rungs[rungs.index(rung) - 1])
@@ -166,11 +166,11 @@ def test_rung_changes_nothing(ladders, data: MNISTDataModule, model: str, rung) 
         # 4 allows for one of them being lucky.
         wide, wide_below = ladder.in_float64(rung), ladder.in_float64(rungs[rungs.index(rung) - 1])
         far, tolerance = distance(wide, wide_below), 8 * 2**-29 * distance(below, wide_below)
-        LADDER.append((label(data), model, name, f"{far:.0e}", f"<{tolerance:.0e}", rung.__doc__))
+        record_property("rung", (label(data), model, name, f"{far:.0e}", f"<{tolerance:.0e}", rung.__doc__))
         assert 0 < far <= tolerance
         assert wide.losses == pytest.approx(wide_below.losses, rel=1e-6)
     else:
-        LADDER.append((label(data), model, name, f"{far:.0e}", "bit for bit", rung.__doc__))
+        record_property("rung", (label(data), model, name, f"{far:.0e}", "bit for bit", rung.__doc__))
         assert same_bits(outcome, below)
     if len(below.valid_losses) and rung not in ROUNDED and rung is not tutorial.rung_9:
         assert outcome.valid_losses == below.valid_losses
@@ -178,12 +178,14 @@ def test_rung_changes_nothing(ladders, data: MNISTDataModule, model: str, rung) 
 
 @pytest.mark.parametrize(("model", "oracle"), [("logistic", tutorial.rung_9), ("cnn", tutorial.rung_13)])
 def test_rung_14_lightning_is_the_tutorial_bit_for_bit(
-    ladders, data: MNISTDataModule, model: str, oracle
+    ladders, data: MNISTDataModule, model: str, oracle, record_property
 ) -> None:
     ladder: Ladder = ladders(model)
     outcome = ladder.outcome(oracle)
     far = distance(ladder.lightning.outcome, outcome)
-    LADDER.append((label(data), model, "14", f"{far:.0e}", "bit for bit", "mnist_lit under Trainer.fit."))
+    record_property(
+        "rung", (label(data), model, "14", f"{far:.0e}", "bit for bit", "mnist_lit under Trainer.fit.")
+    )
     assert_parity(ladder.lightning, outcome)
 
 
@@ -356,7 +358,7 @@ def test_two_processes_are_one(cli: Run, even: str, tmp_path: Path) -> None:
         "  callbacks:\n    - class_path: recorder.Recorder\n      init_args: {path: recorded.pt}\n"
     )
     settings = ("--data.dataset", even, "--data.batch_size=32")
-    cli("fit", "--config", CONFIGS / "cnn.yaml", "--config", overlay, *settings)
+    cli("fit", "--config", CONFIGS / "cnn.yaml", "--config", overlay, *settings, fork=False)
     recorder, other = (Recorder.load(tmp_path / f"recorded.pt{rank}") for rank in ("", ".1"))
     assert same_bits(recorder.outcome, other.outcome._replace(losses=recorder.outcome.losses))
     for epoch, (ours, theirs) in enumerate(zip(recorder.order, other.order, strict=True)):

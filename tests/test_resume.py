@@ -9,13 +9,12 @@ import shlex
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, checkpoint
+from conftest import ENVIRONMENT, Run, checkpoint
 from forks import Forks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,7 +34,8 @@ last_checkpoint: {every_n_train_steps: 5}
 
 def fit(cli: Run, folder: Path, small: Path, *arguments: object, ok: bool = True):
     (folder / "settings.yaml").write_text(SETTINGS)
-    return cli("fit", "--config", "settings.yaml", "--data.dataset", small, *arguments, ok=ok)
+    settings = ("fit", "--config", "settings.yaml", "--data.dataset", small, *arguments)
+    return cli(*settings, ok=ok, fork="ddp" not in str(arguments))  # which starts its processes anew
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -192,16 +192,6 @@ def test_second_ctrl_c_stops_at_once(cli: Run, small: Path, tmp_path: Path) -> N
     assert checkpoint(tmp_path / RUN / "checkpoints" / "last.ckpt")["global_step"] == 5
 
 
-@pytest.fixture
-def forks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Forks]:
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parent.parent, Path(__file__).parent)))
-    )
-    server = Forks()
-    yield server
-    server.close()
-
-
 @slow
 def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Path, tmp_path: Path) -> None:
     """Killed at random moments, up to three times each; every fourth has to make its dataset first."""
@@ -218,14 +208,10 @@ def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Pat
     def start(folder: Path, name: str, *arguments: object) -> int:
         folder.mkdir(exist_ok=True)
         (folder / "settings.yaml").write_text(SETTINGS)
-        return forks.start(
-            folder,
-            *("fit", "--config", "settings.yaml", *data[name], "--last_checkpoint.every_n_train_steps=3"),
-            *("--trainer.callbacks+=interrupt.Phase", *arguments),
-        )
+        settings = ["fit", "--config", "settings.yaml", *map(str, data[name] + arguments)]
+        settings += ["--last_checkpoint.every_n_train_steps=3", "--trainer.callbacks+=interrupt.Phase"]
+        return forks.start(folder, settings, ENVIRONMENT, folder / "output", folder / "output")
 
-    start(tmp_path / "imports", "small")
-    forks.wait()
     seconds = {}
     for name in data:
         started = time.monotonic()
