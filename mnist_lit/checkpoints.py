@@ -6,6 +6,7 @@ What is added here makes a run that is stopped anywhere and started again end in
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shlex
@@ -27,6 +28,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from mnist_lit.archive import save
+from mnist_lit.callbacks import DivergenceError
 
 
 class CheckpointError(Exception):
@@ -226,10 +228,6 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            if trainer.loggers and not self._run.exists():
-                rank_zero_warn(
-                    f"{self._run} has vanished, and the curves with it; checkpoints still go there"
-                )
             trainer.save_checkpoint(self._folder / self.PENDING, weights_only=False)
             self._pending, self._saved_step = True, trainer.global_step
 
@@ -267,6 +265,26 @@ class LastCheckpoint(Checkpoint):
                 f"To go on: {shlex.join(command)}"
             )
             sys.exit(128 + self._signal)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keeps the weights of the moment in ``exception.ckpt``. A step that broke off in the middle is no
+        place to go on from exactly, so ``--ckpt_path=last`` keeps to ``last.ckpt``.
+        """
+        named = (CheckpointError, DivergenceError)
+        if not isinstance(exception, Exception) or isinstance(exception, named) or not trainer.training:
+            return
+        if trainer.world_size > 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        vanished = not self._run.exists()
+        path = self._folder / "exception.ckpt"
+        trainer.save_checkpoint(path)
+        if isinstance(exception, OSError) and (vanished or exception.errno == errno.ENOSPC):
+            run = os.path.relpath(self._run)
+            what = "has vanished, with its curves and checkpoints," if vanished else "has a full disk"
+            raise CheckpointError(
+                f"{run} {what} while training; "
+                f"the weights after step {trainer.global_step} are in {os.path.relpath(path)}"
+            ) from exception
 
 
 class RandomState(Callback):

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -174,10 +175,17 @@ class CLI(LightningCLI):
                 console.print(f"  {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
 
 
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """Silent about TensorBoard's writer: what happens to it is raised again where training waits for it."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
+
+
 def main() -> None:
     """Runs the command in ``sys.argv``; what the user got wrong ends in one message and exit code 1 or 2."""
     for signum in (signal.SIGINT, signal.SIGTERM):  # until training starts: there is nothing to save
         signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+    threading.excepthook = _thread_failed
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")

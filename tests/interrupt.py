@@ -89,3 +89,11 @@ class DeleteRun(Callback):
         if trainer.global_step == 10:
             assert trainer.log_dir
             shutil.rmtree(trainer.log_dir)
+
+
+class Fail(Callback):
+    """A mistake in a callback, in the second epoch of 16 steps."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == 20:
+            raise ZeroDivisionError

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, Run, assert_same_weights, checkpoint
+from conftest import CONFIGS, Run, checkpoint
 from test_archive import Calls, hostile, server
 from test_resume import RUN, assert_same
 
@@ -210,7 +210,7 @@ def test_last_passes_over_what_is_broken(cli: Run, saved: Path, small: Path, tmp
     with pytest.warns(UserWarning, match="best.ckpt is no checkpoint .*passed over"):
         assert newest_checkpoint(tmp_path) == tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt"
     done = cli(*QUICK, "--data.dataset", small, "--ckpt_path=last", "--trainer.max_epochs=3")
-    assert done.stderr.count("passed over") == 2
+    assert done.stderr.count(": passed over\n") == 2
     assert "going on from lightning_logs/version_1/checkpoints/last.ckpt" in done.stderr
     assert checkpoint(tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt")["epoch"] == 2
 
@@ -278,13 +278,26 @@ def test_file_size_limit_during_a_checkpoint(saved: Path, small: Path, tmp_path:
 
 
 def test_run_folder_deleted_while_training(cli: Run, small: Path, tmp_path: Path) -> None:
-    """Training goes on, and its checkpoints are written where they belong."""
-    done = cli(*QUICK, "--data.dataset", small, "--trainer.callbacks+=interrupt.DeleteRun")
-    assert "has vanished" in done.stderr
-    whole = cli(*QUICK, "--data.dataset", small, f"--trainer.default_root_dir={tmp_path / 'whole'}")
-    assert whole.returncode == 0
-    states = [checkpoint(folder / LAST)["state_dict"] for folder in (tmp_path, tmp_path / "whole")]
-    assert_same_weights(*states)
+    """One message, and the weights of that moment are written where the folder was."""
+    deletes = ("--trainer.callbacks+=interrupt.DeleteRun",)
+    done = cli(*QUICK, "--data.dataset", small, *deletes, ok=False)
+    assert_one_message(done, "has vanished", "exception.ckpt")
+    kept = tmp_path / RUN / "checkpoints" / "exception.ckpt"
+    assert checkpoint(kept)["global_step"] == 12  # deleted after step 10, logged every 4
+    cli(*QUICK, "--data.dataset", small, "--ckpt_path", kept)
+
+
+def test_error_in_training_keeps_the_weights_and_shows_its_traceback(
+    cli: Run, small: Path, tmp_path: Path
+) -> None:
+    done = cli(*QUICK, "--data.dataset", small, "--trainer.callbacks+=interrupt.Fail", ok=False)
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    folder = tmp_path / RUN / "checkpoints"
+    assert checkpoint(folder / "exception.ckpt")["global_step"] == 20
+    assert checkpoint(folder / "last.ckpt")["global_step"] == 16
+    resumed = cli(*QUICK, "--data.dataset", small, "--ckpt_path=last")
+    assert "going on from lightning_logs/version_0/checkpoints/last.ckpt" in resumed.stderr
 
 
 def test_place_of_runs_that_cannot_be_written(cli: Run, small: Path, tmp_path: Path) -> None:
