@@ -271,9 +271,10 @@ class LastCheckpoint(Checkpoint):
         place to go on from exactly, so ``--ckpt_path=last`` keeps to ``last.ckpt``.
         """
         named = (CheckpointError, DivergenceError)
-        if not isinstance(exception, Exception) or isinstance(exception, named) or not trainer.training:
+        if not isinstance(exception, Exception) or isinstance(exception, named):
             return
-        if trainer.world_size > 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        started = bool(self._handlers)
+        if not started or trainer.world_size > 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         vanished = not self._run.exists()
         path = self._folder / "exception.ckpt"
