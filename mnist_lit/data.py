@@ -36,7 +36,7 @@ URL = "https://github.com/pytorch/tutorials/raw/master/_static/mnist.pkl.gz"
 NOT_MNIST = """\
 {reason}.
 
-Instead of MNIST, this run uses the digits that come with mnist_lit: real handwriting, but only 1,797
+Instead of MNIST, this run uses the digits that come with mnist_lit: real handwriting, but only 1,797 \
 originals. Its figures say nothing about MNIST. For MNIST, do one of these and run again:
   - put the tutorial's file at {archive}
   - name a server that has it: --data.url=https://.../mnist.pkl.gz

@@ -35,7 +35,8 @@ last_checkpoint: {every_n_train_steps: 5}
 def fit(cli: Run, folder: Path, small: Path, *arguments: object, ok: bool = True):
     (folder / "settings.yaml").write_text(SETTINGS)
     settings = ("fit", "--config", "settings.yaml", "--data.dataset", small, *arguments)
-    return cli(*settings, ok=ok, fork="ddp" not in str(arguments))  # which starts its processes anew
+    starts_anew = "--trainer.strategy=ddp" in arguments  # each of its processes, with a command of its own
+    return cli(*settings, ok=ok, fork=not starts_anew)
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
