@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -29,15 +31,17 @@ class StopOnNonFinite(Callback):
     """
 
     def __init__(self) -> None:
-        self._losses: list[tuple[int, int, int, float, Tensor]] = []
+        self._losses: list[tuple[int, int, int, float, Tensor]] = []  # the last: of one step or of several
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
             lr = trainer.optimizers[0].param_groups[0]["lr"]
-            loss = outputs["loss"].detach()
-            self._losses.append((trainer.global_step, trainer.current_epoch, batch_idx, lr, loss))
+            losses = outputs["losses"] if "losses" in outputs else outputs["loss"]
+            batch_idx *= getattr(pl_module, "steps_per_execution", 1)
+            place = trainer.global_step, trainer.current_epoch, batch_idx, lr
+            self._losses.append((*place, losses.detach().reshape(-1)))
         if len(self._losses) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self._check()
 
@@ -57,13 +61,45 @@ class StopOnNonFinite(Callback):
 
     def _check(self) -> None:
         losses, self._losses = self._losses, []
-        if not losses or torch.stack([loss for *_, loss in losses]).isfinite().all():
+        if not losses or torch.cat([row[-1] for row in losses]).isfinite().all():
             return
-        step, epoch, batch_idx, lr, loss = next(row for row in losses if not row[-1].isfinite())
+        step, epoch, batch_idx, lr, each = next(row for row in losses if not row[-1].isfinite().all())
+        first = int(each.isfinite().int().argmin())
+        step, batch_idx = step - len(each) + 1 + first, batch_idx + first
         raise DivergenceError(
-            f"the loss is {loss.item()} at step {step} (epoch {epoch}, batch {batch_idx}), "
+            f"the loss is {each[first].item()} at step {step} (epoch {epoch}, batch {batch_idx}), "
             f"the learning rate {lr:g}; {self.ADVICE}"
         )
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, drawn ``refresh_rate`` times a second instead of after every batch."""
+
+    def __init__(self, refresh_rate: PositiveInt = 5) -> None:
+        super().__init__(refresh_rate)
+        self._drawn = 0.0
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        due = now - self._drawn >= 1 / self.refresh_rate
+        self._drawn = now if due else self._drawn
+        return due
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self._due() or trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args)
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        if self._due():
+            super().on_validation_batch_end(*args)
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        if self._due():
+            super().on_test_batch_end(*args)
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        if self._due():
+            super().on_predict_batch_end(*args)
 
 
 class PredictionsFile(BasePredictionWriter):

@@ -15,15 +15,17 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as AnyBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Column, Table
 
 from mnist_lit.archive import ArchiveError
-from mnist_lit.callbacks import DivergenceError, PredictionsFile, StopOnNonFinite
+from mnist_lit.callbacks import DivergenceError, PredictionsFile, ProgressBar, StopOnNonFinite
 from mnist_lit.checkpoints import (
     CheckpointError,
     CheckpointFiles,
@@ -129,11 +131,17 @@ class CLI(LightningCLI):
                 purge_step=purge_step,
                 default_hp_metric=False,
             )
-        plugins = self.config_init[self.subcommand].trainer.plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins, callbacks = (
+            chosen if isinstance(chosen, list) else [chosen] if chosen else []
+            for chosen in (self.config_init[self.subcommand].trainer[key] for key in ("plugins", "callbacks"))
+        )
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, CheckpointFiles()]
-        return super().instantiate_trainer(**kwargs)
+        if config.enable_progress_bar is not False and not any(isinstance(c, AnyBar) for c in callbacks):
+            callbacks = [*callbacks, ProgressBar()]
+        if self.subcommand == "predict":
+            callbacks = [*callbacks, PredictionsFile()]
+        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
 
     def after_instantiate_classes(self) -> None:
         if self.checkpoint is None or not self.model.strict_loading:
@@ -161,7 +169,8 @@ class CLI(LightningCLI):
         title = f"{name} on {dataset} after {trainer.current_epoch} epochs"
         table = Table("metric", Column("value", justify="right"), title=title, min_width=len(title) + 2)
         for name, value in sorted(trainer.callback_metrics.items()):
-            table.add_row(name, f"{value:.4f}")
+            if "/" in name:
+                table.add_row(name, f"{value:.4f}")
         console.print(table)
         checkpoint = trainer.checkpoint_callback
         if log_dir and isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
@@ -202,7 +211,7 @@ def main() -> None:
                 **{command: {"usage": USAGE} for command in CLI.subcommands()},
             },
             seed_everything_default=1,
-            trainer_defaults={"callbacks": [StopOnNonFinite(), RandomState(), PredictionsFile()]},
+            trainer_defaults={"callbacks": [StopOnNonFinite(), RandomState()]},
         )
-    except (ArchiveError, CheckpointError, DivergenceError) as error:
+    except (ArchiveError, CheckpointError, DivergenceError, MisconfigurationException) as error:
         sys.exit(f"mnist_lit: error: {error}")

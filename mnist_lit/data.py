@@ -63,7 +63,8 @@ class Images(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """One indexing operation for the whole batch: images (B, H, W), labels (B,)."""
-        return self.images[indices], self.labels[indices]
+        index = torch.tensor(indices)  # index_select is several times as fast as [indices]
+        return self.images.index_select(0, index), self.labels.index_select(0, index)
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -159,7 +160,10 @@ class MNISTDataModule(LightningDataModule):
         )
         if self.trainer:
             order.set_epoch(self.trainer.current_epoch)  # workers fetch ahead before Lightning does so
-        return self._loader(self.splits.train, self.batch_size, order)
+        # A model that takes several steps in one takes the batches of all of them in one.
+        model = self.trainer.lightning_module if self.trainer else None
+        steps = getattr(model, "steps_per_execution", 1)
+        return self._loader(self.splits.train, self.batch_size * steps, order)
 
     def val_dataloader(self) -> StatefulDataLoader:
         """Validation batches, of twice the size: without gradients there is room for them."""

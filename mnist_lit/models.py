@@ -2,62 +2,215 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lit.data import Batch
 
+Outputs = list[tuple[Tensor, Tensor, Tensor]]  # per batch: mean loss (), predicted classes (B,), labels (B,)
+
+
+def sums(outputs: Outputs) -> Tensor:
+    """Losses, right answers and images, (3,): weighted by batch, as the tutorial's ``fit`` does."""
+    losses, predicted, labels = zip(*outputs, strict=True)
+    sizes = torch.tensor([len(batch) for batch in labels], device=losses[0].device)
+    right = torch.cat(predicted) == torch.cat(labels)
+    return torch.stack(((torch.stack(losses) * sizes).sum(), right.sum(), sizes.sum()))
+
 
 class Classifier(LightningModule):
     """Trains any network that turns images into one score per class: cross-entropy, accuracy, SGD.
+
+    Logs the means of loss and accuracy over the steps since the last log, ``train/loss`` and ``train/acc``
+    every ``log_every_n_steps``, and over the epoch, ``train/loss_epoch`` and ``train/acc_epoch``.
 
     Args:
         net: images float32 (B, 1, H, W) to scores (B, num_classes).
         lr: learning rate of SGD.
         momentum: momentum of SGD.
         num_classes: how many classes there are.
+        channels_last: keep weights and activations in PyTorch's memory format of that name, in which most
+            processors convolve faster; the results differ by rounding.
+        steps_per_execution: optimizer steps in one step of Lightning's, see ``_execute``.
     """
 
-    def __init__(self, net: nn.Module, lr: float = 0.1, momentum: float = 0.9, num_classes: int = 10) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        num_classes: int = 10,
+        channels_last: bool = False,
+        steps_per_execution: PositiveInt = 1,
+    ) -> None:
         super().__init__()
+        steps_per_execution = int(steps_per_execution)  # a type of jsonargparse's needs trust to load
         self.save_hyperparameters(ignore="net")
         self.net, self.lr, self.momentum = net, lr, momentum
-        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
-        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.steps_per_execution = steps_per_execution
+        self.automatic_optimization = steps_per_execution == 1
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.val_acc, self.test_acc = (MulticlassAccuracy(num_classes, average="micro") for _ in range(2))
+        # Kept from step to step, and made into metrics when they are logged: to update a metric or to log
+        # takes as long as a step of a small network.
+        self._trained: Outputs = []
+        self._evaluated: Outputs = []
+        self._epoch_sums = torch.zeros(3)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images float32 (B, 1, H, W) to scores (B, num_classes)."""
         return self.net(images)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
+    # -------------------------------------------------------------------------------------- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | dict[str, Tensor]:
+        return self._loss(*batch) if self.automatic_optimization else self._execute(*batch)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         scores = self(images)  # (B, num_classes)
         loss = F.cross_entropy(scores, labels)
+        self._trained.append((loss.detach(), scores.detach().argmax(1), labels))
         # Lightning writes to the logger every log_every_n_steps; what is logged in between would be
         # thrown away, at the price of a large part of the step.
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            accuracy = (scores.detach().argmax(1) == labels).float().mean()
-            self.log_dict({"train/loss": loss.detach(), "train/acc": accuracy}, prog_bar=True)
+            self._log_training()
         return loss
 
+    def _log_training(self) -> None:
+        loss, right, images = self._take()
+        metrics = {"train/loss": loss / images, "train/acc": right / images}
+        self.log_dict(metrics, prog_bar=True, logger=self.automatic_optimization)
+        if not self.automatic_optimization:  # Lightning would log at the end of some executions only
+            scalars = {name: value.item() for name, value in metrics.items()} | {"epoch": self.current_epoch}
+            for logger in self.loggers:
+                logger.log_metrics(scalars, step=self.global_step)
+
+    def _take(self) -> Tensor:
+        """The sums over the steps since the last log, which are added to the epoch's."""
+        since = sums(self._trained)
+        self._trained, self._epoch_sums = [], self._epoch_sums.to(since.device) + since
+        return since
+
+    def on_train_epoch_end(self) -> None:
+        if self._trained:
+            self._take()
+        loss, right, images = self._epoch_sums
+        self._epoch_sums = torch.zeros(3)
+        self.log_dict({"train/loss_epoch": loss / images, "train/acc_epoch": right / images, **self._place()})
+
+    def _place(self) -> dict[str, float]:
+        """Where on the x-axis Lightning is to put what is logged with this, if it would itself count
+        executions.
+        """
+        if self.automatic_optimization or self.trainer.state.fn != "fit":
+            return {}
+        return {"step": float(self.global_step - 1), "epoch": float(self.current_epoch)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["trained"], checkpoint["epoch_sums"] = self._trained, self._epoch_sums
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = checkpoint.get("trained", [])
+        self._trained = [tuple(tensor.to(self.device) for tensor in step) for step in trained]
+        self._epoch_sums = checkpoint.get("epoch_sums", self._epoch_sums)
+
+    # ------------------------------------------------------------------------- many steps in one
+
+    def on_fit_start(self) -> None:
+        """Refuses what several steps per execution cannot honour.
+
+        Raises:
+            MisconfigurationException: naming the setting.
+        """
+        trainer = self.trainer
+        if self.automatic_optimization or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        whole = {"limit_train_batches": 1.0, "overfit_batches": 0.0, "val_check_interval": 1.0}
+        found = {name: getattr(trainer, name) for name in whole}
+        refused = [f"--trainer.{name}={found[name]}" for name in whole if found[name] != whole[name]]
+        if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
+            refused.append("the scheduler ReduceLROnPlateau")
+        if refused:
+            raise MisconfigurationException(
+                f"steps_per_execution={self.steps_per_execution} cannot honour {' and '.join(refused)}; "
+                "leave that out, or set --model.steps_per_execution=1"
+            )
+
+    def _execute(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """``steps_per_execution`` optimizer steps, after Keras's setting of that name: the same steps on
+        the same batches as one by one, bit for bit, while Lightning's work around a step is done once.
+
+        Callbacks see one large batch. A signal, a checkpoint and a check of the losses wait for its end.
+
+        Args:
+            images: of all batches, float32 (steps * B, 1, H, W); the last batch may be shorter.
+            labels: int64 (steps * B,).
+
+        Returns:
+            ``loss`` of the last step () and ``losses`` of all (steps,).
+        """
+        trainer, optimizer, losses = self.trainer, self.optimizers(), []
+        assert isinstance(optimizer, LightningOptimizer)
+        batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        for batch in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            loss = self._loss(*batch)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            torch.clear_autocast_cache()  # in mixed precision, it still holds the weights of before
+            self._step_schedulers("step", self.global_step)
+            losses.append(loss.detach())
+            if self.global_step == trainer.max_steps:
+                break
+        if trainer.is_last_batch:
+            self._step_schedulers("epoch", self.current_epoch + 1)
+        return {"loss": losses[-1], "losses": torch.stack(losses)}
+
+    def _step_schedulers(self, interval: str, count: int) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == interval and count % config.frequency == 0:
+                self.lr_scheduler_step(config.scheduler, None)
+
+    # ------------------------------------------------------------------------------------ evaluation
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", self.val_acc, batch)
+        self._evaluate(*batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", self.test_acc, batch)
+        self._evaluate(*batch)
 
-    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: Batch) -> None:
-        images, labels = batch
-        scores = self(images)
-        accuracy.update(scores, labels)
-        # batch_size weighs the shorter last batch as the tutorial's fit() does.
-        loss = F.cross_entropy(scores, labels)
-        self.log(f"{stage}/loss", loss, batch_size=len(labels), prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/acc", accuracy, prog_bar=True)
+    def _evaluate(self, images: Tensor, labels: Tensor) -> None:
+        scores = self(images)  # (B, num_classes)
+        self._evaluated.append((F.cross_entropy(scores, labels), scores.argmax(1), labels))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluated("val", self.val_loss, self.val_acc)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluated("test", self.test_loss, self.test_acc)
+
+    def _log_evaluated(self, stage: str, mean_loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:
+        losses, predicted, labels = zip(*self._evaluated, strict=True)
+        self._evaluated = []
+        # The sizes weigh the shorter last batch as the tutorial's fit() does.
+        sizes = torch.tensor([len(batch) for batch in labels], device=self.device)
+        mean_loss.update(torch.stack(losses), sizes)
+        accuracy.update(torch.cat(predicted), torch.cat(labels))
+        self.log_dict({f"{stage}/loss": mean_loss, f"{stage}/acc": accuracy}, prog_bar=True)
+        self.log_dict(self._place())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The probability of each class, (B, num_classes)."""
@@ -76,16 +229,22 @@ class Logistic(Classifier):
         momentum: momentum of SGD.
         num_pixels: H * W of the images.
         num_classes: how many classes there are.
+        steps_per_execution: as in ``Classifier``.
     """
 
     def __init__(
-        self, lr: float = 0.5, momentum: float = 0.0, num_pixels: int = 28 * 28, num_classes: int = 10
+        self,
+        lr: float = 0.5,
+        momentum: float = 0.0,
+        num_pixels: int = 28 * 28,
+        num_classes: int = 10,
+        steps_per_execution: PositiveInt = 1,
     ) -> None:
         net = nn.Sequential(
             nn.Flatten(),  # (B, 1, H, W) -> (B, H * W)
             nn.Linear(num_pixels, num_classes),
         )
-        super().__init__(net, lr, momentum, num_classes)
+        super().__init__(net, lr, momentum, num_classes, steps_per_execution=steps_per_execution)
 
 
 class CNN(Classifier):
@@ -98,9 +257,18 @@ class CNN(Classifier):
         lr: learning rate of SGD.
         momentum: momentum of SGD.
         num_classes: how many classes there are.
+        channels_last: as in ``Classifier``.
+        steps_per_execution: as in ``Classifier``.
     """
 
-    def __init__(self, lr: float = 0.1, momentum: float = 0.9, num_classes: int = 10) -> None:
+    def __init__(
+        self,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        num_classes: int = 10,
+        channels_last: bool = False,
+        steps_per_execution: PositiveInt = 1,
+    ) -> None:
         net = nn.Sequential(
             nn.Conv2d(1, 16, kernel_size=3, stride=2, padding=1),  # (B, 16, H/2, W/2)
             nn.ReLU(),
@@ -111,7 +279,7 @@ class CNN(Classifier):
             nn.AdaptiveAvgPool2d(1),  # (B, num_classes, 1, 1)
             nn.Flatten(),  # (B, num_classes)
         )
-        super().__init__(net, lr, momentum, num_classes)
+        super().__init__(net, lr, momentum, num_classes, channels_last, steps_per_execution)
 
 
 class FastCNN(Classifier):
