@@ -146,6 +146,14 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self.checkpoint is None or not self.model.strict_loading:
             return
+        if self.subcommand == "fit":
+            name = "steps_per_execution"
+            steps = self.checkpoint.get("hyper_parameters", {}).get(name, 1)
+            if steps != getattr(self.model, name, 1):
+                raise CheckpointError(
+                    f"{self.ckpt_path} is of a run with {name}={steps}, which counts batches differently; "
+                    f"resume with --model.{name}={steps}"
+                )
         ours, theirs = (
             {name: tuple(weight.shape) for name, weight in state_dict.items()}
             for state_dict in (self.model.state_dict(), self.checkpoint["state_dict"])

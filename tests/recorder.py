@@ -34,12 +34,13 @@ class Recorder(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.seen[-1].append((batch[0][:, 0] * 256).to(torch.uint8).cpu())
+        images = (batch[0][:, 0] * 256).to(torch.uint8).cpu()
+        self.seen[-1].extend(images.split(trainer.datamodule.batch_size))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.losses.append(outputs["loss"].detach())
+        self.losses.extend(outputs.get("losses", outputs["loss"]).detach().reshape(-1))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -9,13 +9,13 @@ import pytest
 import torch
 import tutorial
 from conftest import CONFIGS, Run, assert_same_weights, checkpoint
-from recorder import Recorder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_parity import assert_parity, data_module, problem_of, start_of, train
 
 from mnist_lit import CNN, Classifier
 
 CHECKPOINTS = Path("checkpoints")
+SCHEDULED = ("--optimizer=Adam", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5")
 EIGHT = ("--config", CONFIGS / "speed.yaml")
 
 
@@ -30,15 +30,14 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     [
         ("--config", CONFIGS / "cnn.yaml"),
         ("--config", CONFIGS / "logistic.yaml", "--data.batch_size=48", "--trainer.max_epochs=3"),
-        ("--config", CONFIGS / "cnn.yaml", "--optimizer=Adam", "--lr_scheduler=ExponentialLR")
-        + ("--lr_scheduler.gamma=0.5",),
+        ("--config", CONFIGS / "cnn.yaml", *SCHEDULED),
         ("--config", CONFIGS / "logistic.yaml", "--trainer.max_epochs=-1", "--trainer.max_steps=21"),
         ("--config", CONFIGS / "cnn.yaml", "--trainer.precision=bf16-mixed"),
     ],
     ids=["cnn", "logistic", "scheduler", "max_steps", "bf16"],
 )
 def test_eight_steps_in_one_are_eight_steps(cli: Run, small: Path, tmp_path: Path, settings) -> None:
-    """16 or 21 batches an epoch, the last ones shorter: weights, optimizer, metrics and curves bit for bit."""
+    """16 or 21 batches an epoch, the last ones shorter: weights, optimizer and curves bit for bit."""
     common = ("fit", *settings, "--data.dataset", small, "--trainer.log_every_n_steps=3")
     cli(*common)
     cli(*common, *EIGHT)
@@ -66,8 +65,8 @@ def test_eight_steps_in_one_are_the_tutorial(small: Path, tmp_path: Path) -> Non
     assert_parity(recorder, tutorial.rung_12(problem_of(module, recorder, 0.1, 0.9), start_of(recorder)))
 
 
-def test_channels_last_is_the_tutorial_in_that_format(even_or_small: Path, tmp_path: Path) -> None:
-    module = data_module(str(even_or_small), tmp_path)
+def test_channels_last_is_the_tutorial_in_that_format(small: Path, tmp_path: Path) -> None:
+    module = data_module(str(small), tmp_path)
     torch.manual_seed(1)
     recorder = train(CNN(channels_last=True), module)
     problem, start = problem_of(module, recorder, 0.1, 0.9), start_of(recorder)
@@ -104,8 +103,8 @@ def test_resumed_in_the_middle_of_an_epoch(cli: Run, small: Path, tmp_path: Path
     common += ("--data.batch_size=20", "--trainer.log_every_n_steps=3")  # 50 steps an epoch
     cli(*common)
     interrupt = tmp_path / "interrupt.yaml"
-    callback = {"class_path": "interrupt.Interrupt", "init_args": {"what": "SIGINT", "hook": "on_train_batch_end"}}
-    callback["init_args"]["count"] = 3
+    arguments = {"signum": "SIGINT", "hook": "on_train_batch_end", "step": 24}
+    callback = {"class_path": "interrupt.SignalAt", "init_args": arguments}
     interrupt.write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
     cli(*common, "--config", interrupt, ok=False)
     stopped = checkpoint(tmp_path / "lightning_logs" / "version_1" / CHECKPOINTS / "last.ckpt")
