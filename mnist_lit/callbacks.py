@@ -12,8 +12,12 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, RichProgressBar
-from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Column, Table
 from torch import Tensor
+
+from mnist_lit.data import Images
+from mnist_lit.pictures import contact_sheet
 
 
 class DivergenceError(Exception):
@@ -103,10 +107,14 @@ class ProgressBar(RichProgressBar):
 
 
 class PredictionsFile(BasePredictionWriter):
-    """Writes ``predictions.csv`` into the run's folder: a row per image with its index in the split, the
-    predicted digit, the confidence and the probability of every class. Each process of several writes
-    its own share, to ``predictions-rank1.csv`` and so on.
+    """What ``predict`` leaves in the run's folder: ``predictions.csv``, a row per image with its file (or
+    its index in the test split), the predicted digit, the confidence and the probability of every class;
+    and ``predictions.png``, the images and their digits, those with the least confidence first. Prints the
+    first rows. Each process of several writes its own share, to ``predictions-rank1.csv`` and so on.
     """
+
+    ROWS = 20  # that are printed
+    PICTURES = 200
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
@@ -118,18 +126,35 @@ class PredictionsFile(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        probabilities: list[Tensor] = list(predictions)  # each (B, num_classes)
+        probabilities: Tensor = torch.cat(list(predictions)).float().cpu()  # (n, num_classes)
+        indices = [index for batch in batch_indices[0] for index in batch]
+        files = getattr(trainer.datamodule, "files", [])  # type: ignore[attr-defined]
+        names = [str(files[index]) for index in indices] if files else [str(index) for index in indices]
+        confidence, digits = probabilities.max(1)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         rank = f"-rank{trainer.global_rank}" if trainer.global_rank else ""
         path = folder / f"predictions{rank}.csv"
         with path.open("w", newline="") as file:
             rows = csv.writer(file)
-            classes = range(probabilities[0].shape[1])
-            rows.writerow(["index", "digit", "confidence", *(f"p{c}" for c in classes)])
-            for indices, batch in zip(batch_indices[0], probabilities, strict=True):
-                confidence, digit = batch.max(1)
-                for row in zip(indices, digit.tolist(), confidence.tolist(), batch.tolist(), strict=True):
-                    index, predicted, sure, each = row
-                    rows.writerow([index, predicted, f"{sure:.6f}", *(f"{p:.6f}" for p in each)])
-        rank_zero_info(f"Wrote {path}")
+            classes = (f"p{c}" for c in range(probabilities.shape[1]))
+            rows.writerow(["file" if files else "index", "digit", "confidence", *classes])
+            columns = names, digits.tolist(), confidence.tolist(), probabilities.tolist()
+            for name, digit, sure, each in zip(*columns, strict=True):
+                rows.writerow([name, digit, f"{sure:.6f}", *(f"{p:.6f}" for p in each)])
+        dataset = getattr(trainer.predict_dataloaders, "dataset", None)
+        sheet = folder / f"predictions{rank}.png"
+        if isinstance(dataset, Images):
+            order = confidence.argsort()[: self.PICTURES].tolist()
+            captions = [f"{digits[place]}  {confidence[place]:.0%}" for place in order]
+            contact_sheet(dataset.images[[indices[place] for place in order]], captions).save(sheet)
+        if trainer.is_global_zero:
+            table = Table("file" if files else "index", "digit", Column("confidence", justify="right"))
+            for place in range(min(self.ROWS, len(names))):
+                table.add_row(names[place], str(digits[place].item()), f"{confidence[place]:.1%}")
+            console = Console()
+            console.print(table)
+            if len(names) > self.ROWS:
+                console.print(f"... and {len(names) - self.ROWS:,} more")
+            wrote = f"{path} and {sheet}" if sheet.exists() else str(path)
+            console.print(f"Wrote {wrote}", soft_wrap=True, highlight=False)

@@ -167,6 +167,20 @@ class CLI(LightningCLI):
                     "its run is the one that fits"
                 )
 
+    def after_predict(self) -> None:
+        """Names the files that could not be read.
+
+        Raises:
+            SystemExit: with code 1, if there are any.
+        """
+        if not self.datamodule.broken:
+            return
+        console = Console(stderr=True)
+        for path, reason in self.datamodule.broken.items():
+            console.print(f"{path}: {reason}", soft_wrap=True, highlight=False, markup=False)
+        total = len(self.datamodule.broken) + len(self.datamodule.files)
+        sys.exit(f"mnist_lit: error: {len(self.datamodule.broken)} of {total} files could not be predicted")
+
     def after_fit(self) -> None:
         """Prints the final metrics and the commands that come next."""
         trainer, console = self.trainer, Console()

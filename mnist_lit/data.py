@@ -11,6 +11,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.panel import Panel
+from rich.progress import track
 from rich.text import Text
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,6 +29,7 @@ from mnist_lit.archive import (
     read_mnist,
     stamp,
 )
+from mnist_lit.pictures import PictureError, find_pictures, read_picture
 
 Batch = tuple[Tensor, Tensor]
 
@@ -87,6 +89,8 @@ class MNISTDataModule(LightningDataModule):
         timeout: seconds after which a silent server counts as failed.
         batch_size: training images per step and device; evaluation takes twice as many.
         num_workers: processes that load batches; 0 is fastest for data in memory.
+        images: what ``predict`` reads instead of the test split: image files, folders or patterns such as
+            ``digits/*.png``. Files that cannot be read end up in ``broken``, with the reason.
     """
 
     splits: Splits
@@ -99,17 +103,23 @@ class MNISTDataModule(LightningDataModule):
         timeout: PositiveFloat = 10.0,
         batch_size: PositiveInt = 64,
         num_workers: NonNegativeInt = 0,
+        images: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="images")
         self.dataset, self.data_dir, self.url, self.timeout = dataset, Path(data_dir), url, timeout
         # Plain numbers: what is of jsonargparse's types does not load from a checkpoint without trust.
         self.batch_size, self.num_workers = int(batch_size), int(num_workers)
+        self.images = [images] if isinstance(images, str) else images or []
+        self.files: list[Path] = []  # one for each image that is predicted
+        self.broken: dict[Path, str] = {}
         self.dataset_used = self.digest = ""
         self.seed = torch.initial_seed()
 
     def prepare_data(self) -> None:
         """Once per node: everything that takes time or the network, so that ``setup`` finds it on disk."""
+        if self._predicts_files:
+            return
         if self.dataset in ("auto", "mnist") and not self._archive.exists():
             try:
                 download_mnist(self.url, self._archive, self.timeout)
@@ -123,9 +133,30 @@ class MNISTDataModule(LightningDataModule):
         self._open()
 
     def setup(self, stage: str) -> None:
-        """On every process: opens the dataset that ``prepare_data`` left on disk."""
-        if not self.dataset_used:
+        """On every process: opens the dataset that ``prepare_data`` left on disk, or reads ``images``."""
+        if self._predicts_files:
+            self._read_files()
+        elif not self.dataset_used:
             self._open()
+
+    @property
+    def _predicts_files(self) -> bool:
+        return bool(self.images) and self.trainer is not None and self.trainer.state.fn == "predict"
+
+    def _read_files(self) -> None:
+        paths, pictures = find_pictures(self.images), []
+        self.files, self.broken = [], {}
+        for path in track(paths, "Reading images", disable=len(paths) < 100, transient=True):
+            try:
+                pictures.append(read_picture(path))
+                self.files.append(path)
+            except PictureError as error:
+                self.broken[path] = str(error)
+        if not pictures:
+            path, reason = next(iter(self.broken.items()))
+            raise ArchiveError(f"none of {len(paths)} files can be predicted; {path}: {reason}")
+        images = torch.stack(pictures)  # (n, 28, 28)
+        self.pictures = images, torch.zeros(len(images), dtype=torch.int64)  # nobody knows the labels
 
     @property
     def _archive(self) -> Path:
@@ -180,7 +211,9 @@ class MNISTDataModule(LightningDataModule):
         return self._loader(self.splits.test, 2 * self.batch_size)
 
     def predict_dataloader(self) -> StatefulDataLoader:
-        """The test split."""
+        """``images``, or else the test split."""
+        if self._predicts_files:
+            return self._loader(self.pictures, 2 * self.batch_size)
         return self.test_dataloader()
 
     def _loader(

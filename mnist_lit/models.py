@@ -170,7 +170,6 @@ class Classifier(LightningModule):
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
-            torch.clear_autocast_cache()  # in mixed precision, it still holds the weights of before
             self._step_schedulers("step", self.global_step)
             losses.append(loss.detach())
             if self.global_step == trainer.max_steps:
@@ -203,6 +202,8 @@ class Classifier(LightningModule):
         self._log_evaluated("test", self.test_loss, self.test_acc)
 
     def _log_evaluated(self, stage: str, mean_loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:
+        if not self._evaluated:
+            return  # a step of a subclass that logs by itself
         losses, predicted, labels = zip(*self._evaluated, strict=True)
         self._evaluated = []
         # The sizes weigh the shorter last batch as the tutorial's fit() does.
