@@ -34,6 +34,7 @@ from mnist_lit.checkpoints import (
     newest_checkpoint,
     read_checkpoint,
 )
+from mnist_lit.dashboards import Dashboard
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.models import Classifier
 
@@ -61,6 +62,7 @@ class CLI(LightningCLI):
         settings = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
         parser.set_defaults({f"best_checkpoint.{key}": value for key, value in settings.items()})
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)

@@ -185,15 +185,16 @@ class Classifier(LightningModule):
 
     # ------------------------------------------------------------------------------------ evaluation
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(*batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._evaluate(*batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(*batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._evaluate(*batch)
 
-    def _evaluate(self, images: Tensor, labels: Tensor) -> None:
+    def _evaluate(self, images: Tensor, labels: Tensor) -> Tensor:
         scores = self(images)  # (B, num_classes)
         self._evaluated.append((F.cross_entropy(scores, labels), scores.argmax(1), labels))
+        return scores
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluated("val", self.val_loss, self.val_acc)

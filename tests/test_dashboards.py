@@ -1,0 +1,152 @@
+"""TensorBoard as it is seen: the real server on a run's folder, over HTTP and in a browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from conftest import CONFIGS, Run
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def run(cli: Run, small: Path, tmp_path: Path) -> Path:
+    """A run and a test of it."""
+    common = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.log_every_n_steps=4")
+    cli("fit", *common)
+    run = tmp_path / "lightning_logs" / "version_0"
+    cli("test", *common, "--ckpt_path", run / "checkpoints" / "best.ckpt")
+    return run
+
+
+@pytest.fixture
+def server(run: Path, tmp_path: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    arguments = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run.parent)]
+    arguments += ["--port", str(port), "--load_fast=false"]
+    with (tmp_path / "tensorboard.log").open("w") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log)
+    try:
+        for _ in range(300):
+            assert process.poll() is None, (tmp_path / "tensorboard.log").read_text()
+            try:
+                if len(requests.get(f"{address}/data/runs", timeout=5).json()) == 2:
+                    break
+            except requests.ConnectionError:
+                pass
+            time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_server_has_scalars_images_hparams_and_graph(server: str) -> None:
+    def get(path: str, **parameters: Any) -> requests.Response:
+        response = requests.get(f"{server}/data/plugin/{path}", params=parameters, timeout=30)
+        response.raise_for_status()
+        return response
+
+    scalars = get("scalars/tags").json()["version_0"]
+    expected = {"train/loss", "train/acc", "train/loss_epoch", "train/acc_epoch", "val/loss", "val/acc"}
+    expected |= {"train/lr", "train/gradient_norm", *(f"val_acc_of_class/{digit}" for digit in range(10))}
+    assert expected <= scalars.keys()
+    learning_rates = get("scalars/scalars", run="version_0", tag="train/lr").json()
+    assert [(step, value) for _, step, value in learning_rates] == [
+        (step, pytest.approx(0.1)) for step in range(3, 32, 4)
+    ]
+
+    images = get("images/tags").json()
+    pictures = {"train/samples", "val/confusion_matrix", "val/mistakes", "val/filters"}
+    assert pictures <= images["version_0"].keys()
+    assert {"test/confusion_matrix", "test/mistakes"} <= images["version_1"].keys()
+    shown = get("images/images", run="version_0", tag="val/mistakes", sample=0).json()
+    assert [picture["step"] for picture in shown] == [15, 31]
+    picture = requests.get(f"{server}/data/plugin/images/individualImage?{shown[0]['query']}", timeout=30)
+    assert Image.open(io.BytesIO(picture.content)).size == (840, 300)
+
+    assert get("graphs/info").json()["version_0"]["run_graph"]
+    graph = get("graphs/graph", run="version_0", conceptual="false").text
+    assert "Conv2d" in graph or "conv" in graph.lower()
+
+    layout = get("custom_scalars/layout").json()
+    assert layout["category"][0]["chart"][0]["multiline"]["tag"] == ["train/loss_epoch", "val/loss"]
+
+    experiment = requests.post(
+        f"{server}/data/plugin/hparams/experiment", data=json.dumps({"experimentName": ""}), timeout=30
+    ).json()
+    assert {"lr", "momentum", "batch_size"} <= {info["name"] for info in experiment["hparamInfos"]}
+    assert {"val/loss", "val/acc"} <= {info["name"]["tag"] for info in experiment["metricInfos"]}
+    request = {
+        "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+        "colParams": [{"metric": {"tag": "val/loss"}, "order": "ORDER_ASC"}],
+        "startIndex": 0,
+        "sliceSize": 10,
+    }
+    groups = requests.post(
+        f"{server}/data/plugin/hparams/session_groups", data=json.dumps(request), timeout=30
+    ).json()
+    found = {value["name"]["tag"]: value["value"] for value in groups["sessionGroups"][0]["metricValues"]}
+    losses = get("scalars/scalars", run="version_0", tag="val/loss").json()
+    assert found["val/loss"] == pytest.approx(losses[-1][2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+def test_browser_shows_charts_and_images(server: str, tmp_path: Path) -> None:
+    def browser(tab: str, *output: str) -> str:
+        arguments = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1600,1400"]
+        arguments += ["--virtual-time-budget=30000", *output, f"{server}/#{tab}"]
+        return subprocess.run(arguments, capture_output=True, text=True, timeout=180).stdout
+
+    charts = browser("timeseries", "--dump-dom")
+    assert "train/acc" in charts
+    assert "<line-chart" in charts
+    picture = tmp_path / "images.png"
+    browser("images", f"--screenshot={picture}")
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)  # (H, W, 3)
+    # The darkest colour of the confusion matrix, which TensorBoard itself does not use.
+    assert (np.abs(pixels - [68, 1, 84]).max(2) < 8).sum() > 10_000
+
+
+@pytest.mark.parametrize("settings", [("--dashboard.every_n_epochs=0",), ("--trainer.logger=false",)])
+def test_dashboard_is_silent(cli: Run, small: Path, tmp_path: Path, settings) -> None:
+    cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, *settings)
+    for run in tmp_path.glob("lightning_logs/version_*"):
+        assert EventAccumulator(str(run)).Reload().Tags()["images"] == []
+
+
+def test_parts_are_chosen(cli: Run, small: Path, tmp_path: Path) -> None:
+    off = ("--dashboard.confusion_matrix=false", "--dashboard.graph=false", "--dashboard.gradient_norm=false")
+    off += ("--dashboard.mistakes=0", "--dashboard.every_n_epochs=2", "--trainer.log_every_n_steps=4")
+    cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, *off)
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0")).Reload()
+    tags = events.Tags()
+    assert set(tags["images"]) == {"train/samples", "val/filters"}
+    assert [event.step for event in events.Images("val/filters")] == [31]
+    assert not tags["graph"]
+    assert "train/gradient_norm" not in tags["scalars"]
+    assert "train/lr" in tags["scalars"]
+
+
+def test_network_that_cannot_be_traced_trains(cli: Run, small: Path) -> None:
+    settings = ("--model=Classifier", "--model.net=untraceable.Net")
+    done = cli("fit", "--config", CONFIGS / "logistic.yaml", *settings, "--data.dataset", small)
+    assert "no graph in TensorBoard: not while being traced" in done.stderr
