@@ -68,11 +68,14 @@ class Dashboard(Callback):
             tuple[Tensor, ...]
         ] = []  # per batch the worst: confidence, image, label, prediction
 
-    def _writer(self, trainer: Trainer) -> SummaryWriter | None:
+    def _logger(self, trainer: Trainer) -> TensorBoardLogger | None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if self.every_n_epochs and loggers and trainer.is_global_zero and not trainer.sanity_checking:
-            return loggers[0].experiment
-        return None
+        return loggers[0] if self.every_n_epochs and loggers and not trainer.sanity_checking else None
+
+    def _writer(self, trainer: Trainer) -> SummaryWriter | None:
+        """Of the first of several processes."""
+        logger = self._logger(trainer)
+        return logger.experiment if logger and trainer.is_global_zero else None
 
     # ---------------------------------------------------------------------------------- training
 
@@ -129,7 +132,7 @@ class Dashboard(Callback):
     # -------------------------------------------------------------------------------- evaluation
 
     def _due(self, trainer: Trainer) -> bool:
-        if not self.every_n_epochs or trainer.sanity_checking:
+        if self._logger(trainer) is None:
             return False
         return trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
@@ -144,7 +147,7 @@ class Dashboard(Callback):
         self._keep(trainer, outputs, batch)
 
     def _keep(self, trainer: Trainer, scores: Any, batch: Any) -> None:
-        if not isinstance(scores, Tensor) or not self._due(trainer) or self._writer(trainer) is None:
+        if not isinstance(scores, Tensor) or not self._due(trainer):
             return
         images, labels = batch
         probabilities = scores.float().softmax(1)
@@ -162,13 +165,15 @@ class Dashboard(Callback):
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         kept, wrong, self._scores, self._wrong = self._scores, self._wrong, [], []
-        writer = self._writer(trainer)
-        if writer is None or not kept:
+        if not kept:
             return
         step = max(trainer.global_step - 1, 0)
         probabilities, labels = map(torch.cat, zip(*kept, strict=True))  # (n, num_classes), (n,)
         matrix = MulticlassConfusionMatrix(probabilities.shape[1]).to(labels.device)
+        # Of all processes together, so each of them has to ask; the mistakes are those of the first.
         counts = matrix(probabilities, labels).cpu()  # (num_classes, num_classes)
+        if (writer := self._writer(trainer)) is None:
+            return
         for name, accuracy in enumerate((counts.diag() / counts.sum(1)).tolist()):
             writer.add_scalar(f"{stage}_acc_of_class/{name}", accuracy, step)
         if self.confusion_matrix:
