@@ -180,7 +180,7 @@ class Dashboard(Callback):
             from matplotlib.figure import Figure  # its pyplot would look for a screen
 
             figure = Figure(figsize=(7, 7))
-            matrix.plot(ax=figure.add_subplot())
+            matrix.plot(counts, ax=figure.add_subplot())  # without them it would ask all processes
             writer.add_figure(f"{stage}/confusion_matrix", figure, step)
         if self.mistakes:
             confidence, images, true, predicted = map(torch.cat, zip(*wrong, strict=True))
