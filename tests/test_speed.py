@@ -9,6 +9,7 @@ import pytest
 import torch
 import tutorial
 from conftest import CONFIGS, Run, assert_same_weights, checkpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_parity import assert_parity, data_module, problem_of, start_of, train
 
@@ -134,3 +135,22 @@ def test_step_of_divergence_is_named(cli: Run, small: Path) -> None:
 
 def test_classifier_says_what_it_is_trained_with() -> None:
     assert Classifier(torch.nn.Flatten(), steps_per_execution=4).hparams["steps_per_execution"] == 4
+
+
+class OwnStep(Classifier):
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
+
+
+def test_step_of_ones_own_logs_nothing_false(small: Path, tmp_path: Path) -> None:
+    class Metrics(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.names = set(trainer.callback_metrics)
+
+    metrics = Metrics()
+    train(
+        OwnStep(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))),
+        data_module(str(small), tmp_path),
+        metrics,
+    )
+    assert metrics.names == {"val/loss", "val/acc"}
