@@ -77,33 +77,61 @@ class StopOnNonFinite(Callback):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, drawn ``refresh_rate`` times a second instead of after every batch."""
+    """Lightning's bar, drawn ``refresh_rate`` times a second, and after the last batch, instead of after
+    every one.
+    """
 
     def __init__(self, refresh_rate: PositiveInt = 5) -> None:
         super().__init__(refresh_rate)
         self._drawn = 0.0
 
-    def _due(self) -> bool:
+    def _due(self, batch_idx: int, batches: int | float) -> bool:
         now = time.monotonic()
-        due = now - self._drawn >= 1 / self.refresh_rate
+        due = now - self._drawn >= 1 / self.refresh_rate or batch_idx + 1 == batches
         self._drawn = now if due else self._drawn
         return due
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self._due() or trainer.is_last_batch:
-            super().on_train_batch_end(trainer, *args)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._due(batch_idx, self.total_train_batches):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def on_validation_batch_end(self, *args: Any) -> None:
-        if self._due():
-            super().on_validation_batch_end(*args)
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *args: Any,
+    ) -> None:
+        if self._due(batch_idx, self.total_val_batches_current_dataloader):
+            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)
 
-    def on_test_batch_end(self, *args: Any) -> None:
-        if self._due():
-            super().on_test_batch_end(*args)
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *args: Any,
+    ) -> None:
+        if self._due(batch_idx, self.total_test_batches_current_dataloader):
+            super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)
 
-    def on_predict_batch_end(self, *args: Any) -> None:
-        if self._due():
-            super().on_predict_batch_end(*args)
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *args: Any,
+    ) -> None:
+        if self._due(batch_idx, self.total_predict_batches_current_dataloader):
+            super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)
 
 
 class PredictionsFile(BasePredictionWriter):

@@ -41,8 +41,10 @@ def test_fit_leaves_a_run_that_can_be_tested_predicted_and_reproduced(
     printed = next(line for line in fitted.stdout.splitlines() if "mnist_lit test" in line)
     tested = cli(*shlex.split(printed)[3:])
     assert "test/acc" in tested.stdout
+    assert " 3/3 " in tested.stdout  # the progress bar, drawn to its end
 
-    cli("predict", "--config", run / "config.yaml", "--ckpt_path", best)
+    predicted = cli("predict", "--config", run / "config.yaml", "--ckpt_path", best)
+    assert " 3/3 " in predicted.stdout
     with (run_of(tmp_path, 2) / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     model = CNN.load_from_checkpoint(best, weights_only=True).eval()
