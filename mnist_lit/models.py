@@ -76,6 +76,10 @@ class Classifier(LightningModule):
 
     # -------------------------------------------------------------------------------------- training
 
+    def on_train_start(self) -> None:
+        if self.global_step == 0:  # weights out of a checkpoint may begin a new run, its sums may not
+            self._trained, self._epoch_sums = [], torch.zeros(3)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | dict[str, Tensor]:
         return self._loss(*batch) if self.automatic_optimization else self._execute(*batch)
 

@@ -154,3 +154,22 @@ def test_step_of_ones_own_logs_nothing_false(small: Path, tmp_path: Path) -> Non
         metrics,
     )
     assert metrics.names == {"val/loss", "val/acc"}
+
+
+def test_new_run_from_old_weights_begins_its_means_anew(small: Path, tmp_path: Path) -> None:
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    class Metrics(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+    data, metrics = data_module(str(small), tmp_path), Metrics()
+    train(CNN(), data, Keep(), max_epochs=1)
+    model = CNN.load_from_checkpoint(tmp_path / "middle.ckpt", weights_only=True)
+    recorder = train(model, data, metrics, max_epochs=1)
+    sizes = torch.tensor([64] * 15 + [40])
+    mean = (torch.tensor(recorder.outcome.losses) * sizes).sum() / 1000
+    assert metrics.metrics["train/loss_epoch"] == pytest.approx(mean.item(), rel=1e-6)
