@@ -30,14 +30,16 @@ from mnist_lit.archive import Splits, decode
 
 ROOT = Path(__file__).parents[1]
 MODELS = "logistic", "cnn"
-CONTENDERS = {  # and what a run of mnist_lit takes beside its config
+SPEED = ["--config", str(ROOT / "configs" / "speed.yaml")]
+# What a run of mnist_lit takes beside its config; the others are in contenders.py.
+CONTENDERS: dict[str, list[str] | None] = {
     "tutorial": None,
     "stock": None,
     "mnist_lit": [],
-    "mnist_lit speed": ["--config", str(ROOT / "configs" / "speed.yaml")],
+    "mnist_lit speed": SPEED,
+    "mnist_lit speed channels_last": [*SPEED, "--model.channels_last=true"],  # which is for convolutions
     "floor": None,
 }
-CHANNELS_LAST = "mnist_lit speed channels_last"
 BATCH_SIZES = 16, 64, 256, 1024
 IMAGES = 5_000, 50_000, 500_000
 REPEATS = 5
@@ -62,17 +64,15 @@ def start(arguments: list[str], folder: Path) -> tuple[dict[str, Any], float, fl
 
 def run(name: str, model: str, data: Path, images: int, folder: Path, epochs: int, batch_size: int) -> Result:
     """One training run, measured in seconds, microseconds (``step_us``) and bytes (``peak_memory``)."""
-    if CONTENDERS.get(name, []) is None:
+    settings = CONTENDERS[name]
+    if settings is None:
         arguments = ["benchmarks.contenders", name, model, str(data), "clock.json"]
         arguments += [f"--epochs={epochs}", f"--batch_size={batch_size}"]
     else:
         callback = {"class_path": "benchmarks.contenders.clock", "init_args": {"path": "clock.json"}}
         (folder / "clock.yaml").write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
         arguments = ["mnist_lit", "fit", "--config", str(ROOT / "configs" / f"{model}.yaml")]
-        arguments += CONTENDERS.get(name) or []
-        if name == CHANNELS_LAST:
-            arguments += [*CONTENDERS["mnist_lit speed"], "--model.channels_last=true"]
-        arguments += ["--config", "clock.yaml", f"--trainer.max_epochs={epochs}"]
+        arguments += [*settings, "--config", "clock.yaml", f"--trainer.max_epochs={epochs}"]
         arguments += [f"--data.dataset={data}", f"--data.batch_size={batch_size}"]
     moments, began, ended = start(arguments, folder)
     pairs = zip(moments["epochs"], moments["epochs"][1:], strict=False)
@@ -134,20 +134,19 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 base = rows["tutorial"]["epoch"]
                 names = [f"{model}: {name}" for name in rows]
                 axis.barh(names, [row["epoch"] / base for row in rows.values()], color=f"C{place}")
-                axis.invert_yaxis()
                 axis.axvline(1, color="black", linewidth=0.8)
                 axis.set_xlabel("time of an epoch, the tutorial's loop = 1")
                 continue
+            sizes = results[panel][model]
             for number, name in enumerate(CONTENDERS):
-                sizes = results[panel][model]
-                steps = [rows[name]["step_us"] for rows in sizes.values()]
-                style = ("-", "--")[place]
-                axis.loglog(
-                    [int(n) for n in sizes], steps, style, color=f"C{number}", label=f"{model}: {name}"
-                )
+                if name in next(iter(sizes.values())):
+                    steps = [rows[name]["step_us"] for rows in sizes.values()]
+                    style = {"linestyle": ("-", "--")[place], "color": f"C{number}"}
+                    axis.loglog(list(sizes), steps, label=f"{model}: {name}", **style)
             axis.set_xlabel(panel.replace("_", " "))
             axis.set_ylabel("microseconds per step")
             axis.legend(fontsize=6)
+    axes[0, 0].invert_yaxis()  # in the order of the table
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -171,7 +170,7 @@ def main() -> None:
         def interleaved(
             model: str, data: Path, images: int, epochs: int, batch_size: int, repeats: int
         ) -> dict:
-            names = [*CONTENDERS, *([CHANNELS_LAST] if model == "cnn" else [])]
+            names = [name for name in CONTENDERS if model == "cnn" or "channels_last" not in name]
             each: dict[str, list[Result]] = {name: [] for name in names}
             what = f"{model}, batches of {batch_size}, {images:,} images"
             for name in track(names * repeats, what, console=console, transient=True):
