@@ -61,12 +61,10 @@ class Dashboard(Callback):
         self.every_n_epochs, self.mistakes, self.samples = int(every_n_epochs), int(mistakes), int(samples)
         self.confusion_matrix, self.filters = confusion_matrix, filters
         self.graph, self.gradient_norm = graph, gradient_norm
-        self._scores: list[
-            tuple[Tensor, Tensor]
-        ] = []  # per batch: probabilities (B, num_classes), labels (B,)
-        self._wrong: list[
-            tuple[Tensor, ...]
-        ] = []  # per batch the worst: confidence, image, label, prediction
+        # Per batch: probabilities (B, num_classes) and labels (B,); of the worst mistakes confidence, image,
+        # label and prediction.
+        self._scores: list[tuple[Tensor, Tensor]] = []
+        self._wrong: list[tuple[Tensor, ...]] = []
 
     def _logger(self, trainer: Trainer) -> TensorBoardLogger | None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -84,10 +82,9 @@ class Dashboard(Callback):
         if writer is None or trainer.global_step:
             return  # a resumed run has all this in its folder
         writer.add_custom_scalars(CHARTS)
-        settings: dict[str, Any] = {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for name, value in {**pl_module.hparams, **getattr(trainer.datamodule, "hparams", {})}.items()  # type: ignore[attr-defined]
-        }
+        both = {**pl_module.hparams, **getattr(trainer.datamodule, "hparams", {})}  # type: ignore[attr-defined]
+        plain = (bool, int, float, str)
+        settings = {name: value if isinstance(value, plain) else str(value) for name, value in both.items()}
         # The tab reads the metrics out of the run's curves; the numbers here only name them.
         assert writer.file_writer is not None
         for summary in hparams(settings, dict.fromkeys(("val/loss", "val/acc", "train/loss"), 0)):
