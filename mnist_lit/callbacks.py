@@ -94,7 +94,7 @@ class ProgressBar(RichProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._due(batch_idx, self.total_train_batches):
+        if self.is_enabled and self._due(batch_idx, self.total_train_batches):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_batch_end(
@@ -106,7 +106,7 @@ class ProgressBar(RichProgressBar):
         batch_idx: int,
         *args: Any,
     ) -> None:
-        if self._due(batch_idx, self.total_val_batches_current_dataloader):
+        if self.is_enabled and self._due(batch_idx, self.total_val_batches_current_dataloader):
             super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)
 
     def on_test_batch_end(
@@ -118,7 +118,7 @@ class ProgressBar(RichProgressBar):
         batch_idx: int,
         *args: Any,
     ) -> None:
-        if self._due(batch_idx, self.total_test_batches_current_dataloader):
+        if self.is_enabled and self._due(batch_idx, self.total_test_batches_current_dataloader):
             super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)
 
     def on_predict_batch_end(
@@ -130,7 +130,7 @@ class ProgressBar(RichProgressBar):
         batch_idx: int,
         *args: Any,
     ) -> None:
-        if self._due(batch_idx, self.total_predict_batches_current_dataloader):
+        if self.is_enabled and self._due(batch_idx, self.total_predict_batches_current_dataloader):
             super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)
 
 
