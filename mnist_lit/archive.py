@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-NUM_CLASSES = 10
+MAX_CLASSES = 1000  # a label beyond that is damage
 MAX_DECODED_BYTES = 2**30  # MNIST decodes to 220 MB
 # SHA-256 over MNIST's 70,000 images as uint8 (train, valid, test), then its labels as uint8: the same
 # for every way in which the tutorial's archive may be compressed.
@@ -162,7 +162,7 @@ def decode(path: Path) -> Splits:
             (x_valid, y_valid), (x_test, y_test))``; or an ``.npz`` with ``x_train, y_train, x_valid,
             y_valid`` and, if there are any, ``x_test, y_test``. Images (n, H, W), (n, 1, H, W) or rows
             (n, H * H), as uint8 or as floats k/256 (the tutorial's) or k/255 with whole k; labels
-            (n,), whole numbers 0..9.
+            (n,), whole numbers from 0.
 
     Raises:
         ArchiveError: naming the file and what is wrong with it.
@@ -199,8 +199,8 @@ def _tensors(split: str, x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{split}: images (n, H, W) or rows (n, H * H) expected, found shape {x.shape}")
     if y.shape != (len(x),) or y.dtype.kind not in "iu":
         raise ValueError(f"{split}: {len(x)} whole-number labels expected, found {y.dtype} {y.shape}")
-    if len(y) and not (y.min() >= 0 and y.max() < NUM_CLASSES):
-        raise ValueError(f"{split}: labels 0..{NUM_CLASSES - 1} expected, found {y.min()}..{y.max()}")
+    if len(y) and not (y.min() >= 0 and y.max() < MAX_CLASSES):
+        raise ValueError(f"{split}: labels 0..{MAX_CLASSES - 1} expected, found {y.min()}..{y.max()}")
     return torch.from_numpy(_to_uint8(split, x)), torch.from_numpy(y.astype(np.int64))
 
 
@@ -249,8 +249,13 @@ def _read_npz(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _read_pickle(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    from rich.progress import open as open_with_progress
+
     stream = io.BytesIO()
-    with gzip.open(path) as file:
+    with (
+        open_with_progress(path, "rb", description="Decoding", transient=True) as raw,
+        gzip.open(raw) as file,
+    ):
         while chunk := file.read(1 << 20):
             _check_size(stream.tell() + len(chunk))
             stream.write(chunk)

@@ -76,6 +76,21 @@ class StopOnNonFinite(Callback):
         )
 
 
+class Compile(Callback):
+    """Compiles the model's ``forward`` with ``torch.compile``; its weights keep their names.
+
+    Args:
+        mode: of ``torch.compile``, such as ``reduce-overhead``.
+        dynamic: of ``torch.compile``: whether sizes may change without compiling again.
+    """
+
+    def __init__(self, mode: str | None = None, dynamic: bool | None = None) -> None:
+        self.mode, self.dynamic = mode, dynamic
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.compile(mode=self.mode, dynamic=self.dynamic)
+
+
 class ProgressBar(RichProgressBar):
     """Lightning's bar, drawn ``refresh_rate`` times a second, and after the last batch, instead of after
     every one.

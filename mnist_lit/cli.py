@@ -1,7 +1,8 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` on ``LightningCLI``."""
+"""The command line: ``fit``, ``validate``, ``test``, ``predict`` and ``export`` on ``LightningCLI``."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import shlex
@@ -10,11 +11,14 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+import lightning.pytorch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -35,8 +39,7 @@ from mnist_lit.checkpoints import (
     read_checkpoint,
 )
 from mnist_lit.dashboards import Dashboard
-from mnist_lit.data import MNISTDataModule
-from mnist_lit.models import Classifier
+from mnist_lit.export import Trainer
 
 # Warnings that a user can do nothing about: they tell one library's authors about another's.
 NOISE = (
@@ -47,7 +50,7 @@ NOISE = (
     r".*configure_optimizers` will be overridden by",  # which is what --optimizer asks for
 )
 
-
+ERRORS = ArchiveError, CheckpointError, DivergenceError, MisconfigurationException
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
 
 
@@ -57,12 +60,20 @@ class CLI(LightningCLI):
     ckpt_path: str | None = None
     checkpoint: dict[str, Any] | None = None  # what is in it
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``Trainer.export``."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
         settings = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
         parser.set_defaults({f"best_checkpoint.{key}": value for key, value in settings.items()})
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Dashboard, "dashboard")
+        parser.set_defaults({"data": {"class_path": "mnist_lit.MNISTDataModule"}})
+        for name in ("num_classes", "num_pixels"):  # ignored where a model or a data module has none
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
@@ -88,6 +99,8 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and self.ckpt_path == "last":
             self.ckpt_path = self._last_checkpoint()
         if self.ckpt_path is None:
+            if self.subcommand == "export":
+                parser.error("--ckpt_path: export needs the path of a checkpoint")
             if self.subcommand != "fit":
                 rank_zero_warn(f"{self.subcommand} without --ckpt_path: the model's weights are random ones")
         elif self.ckpt_path in ("best", "last"):
@@ -99,11 +112,19 @@ class CLI(LightningCLI):
                     "runs keep them in lightning_logs/*/checkpoints"
                 )
             self.checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
+            self._classes_of_checkpoint(config)
         config.ckpt_path = self.ckpt_path
         # A run's config.yaml is what it was started with; what it was resumed with is kept beside it.
         resumed = self.subcommand == "fit" and self.checkpoint
         step = f"-from-step-{resumed['global_step']}" if resumed else ""
         self.save_config_kwargs = {"config_filename": f"config{step}.yaml", "overwrite": True}
+
+    def _classes_of_checkpoint(self, config: Namespace) -> None:
+        """Images to predict have no labels to count, and a model that is there needs no others counted."""
+        classes = (self.checkpoint or {}).get("hyper_parameters", {}).get("num_classes")
+        settings = config.data.get("init_args") or {}
+        if classes is not None and "num_classes" in settings and settings["num_classes"] is None:
+            settings["num_classes"] = classes
 
     def _last_checkpoint(self) -> str | None:
         root_dir = Path(self.config[self.subcommand].trainer.default_root_dir or ".")
@@ -114,7 +135,7 @@ class CLI(LightningCLI):
         rank_zero_info(f"--ckpt_path=last: going on from {path}")
         return str(path)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.pytorch.Trainer:
         config = self.config[self.subcommand].trainer
         if config.logger in (None, True) and not config.fast_dev_run:
             # Lightning's default logger; a resumed run goes on in its own folder, and what it had logged
@@ -175,13 +196,14 @@ class CLI(LightningCLI):
         Raises:
             SystemExit: with code 1, if there are any.
         """
-        if not self.datamodule.broken:
+        broken = getattr(self.datamodule, "broken", {})
+        if not broken:
             return
         console = Console(stderr=True)
-        for path, reason in self.datamodule.broken.items():
+        for path, reason in broken.items():
             console.print(f"{path}: {reason}", soft_wrap=True, highlight=False, markup=False)
-        total = len(self.datamodule.broken) + len(self.datamodule.files)
-        sys.exit(f"mnist_lit: error: {len(self.datamodule.broken)} of {total} files could not be predicted")
+        total = len(broken) + len(self.datamodule.files)
+        sys.exit(f"mnist_lit: error: {len(broken)} of {total} files could not be predicted")
 
     def after_fit(self) -> None:
         """Prints the final metrics and the commands that come next."""
@@ -189,7 +211,10 @@ class CLI(LightningCLI):
         log_dir = trainer.log_dir  # the processes agree on it, so each of them has to ask
         if not trainer.is_global_zero:
             return
-        name, dataset = type(self.model).__name__, self.datamodule.dataset_used
+        name, dataset = (
+            type(self.model).__name__,
+            getattr(self.datamodule, "dataset_used", type(self.datamodule).__name__),
+        )
         title = f"{name} on {dataset} after {trainer.current_epoch} epochs"
         table = Table("metric", Column("value", justify="right"), title=title, min_width=len(title) + 2)
         for name, value in sorted(trainer.callback_metrics.items()):
@@ -214,6 +239,48 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
+def with_config_of_run(args: list[str]) -> list[str]:
+    """The command, and where it names a checkpoint and no config, the config.yaml of the checkpoint's run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--ckpt_path", type=Path)
+    named, _ = parser.parse_known_args(args)
+    if named.config or named.ckpt_path is None or not named.ckpt_path.exists():
+        return args
+    config = named.ckpt_path.absolute().parents[1] / "config.yaml"
+    if not config.is_file():
+        return args
+    rank_zero_info(f"The config is the run's: {os.path.relpath(config)}")
+    command, *settings = args
+    return [command, "--config", str(config), *settings]
+
+
+def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
+    """One command of ``LightningCLI``.
+
+    Args:
+        args: as on the command line, the command first.
+        callbacks: that watch over the run beside those of its config.
+    """
+    sys.argv[1:] = args  # which Lightning starts further processes with
+    return CLI(
+        LightningModule,
+        LightningDataModule,
+        trainer_class=Trainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        # An error is one message and not a screenful of options; a typo is no abbreviation.
+        parser_kwargs={
+            "prog": "python -m mnist_lit",
+            "epilog": "With a --help of their own: sweep (search settings), new (a project of your own)",
+            "allow_abbrev": False,
+            **{command: {"usage": USAGE} for command in CLI.subcommands()},
+        },
+        seed_everything_default=1,
+        trainer_defaults={"callbacks": [StopOnNonFinite(), RandomState(), *callbacks]},
+    )
+
+
 def main() -> None:
     """Runs the command in ``sys.argv``; what the user got wrong ends in one message and exit code 1 or 2."""
     for signum in (signal.SIGINT, signal.SIGTERM):  # until training starts: there is nothing to save
@@ -223,19 +290,17 @@ def main() -> None:
         warnings.filterwarnings("ignore", message=noise)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip: " not in record.getMessage())
+    command, *args = sys.argv[1:] or [""]
     try:
-        CLI(
-            Classifier,
-            MNISTDataModule,
-            subclass_mode_model=True,
-            # An error is one message and not a screenful of options; a typo is no abbreviation.
-            parser_kwargs={
-                "prog": "python -m mnist_lit",
-                "allow_abbrev": False,
-                **{command: {"usage": USAGE} for command in CLI.subcommands()},
-            },
-            seed_everything_default=1,
-            trainer_defaults={"callbacks": [StopOnNonFinite(), RandomState()]},
-        )
-    except (ArchiveError, CheckpointError, DivergenceError, MisconfigurationException) as error:
+        if command == "new":
+            from mnist_lit import new
+
+            new.main(args)
+        elif command == "sweep":
+            from mnist_lit import sweep
+
+            sweep.main(args)
+        else:
+            run(with_config_of_run(sys.argv[1:]))
+    except ERRORS as error:
         sys.exit(f"mnist_lit: error: {error}")

@@ -84,7 +84,11 @@ class Dashboard(Callback):
         writer.add_custom_scalars(CHARTS)
         both = {**pl_module.hparams, **getattr(trainer.datamodule, "hparams", {})}  # type: ignore[attr-defined]
         plain = (bool, int, float, str)
-        settings = {name: value if isinstance(value, plain) else str(value) for name, value in both.items()}
+        settings = {
+            name: value if isinstance(value, plain) else str(value)
+            for name, value in both.items()
+            if not name.startswith("_")  # Lightning's notes to itself
+        }
         # The tab reads the metrics out of the run's curves; the numbers here only name them.
         assert writer.file_writer is not None
         for summary in hparams(settings, dict.fromkeys(("val/loss", "val/acc", "train/loss"), 0)):

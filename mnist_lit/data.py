@@ -29,7 +29,7 @@ from mnist_lit.archive import (
     read_mnist,
     stamp,
 )
-from mnist_lit.pictures import PictureError, find_pictures, read_picture
+from mnist_lit.pictures import SIDE, PictureError, find_pictures, read_picture
 
 Batch = tuple[Tensor, Tensor]
 
@@ -89,6 +89,7 @@ class MNISTDataModule(LightningDataModule):
         timeout: seconds after which a silent server counts as failed.
         batch_size: training images per step and device; evaluation takes twice as many.
         num_workers: processes that load batches; 0 is fastest for data in memory.
+        num_classes: how many classes the model is to tell apart; by default as many as the dataset has.
         images: what ``predict`` reads instead of the test split: image files, folders or patterns such as
             ``digits/*.png``. Files that cannot be read end up in ``broken``, with the reason.
     """
@@ -103,13 +104,15 @@ class MNISTDataModule(LightningDataModule):
         timeout: PositiveFloat = 10.0,
         batch_size: PositiveInt = 64,
         num_workers: NonNegativeInt = 0,
+        num_classes: PositiveInt | None = None,
         images: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore="images")
+        self.save_hyperparameters(ignore=["images", "num_classes"])
         self.dataset, self.data_dir, self.url, self.timeout = dataset, Path(data_dir), url, timeout
         # Plain numbers: what is of jsonargparse's types does not load from a checkpoint without trust.
         self.batch_size, self.num_workers = int(batch_size), int(num_workers)
+        self._num_classes = num_classes and int(num_classes)
         self.images = [images] if isinstance(images, str) else images or []
         self.files: list[Path] = []  # one for each image that is predicted
         self.broken: dict[Path, str] = {}
@@ -118,7 +121,7 @@ class MNISTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Once per node: everything that takes time or the network, so that ``setup`` finds it on disk."""
-        if self._predicts_files:
+        if self._predicts_files or self.dataset_used:
             return
         if self.dataset in ("auto", "mnist") and not self._archive.exists():
             try:
@@ -138,6 +141,25 @@ class MNISTDataModule(LightningDataModule):
             self._read_files()
         elif not self.dataset_used:
             self._open()
+
+    @property
+    def num_classes(self) -> int:
+        """What the command line builds the model for; opens the dataset where it was not given."""
+        if self._num_classes is None:
+            self.prepare_data()
+            self._num_classes = self._labelled_classes()
+        return self._num_classes
+
+    @property
+    def num_pixels(self) -> int:
+        """H * W of the images; opens the dataset, unless ``images`` take its place."""
+        if self.images:
+            return SIDE * SIDE
+        self.prepare_data()
+        return self.splits.train[0][0].numel()
+
+    def _labelled_classes(self) -> int:
+        return max(int(labels.max()) + 1 for _, labels in self.splits if len(labels))
 
     @property
     def _predicts_files(self) -> bool:
@@ -177,6 +199,11 @@ class MNISTDataModule(LightningDataModule):
             path = Path(dataset).resolve()
             name = f"{path.name}-{hashlib.sha256(bytes(path)).hexdigest()[:8]}.pt"
             self.splits, self.digest = cached(data_dir / "copies" / name, stamp(path), lambda: decode(path))
+        if self._num_classes is not None and self._labelled_classes() > self._num_classes:
+            raise ArchiveError(
+                f"{dataset} has labels up to {self._labelled_classes() - 1}, the model tells "
+                f"{self._num_classes} classes apart"
+            )
         self.dataset_used = dataset
         self.save_hyperparameters({"dataset_used": dataset})
 
@@ -198,7 +225,7 @@ class MNISTDataModule(LightningDataModule):
 
     def val_dataloader(self) -> StatefulDataLoader:
         """Validation batches, of twice the size: without gradients there is room for them."""
-        return self._loader(self.splits.valid, 2 * self.batch_size)
+        return self._evaluation_loader(self.splits.valid)
 
     def test_dataloader(self) -> StatefulDataLoader:
         """Test batches.
@@ -206,15 +233,40 @@ class MNISTDataModule(LightningDataModule):
         Raises:
             ArchiveError: when the dataset has no test split.
         """
-        if not len(self.splits.test[0]):
-            raise ArchiveError(f"{self.dataset_used}: no test split, expected arrays x_test and y_test")
-        return self._loader(self.splits.test, 2 * self.batch_size)
+        self._require_test_split()
+        return self._evaluation_loader(self.splits.test)
 
     def predict_dataloader(self) -> StatefulDataLoader:
         """``images``, or else the test split."""
-        if self._predicts_files:
-            return self._loader(self.pictures, 2 * self.batch_size)
-        return self.test_dataloader()
+        if not self._predicts_files:
+            self._require_test_split()
+        pictures = self.pictures if self._predicts_files else self.splits.test
+        return self._loader(pictures, 2 * self.batch_size)
+
+    def _require_test_split(self) -> None:
+        if not len(self.splits.test[0]):
+            raise ArchiveError(f"{self.dataset_used}: no test split, expected arrays x_test and y_test")
+
+    def _evaluation_loader(self, split: Batch) -> StatefulDataLoader:
+        """Of several processes each gets its share, without the copies of images that Lightning's sampler
+        would add to make the shares equal.
+        """
+        batch_size, order = 2 * self.batch_size, None
+        if self.trainer and (world_size := self.trainer.world_size) > 1:
+            images, labels = split
+            if len(images) < world_size:
+                raise ArchiveError(
+                    f"{self.dataset_used}: {len(images)} images to evaluate on are too few for {world_size} "
+                    "processes"
+                )
+            share = slice(self.trainer.global_rank, None, world_size)
+            split = images[share], labels[share]
+            # As many batches in every process, for in validation DDP waits for the others at each.
+            smallest, largest = len(images) // world_size, -(-len(images) // world_size)
+            while -(-smallest // batch_size) != -(-largest // batch_size):
+                batch_size += 1
+            order = StatefulDistributedSampler(Images(*split), num_replicas=1, rank=0, shuffle=False)
+        return self._loader(split, batch_size, order)
 
     def _loader(
         self, split: Batch, batch_size: int, order: StatefulDistributedSampler | None = None

@@ -74,6 +74,18 @@ class Classifier(LightningModule):
         """Images float32 (B, 1, H, W) to scores (B, num_classes)."""
         return self.net(images)
 
+    def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy; what a subclass says instead is trained on, and logged everywhere.
+
+        Args:
+            scores: float32 (B, num_classes).
+            labels: int64 (B,).
+
+        Returns:
+            the mean over the batch, ().
+        """
+        return F.cross_entropy(scores, labels)
+
     # -------------------------------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
@@ -81,11 +93,11 @@ class Classifier(LightningModule):
             self._trained, self._epoch_sums = [], torch.zeros(3)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | dict[str, Tensor]:
-        return self._loss(*batch) if self.automatic_optimization else self._execute(*batch)
+        return self._step(*batch) if self.automatic_optimization else self._execute(*batch)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         scores = self(images)  # (B, num_classes)
-        loss = F.cross_entropy(scores, labels)
+        loss = self.loss(scores, labels)
         self._trained.append((loss.detach(), scores.detach().argmax(1), labels))
         # Lightning writes to the logger every log_every_n_steps; what is logged in between would be
         # thrown away, at the price of a large part of the step.
@@ -172,7 +184,7 @@ class Classifier(LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
         for batch in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            loss = self._loss(*batch)
+            loss = self._step(*batch)
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
@@ -199,7 +211,7 @@ class Classifier(LightningModule):
 
     def _evaluate(self, images: Tensor, labels: Tensor) -> Tensor:
         scores = self(images)  # (B, num_classes)
-        self._evaluated.append((F.cross_entropy(scores, labels), scores.argmax(1), labels))
+        self._evaluated.append((self.loss(scores, labels), scores.argmax(1), labels))
         return scores
 
     def on_validation_epoch_end(self) -> None:

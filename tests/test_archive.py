@@ -109,8 +109,11 @@ def change(**changed: object) -> Arrays:
 
 
 WRONG = {
-    "labels above 9": (change(y=np.full(30, 10)), r"labels 0\.\.9 expected, found 10\.\.10"),
-    "labels below 0": (change(y=np.full(30, -1)), r"labels 0\.\.9 expected, found -1\.\.-1"),
+    "labels out of all bounds": (
+        change(y=np.full(30, 1000)),
+        r"labels 0\.\.999 expected, found 1000\.\.1000",
+    ),
+    "labels below 0": (change(y=np.full(30, -1)), r"labels 0\.\.999 expected, found -1\.\.-1"),
     "labels as floats": (change(y=np.zeros(30)), "30 whole-number labels expected, found float64"),
     "too few labels": (change(y=np.zeros(29, np.int64)), r"30 whole-number labels expected.*\(29,\)"),
     "rows of no square": (change(x=np.zeros((30, 785), np.float32)), "rows of 785 pixels"),

@@ -160,7 +160,7 @@ WRONG = {
     "unknown key": (["--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
     "unknown key of the model": (["--model.lrr=3"], "'lrr' is not accepted"),
     "wrong type": (["--trainer.max_epochs=many"], "trainer.max_epochs"),
-    "negative batch size": (["--data.batch_size=-1"], "data.batch_size"),
+    "negative batch size": (["--data.batch_size=-1"], 'Parser key "batch_size"'),
     "missing config": (["--config=nowhere.yaml"], "nowhere.yaml"),
     "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
     "unknown model": (["--model=Transformer"], "Transformer"),

@@ -1,4 +1,4 @@
-"""A network that torch.jit cannot trace."""
+"""A network that neither torch.jit nor torch.export can follow."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class Net(nn.Module):
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 
     def forward(self, images: Tensor) -> Tensor:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
             raise RuntimeError("not while being traced")
         return self.layers(images)
