@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from browser import CHROMIUM, PAGES, browser, open_page, tensorboard
 from conftest import CONFIGS, Run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,28 +27,9 @@ def run(cli: Run, small: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(run: Path, tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    arguments = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run.parent)]
-    arguments += ["--port", str(port), "--load_fast=false"]
-    with (tmp_path / "tensorboard.log").open("w") as log:
-        process = subprocess.Popen(arguments, stdout=log, stderr=log)
-    try:
-        for _ in range(300):
-            assert process.poll() is None, (tmp_path / "tensorboard.log").read_text()
-            try:
-                if len(requests.get(f"{address}/data/runs", timeout=5).json()) == 2:
-                    break
-            except requests.ConnectionError:
-                pass
-            time.sleep(0.2)
+def server(run: Path) -> Iterator[str]:
+    with tensorboard(run.parent, runs=2) as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def test_server_has_scalars_images_hparams_and_graph(server: str) -> None:
@@ -102,6 +80,30 @@ def test_server_has_scalars_images_hparams_and_graph(server: str) -> None:
     found = {value["name"]["tag"]: value["value"] for value in groups["sessionGroups"][0]["metricValues"]}
     losses = get("scalars/scalars", run="version_0", tag="val/loss").json()
     assert found["val/loss"] == pytest.approx(losses[-1][2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_browser_shows_charts_images_settings_and_graph(server: str) -> None:
+    with browser() as page:
+        for name in PAGES:
+            open_page(page, server, name)
+            if name == "curves":
+                page.locator("scalar-card", has_text="train/loss").first.wait_for()
+            if name == "images":
+                page.get_by_text("val/mistakes").first.wait_for()
+                sizes = page.locator("tf-image-loader img").evaluate_all(
+                    "images => images.map(image => [image.naturalWidth, image.naturalHeight])"
+                )
+                assert [840, 300] in sizes  # three rows of ten digits
+                assert [700, 700] in sizes  # the confusion matrix
+            if name == "train-and-validation":
+                assert page.locator("vz-line-chart2").count() == 2
+            if name == "hparams":
+                page.get_by_text("batch_size").first.wait_for()
+                page.get_by_text("version_0").first.wait_for()
+            if name == "graph":
+                page.locator("svg").get_by_text("CNN").first.wait_for()
 
 
 @pytest.mark.parametrize("settings", [("--dashboard.every_n_epochs=0",), ("--trainer.logger=false",)])

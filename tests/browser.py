@@ -1,0 +1,88 @@
+"""TensorBoard as people see it: the real server, and its pages in Chromium.
+
+``python tests/browser.py LOGDIR FOLDER`` takes the README's screenshots of a folder of runs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+from playwright.sync_api import Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+# Of each page what must be there before it counts as drawn.
+PAGES = {
+    "curves": ("timeseries", "scalar-card svg path"),
+    "images": ("images", "tf-image-loader img"),
+    "train-and-validation": ("custom_scalars", "vz-line-chart2 svg path"),
+    "hparams": ("hparams", "table"),
+    "graph": ("graphs", "svg g.nodes g.node"),
+}
+
+
+@contextmanager
+def tensorboard(logdir: Path, runs: int) -> Iterator[str]:
+    """The address of a server that has loaded so many runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    arguments = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
+    arguments += ["--port", str(port), "--load_fast=false"]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log)
+        try:
+            for _ in range(300):
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(log.read())
+                try:
+                    if len(requests.get(f"{address}/data/runs", timeout=5).json()) >= runs:
+                        break
+                except requests.ConnectionError:
+                    pass
+                time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@contextmanager
+def browser() -> Iterator[Page]:
+    """A page of a headless Chromium."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium.new_page(viewport={"width": 1400, "height": 860})
+        chromium.close()
+
+
+def open_page(page: Page, address: str, name: str) -> None:
+    """Goes to one of PAGES and waits until it is drawn."""
+    plugin, selector = PAGES[name]
+    page.goto(f"{address}/?darkMode=false#{plugin}")
+    page.locator(selector).first.wait_for(timeout=60_000)
+
+
+def main(logdir: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = len(list(logdir.glob("*/events.out.tfevents.*")))
+    with tensorboard(logdir, runs) as address, browser() as page:
+        for name in PAGES:
+            open_page(page, address, name)
+            page.wait_for_timeout(2000)  # charts unroll
+            page.screenshot(path=folder / f"{name}.png")
+            print(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
