@@ -106,7 +106,7 @@ class Classifier(LightningModule):
         return loss
 
     def _log_training(self) -> None:
-        loss, right, images = self._take()
+        loss, right, images = self.trainer.strategy.reduce(self._take(), reduce_op="sum")  # of all processes
         metrics = {"train/loss": loss / images, "train/acc": right / images}
         self.log_dict(metrics, prog_bar=True, logger=self.automatic_optimization)
         if not self.automatic_optimization:  # Lightning would log at the end of some executions only
@@ -127,7 +127,9 @@ class Classifier(LightningModule):
         if not images:
             return  # a step of a subclass that logs by itself
         self._epoch_sums = torch.zeros(3)
-        self.log_dict({"train/loss_epoch": loss / images, "train/acc_epoch": right / images, **self._place()})
+        metrics = {"train/loss_epoch": loss / images, "train/acc_epoch": right / images}
+        self.log_dict(metrics, sync_dist=True)
+        self.log_dict(self._place())
 
     def _place(self) -> dict[str, float]:
         """Where on the x-axis Lightning is to put what is logged with this, if it would itself count

@@ -109,7 +109,7 @@ def change(**changed: object) -> Arrays:
 
 
 WRONG = {
-    "labels out of all bounds": (
+    "labels too large": (
         change(y=np.full(30, 1000)),
         r"labels 0\.\.999 expected, found 1000\.\.1000",
     ),

@@ -1,0 +1,128 @@
+"""The overlays in configs/, each on top of a model's config."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import CONFIGS, ROOT, Run, checkpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+MODELS = {"cnn", "fast", "logistic"}
+
+
+@pytest.fixture
+def fit(cli: Run, small: Path):
+    def run(model: str, *overlays: str, settings: tuple[str, ...] = (), ok: bool = True):
+        configs = [f"--config={CONFIGS / name}.yaml" for name in (model, *overlays)]
+        return cli(
+            "fit", *configs, "--data.dataset", small, "--trainer.log_every_n_steps=4", *settings, ok=ok
+        )
+
+    return run
+
+
+def run_of(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "lightning_logs" / "version_0")).Reload()
+
+
+def last(folder: Path) -> dict:
+    return checkpoint(folder / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
+
+
+def test_overfit_learns_ten_batches_by_heart(fit, tmp_path: Path) -> None:
+    fit("cnn", "overfit", settings=("--model=FastCNN", "--trainer.max_epochs=20"))
+    assert last(tmp_path)["global_step"] == 20 * 10
+    losses = [event.value for event in run_of(tmp_path).Scalars("train/loss_epoch")]
+    assert losses[-1] < 0.01 < losses[0]
+
+
+def test_debug_leaves_no_run(fit, tmp_path: Path) -> None:
+    done = fit("fast", "debug")
+    assert "will run the requested loop using 3 batch(es)" in done.stderr
+    assert not list(tmp_path.glob("lightning_logs/*"))
+
+
+def test_profile_prints_a_table(fit) -> None:
+    printed = fit("cnn", "profile").stderr
+    assert re.search(r"run_training_batch\s+\|", printed)
+    assert re.search(r"\[Strategy\]SingleDeviceStrategy.backward\s+\|", printed)
+
+
+def test_early_stopping_ends_when_nothing_gets_better(fit, tmp_path: Path) -> None:
+    fit("logistic", "early_stopping", settings=("--model.lr=2",))
+    losses = [event.value for event in run_of(tmp_path).Scalars("val/loss")]
+    assert 4 <= len(losses) < 100
+    assert min(losses[-3:]) >= min(losses)
+    assert losses.index(min(losses)) == len(losses) - 4
+
+
+def test_overlays_of_callbacks_add_up(fit, tmp_path: Path) -> None:
+    fit("logistic", "early_stopping", "find_lr", settings=("--trainer.max_epochs=1",))
+    config = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "config.yaml").read_text())
+    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert names == ["EarlyStopping", "LearningRateFinder"]
+
+
+def test_cosine_falls_to_zero(fit, tmp_path: Path) -> None:
+    fit("logistic", "cosine")
+    (schedule,) = last(tmp_path)["lr_schedulers"]
+    assert schedule["last_epoch"] == 10
+    assert schedule["_last_lr"] == [pytest.approx(0)]
+
+
+def test_plateau_cuts_the_learning_rate(fit, tmp_path: Path) -> None:
+    settings = ("--optimizer.init_args.lr=3", "--lr_scheduler.init_args.patience=0")
+    fit("logistic", "plateau", settings=settings)
+    rates = [event.value for event in run_of(tmp_path).Scalars("train/lr")]
+    assert rates[0] == 3
+    assert rates[-1] < 3
+    assert {round(after / before, 3) for before, after in pairwise(rates)} == {1, 0.3}
+
+
+def test_learning_rate_is_found_and_used(fit, tmp_path: Path) -> None:
+    done = fit("cnn", "find_lr")
+    found = re.search(r"Learning rate set to ([\d.e-]+)", done.stderr)
+    assert found is not None
+    assert 1e-3 <= float(found[1]) <= 1
+    assert run_of(tmp_path).Scalars("train/lr")[0].value == pytest.approx(float(found[1]))
+    assert last(tmp_path)["global_step"] == 2 * 16  # the steps of the search do not count
+    assert not list(tmp_path.glob(".lr_find*"))
+
+
+def test_batch_size_is_found_and_used(fit, tmp_path: Path) -> None:
+    done = fit("cnn", "find_batch_size")
+    assert "will continue with full run using batch size 1024" in done.stderr
+    assert last(tmp_path)["global_step"] == 2  # 1,000 images
+    assert not list(tmp_path.glob(".scale_batch_size*"))
+
+
+def test_gpu_needs_one(fit) -> None:
+    if torch.cuda.is_available():
+        fit("fast", "gpu")
+        return
+    refused = fit("fast", "gpu", ok=False)
+    assert "error: No supported gpu backend found!" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_gpu_overlay_compiles(fit, tmp_path: Path) -> None:
+    """On the processor, where it takes the same path; the weights keep their names."""
+    fit("fast", "gpu", settings=("--trainer.accelerator=cpu", "--trainer.max_epochs=1"))
+    assert "net.0.weight" in last(tmp_path)["state_dict"]
+
+
+def test_every_overlay_is_tried_here() -> None:
+    above = Path(__file__).read_text().partition("def test_every_overlay")[0]
+    overlays = {path.stem for path in CONFIGS.glob("*.yaml")} - MODELS
+    elsewhere = {"ddp", "nodes", "speed", "sweep"}
+    assert overlays - set(re.findall(r'"(\w+)"', above)) == elsewhere
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in overlays if f"{name}.yaml" not in readme] == []
