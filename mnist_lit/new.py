@@ -35,14 +35,12 @@ def new(folder: Path, package: str) -> None:
         MisconfigurationException: when there is something at ``folder``, it cannot be written, or the name
             cannot be used.
     """
+    if folder.exists():
+        raise MisconfigurationException(f"{folder} exists already; name a folder that does not")
     if not package.isidentifier() or keyword.iskeyword(package) or package != package.lower():
         raise MisconfigurationException(f"--package={package}: expected a name such as my_project")
     if package in PARTS or find_spec(package):
-        raise MisconfigurationException(
-            f"--package={package}: there is a package of that name already, choose another one"
-        )
-    if folder.exists():
-        raise MisconfigurationException(f"{folder} exists already; name a folder that does not")
+        raise MisconfigurationException(f"--package={package}: a package of that name exists, choose another")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

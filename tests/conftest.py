@@ -18,6 +18,9 @@ from mnist_lit.digits import make_digits
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 ARCHIVE = os.environ.get("MNIST_LIT_ARCHIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, each on one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "200"}
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
