@@ -57,6 +57,7 @@ USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
 class CLI(LightningCLI):
     """``LightningCLI`` with the best and the last checkpoint kept, early errors and a closing table."""
 
+    run_name: str | None = None
     ckpt_path: str | None = None
     checkpoint: dict[str, Any] | None = None  # what is in it
 
@@ -66,6 +67,8 @@ class CLI(LightningCLI):
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        help = "The name of the run's folder in lightning_logs, by default version_0, version_1 and so on."
+        parser.add_argument("--run_name", type=str | None, help=help)
         parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
         settings = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
         parser.set_defaults({f"best_checkpoint.{key}": value for key, value in settings.items()})
@@ -88,6 +91,10 @@ class CLI(LightningCLI):
         if config.get("lr_scheduler") and not config.get("optimizer"):
             parser.error("--lr_scheduler changes nothing without --optimizer: give both")
         logs = Path(config.trainer.default_root_dir or ".") / "lightning_logs"
+        # Not in the run's config.yaml, with which others like it are started.
+        self.run_name, config.run_name = config.run_name, None
+        if self.run_name and (logs / self.run_name).exists():
+            parser.error(f"--run_name={self.run_name}: there is such a run already in {logs}")
         try:
             logs.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=logs).close()
@@ -140,7 +147,7 @@ class CLI(LightningCLI):
         if config.logger in (None, True) and not config.fast_dev_run:
             # Lightning's default logger; a resumed run goes on in its own folder, and what it had logged
             # after the checkpoint makes room for what it logs again.
-            version = purge_step = None
+            version, purge_step = self.run_name, None
             if self.subcommand == "fit" and self.ckpt_path and self.checkpoint:
                 folder = Path(self.ckpt_path).absolute().parents[1]
                 if folder.parent.name == "lightning_logs":

@@ -7,7 +7,10 @@ machines may share; what is in it is never done again.
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,14 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Column, Table
+from sqlalchemy.exc import DBAPIError
 
 from mnist_lit.archive import replacing
 from mnist_lit.callbacks import DivergenceError
 from mnist_lit.cli import run
 
 MONITOR = "val/loss"  # what is to become small
+ATTEMPTS = 3  # to open the database
 HEARTBEAT = 5  # seconds; a process that is silent for twice as long counts as dead
 DONE = TrialState.COMPLETE, TrialState.PRUNED
 
@@ -123,13 +128,16 @@ def sweep(study: optuna.Study, space: Space, trials: int, fit: list[str]) -> Non
         settings = {name: _suggest(trial, name, setting) for name, setting in space.items()}
         text = ", ".join(f"{name}={value}" for name, value in settings.items())
         Console().rule(f"Trial {number + 1} of {trials}: {text}")
+        trial.set_user_attr("process", f"{os.getpid()} on {platform.node()}")
         prune = Prune(trial)
+        arguments = [f"--{name}={value}" for name, value in settings.items()]
+        arguments.append(f"--run_name={study.study_name}-{trial.number}")
         try:
-            cli = run(["fit", *fit, *(f"--{name}={value}" for name, value in settings.items())], [prune])
+            cli = run(["fit", *fit, *arguments], [prune])
         except DivergenceError as error:
             raise optuna.TrialPruned(str(error)) from error
         folder = Path(cli.trainer.log_dir or "")
-        trial.set_user_attr("run", str(folder))
+        trial.set_user_attr("run", os.path.relpath(folder))
         trial.set_user_attr("config", (folder / "config.yaml").read_text())
         if prune.pruned:
             raise optuna.TrialPruned
@@ -155,13 +163,13 @@ def report(study: optuna.Study, folder: Path) -> None:
 
     console = Console()
     complete = study.get_trials(states=[TrialState.COMPLETE])
-    table = Table(
-        "trial", Column(MONITOR, justify="right"), "run", *complete[0].params, title=study.study_name
-    )
+    names = list(complete[0].params)
+    columns = (MONITOR, *(name.rpartition(".")[2] for name in names))
+    table = Table("run", *(Column(name, justify="right") for name in columns), title="The best trials")
     for trial in sorted(complete, key=lambda trial: trial.value or 0.0)[:10]:
-        picked = trial.params.values()
-        values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in picked)
-        table.add_row(str(trial.number), f"{trial.value:.4f}", trial.user_attrs["run"], *values)
+        values = (trial.value, *(trial.params[name] for name in names))
+        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+        table.add_row(trial.user_attrs["run"], *cells)
     console.print(table)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "best.yaml") as part:
@@ -180,6 +188,24 @@ def report(study: optuna.Study, folder: Path) -> None:
         pyplot.close("all")
     console.print(f"Wrote {folder}/best.yaml, {', '.join(f'{name}.png' for name in drawn)}", soft_wrap=True)
     console.print(f"  python -m mnist_lit fit --config {folder}/best.yaml", soft_wrap=True, highlight=False)
+
+
+def open_study(url: str, name: str) -> optuna.Study:
+    """A study, which is made first where the database has none of that name.
+
+    Raises:
+        MisconfigurationException: when the database cannot be used.
+    """
+    for attempts in reversed(range(ATTEMPTS)):
+        try:
+            storage = optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT)
+            return optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        except Exception as error:  # whatever the driver of a database says
+            # Optuna's tables do not bear that two processes make them at once.
+            if not attempts or not isinstance(error, DBAPIError):
+                raise MisconfigurationException(f"--storage={url}: {str(error).splitlines()[0]}") from error
+            time.sleep(1)
+    raise AssertionError
 
 
 def main(args: list[str]) -> None:
@@ -208,14 +234,8 @@ def main(args: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     url = known.storage or f"sqlite:///{folder}/study.db"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(
-            storage=optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT),
-            study_name=known.study,
-            load_if_exists=True,
-        )
-    except Exception as error:  # whatever the database's driver says
-        raise MisconfigurationException(f"--storage={url}: {str(error).splitlines()[0]}") from error
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    study = open_study(url, known.study)
     if study.user_attrs.setdefault("space", space) != space:
         raise MisconfigurationException(
             f"the study {known.study} has another space; name a new one with --study"

@@ -1,0 +1,164 @@
+"""Sweeps: killed and gone on with, shared, pruned, and what they leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from conftest import CONFIGS, ENVIRONMENT, Run, checkpoint
+from PIL import Image
+
+SPACE = """
+model.init_args.lr: {low: 0.01, high: 1.0, log: true}
+data.init_args.batch_size: {choices: [64, 128]}
+trainer.max_epochs: {low: 1, high: 2}
+"""
+FINISHED = {"COMPLETE", "PRUNED"}
+
+
+@pytest.fixture
+def arguments(small: Path, tmp_path: Path) -> tuple:
+    (tmp_path / "space.yaml").write_text(SPACE)
+    config = ("--config", CONFIGS / "logistic.yaml", "--data.dataset", small)
+    return ("sweep", *config, "--space=space.yaml", "--dashboard.every_n_epochs=0")
+
+
+def trials(folder: Path, study: str = "sweep") -> list[optuna.trial.FrozenTrial]:
+    storage = f"sqlite:///{folder}/lightning_logs/{study}/study.db"
+    return optuna.load_study(study_name=study, storage=storage).get_trials()
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen:
+    with (folder / "output").open("a") as output:
+        command = [sys.executable, "-m", "mnist_lit", *map(str, arguments)]
+        return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=output)
+
+
+def test_sweep_leaves_runs_the_best_config_and_plots(cli: Run, arguments: tuple, tmp_path: Path) -> None:
+    done = cli(*arguments, "--trials=3")
+    found = trials(tmp_path)
+    assert len(found) == 3
+    best = min(found, key=lambda trial: trial.value)
+    for trial in found:
+        config = yaml.safe_load((tmp_path / trial.user_attrs["run"] / "config.yaml").read_text())
+        assert config["model"]["init_args"]["lr"] == trial.params["model.init_args.lr"]
+        assert config["trainer"]["max_epochs"] == trial.params["trainer.max_epochs"]
+    assert f"{best.value:.4g}" in done.stdout
+    for name in ("history", "curves", "slices", "parallel", "importances"):
+        with Image.open(tmp_path / "lightning_logs" / "sweep" / f"{name}.png") as plot:
+            assert len(plot.convert("L").getcolors()) > 2
+
+    # The best config, as the sweep has printed it, is the best trial again.
+    cli("fit", "--config=lightning_logs/sweep/best.yaml", "--run_name=again")
+    again, original = (
+        checkpoint(tmp_path / run / "checkpoints" / "best.ckpt")["callbacks"]
+        for run in ("lightning_logs/again", best.user_attrs["run"])
+    )
+    score, expected = (
+        next(state["best_model_score"] for key, state in callbacks.items() if "ModelCheckpoint" in key)
+        for callbacks in (again, original)
+    )
+    assert score == expected
+    assert score.item() == best.value
+
+    # As many trials again are none; more are the missing ones; another space is another study.
+    cli(*arguments, "--trials=3")
+    assert len(trials(tmp_path)) == 3
+    cli(*arguments, "--trials=4")
+    assert len(trials(tmp_path)) == 4
+    (tmp_path / "space.yaml").write_text("model.init_args.lr: {low: 0.1, high: 1.0}")
+    assert "name a new one with --study" in cli(*arguments, "--trials=5", ok=False).stderr
+
+
+@pytest.mark.slow
+def test_killed_sweep_goes_on(arguments: tuple, cli: Run, tmp_path: Path) -> None:
+    process = start(tmp_path, *arguments, "--trials=8")
+    run = tmp_path / "lightning_logs" / "sweep-3" / "config.yaml"
+    deadline = time.monotonic() + 240
+    while not run.exists():
+        assert process.poll() is None, (tmp_path / "output").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert Counter(trial.state.name for trial in trials(tmp_path))["RUNNING"] == 1
+    cli(*arguments, "--trials=8")
+    states = Counter(trial.state.name for trial in trials(tmp_path))
+    assert sum(states[name] for name in FINISHED) == 8
+    assert states["FAIL"] == 1  # the killed one, which was done again
+    assert states["RUNNING"] == 0
+    assert (tmp_path / "lightning_logs" / "sweep" / "best.yaml").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study(arguments: tuple, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/shared.db"
+    shared = ("--trials=8", f"--storage={storage}", "--study=ours")
+    processes = [start(tmp_path, *arguments, *shared) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0], (tmp_path / "output").read_text()
+    found = optuna.load_study(study_name="ours", storage=storage).get_trials()
+    finished = [trial for trial in found if trial.state.name in FINISHED]
+    assert len(finished) == 8
+    assert len({trial.user_attrs["run"] for trial in finished}) == 8
+    assert len({trial.user_attrs["process"] for trial in finished}) == 2
+    assert not list(tmp_path.glob("lightning_logs/version_*"))
+
+
+def test_hopeless_trial_is_pruned_after_an_epoch(cli: Run, arguments: tuple, tmp_path: Path) -> None:
+    """After five trials that nobody can match."""
+    folder = tmp_path / "lightning_logs" / "sweep"
+    folder.mkdir(parents=True)
+    study = optuna.create_study(storage=f"sqlite:///{folder}/study.db", study_name="sweep")
+    for _ in range(5):
+        study.add_trial(
+            optuna.create_trial(
+                value=1e-6,
+                intermediate_values={0: 1e-6, 1: 1e-6},
+                params={"model.init_args.lr": 0.5},
+                distributions={"model.init_args.lr": optuna.distributions.FloatDistribution(0.1, 1.0)},
+                user_attrs={"run": "lightning_logs/old", "config": "model: Logistic\n"},
+            )
+        )
+    (tmp_path / "space.yaml").write_text("model.init_args.lr: {low: 0.1, high: 1.0}")
+    cli(*arguments, "--trials=6")
+    assert [trial.state.name for trial in trials(tmp_path)] == ["COMPLETE"] * 5 + ["PRUNED"]
+    last = checkpoint(tmp_path / "lightning_logs" / "sweep-5" / "checkpoints" / "last.ckpt")
+    assert last["epoch"] == 0
+    assert (folder / "best.yaml").read_text() == "model: Logistic\n"
+
+
+def test_sweep_in_which_all_diverge_says_so(cli: Run, arguments: tuple, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text("model.init_args.lr: {choices: [1.0e+38]}")
+    done = cli(*arguments, "--trials=2", ok=False)
+    assert "mnist_lit: error: none of 2 trials came to an end" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [trial.state.name for trial in trials(tmp_path)] == ["PRUNED", "PRUNED"]
+
+
+WRONG = {
+    "no such space": ("", (), "--space=nowhere.yaml: "),
+    "no settings": ("[]", (), "--space=space.yaml: expected names of settings"),
+    "no bounds": ("model.init_args.lr: 0.1", (), "model.init_args.lr: expected {low"),
+    "bounds crossed": ("model.init_args.lr: {low: 2.0, high: 1.0}", (), "model.init_args.lr: expected {low"),
+    "no such setting": ("model.init_args.lrr: {low: 1.0, high: 2.0}", (), "'lrr' is not accepted"),
+    "no such database": (SPACE, ("--storage=mysql://nowhere",), "--storage=mysql://nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_sweep_is_one_message(cli: Run, arguments: tuple, tmp_path: Path, case: str) -> None:
+    space, settings, message = WRONG[case]
+    (tmp_path / "space.yaml").write_text(space)
+    if case == "no such space":
+        settings = ("--space=nowhere.yaml",)
+    done = cli(*arguments, *settings, ok=False)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
