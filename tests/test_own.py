@@ -1,0 +1,124 @@
+"""One's own model, data, loss, optimizer, schedule and callback, from a folder that has nothing else."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, Run, checkpoint
+
+RUN = Path("lightning_logs/version_0/checkpoints")
+YAML = """
+model:
+  class_path: Classifier
+  init_args:
+    net:
+      class_path: my_net.Net
+      init_args: {width: 16, num_classes: 7}
+data:
+  dataset: seven.npz
+trainer: {max_epochs: 1}
+"""
+
+
+@pytest.fixture
+def own(cli: Run, small: Path, tmp_path: Path):
+    """The command line in a folder with my_net.py, own.yaml and digits up to 6 of 32 x 28, in both layouts."""
+    shutil.copy(ROOT / "tests" / "own" / "my_net.py", tmp_path)
+    (tmp_path / "own.yaml").write_text(YAML)
+    arrays = {}
+    with np.load(small) as file:
+        for split in ("train", "valid", "test"):
+            chosen = file[f"y_{split}"] < 7
+            arrays[f"x_{split}"] = np.pad(file[f"x_{split}"][chosen], ((0, 0), (2, 2), (0, 0)))
+            arrays[f"y_{split}"] = file[f"y_{split}"][chosen]
+    np.savez(tmp_path / "seven.npz", **arrays)
+    splits = tuple(
+        (arrays[f"x_{split}"].reshape(-1, 1, 32, 28).astype(np.float32) / 256, arrays[f"y_{split}"])
+        for split in ("train", "valid", "test")
+    )
+    with gzip.open(tmp_path / "seven.pkl.gz", "wb") as file:
+        pickle.dump(splits, file)
+
+    def run(*arguments: object, ok: bool = True):
+        return cli(*arguments, ok=ok, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"})
+
+    return run
+
+
+def saved(folder: Path) -> dict:
+    return checkpoint(folder / RUN / "last.ckpt")
+
+
+@pytest.mark.parametrize("suffix", ["npz", "pkl.gz"])
+@pytest.mark.parametrize("model", ["CNN", "FastCNN", "Logistic"])
+def test_classes_and_sizes_come_from_the_data(own, tmp_path: Path, model: str, suffix: str) -> None:
+    data = f"--data.dataset=seven.{suffix}"
+    own("fit", f"--model={model}", data, "--trainer.max_epochs=1")
+    shapes = {name: tuple(weight.shape) for name, weight in saved(tmp_path)["state_dict"].items()}
+    if model == "Logistic":
+        assert shapes["net.1.weight"] == (7, 32 * 28)
+    assert list(shapes.values())[-1] == (7,)  # the last layer's bias
+    own("test", "--ckpt_path", RUN / "best.ckpt")
+    predicted = own("predict", "--ckpt_path", RUN / "best.ckpt")
+    assert "p6" in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
+    assert "p7" not in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
+    assert "Wrote" in predicted.stdout
+
+
+def test_dataset_with_more_classes_than_the_model_is_refused(own, small: Path) -> None:
+    own("fit", "--model=CNN", "--data.dataset=seven.npz", "--trainer.max_epochs=1")
+    done = own("test", "--ckpt_path", RUN / "best.ckpt", "--data.dataset", small, ok=False)
+    assert "has labels up to 9, the model tells 7 classes apart" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_own_network_trains_from_a_yaml(own, tmp_path: Path) -> None:
+    own("fit", "--config=own.yaml")
+    assert saved(tmp_path)["state_dict"]["net.4.weight"].shape == (7, 16)
+
+
+def test_everything_may_be_ones_own(own, tmp_path: Path) -> None:
+    done = own(
+        *("fit", "--config=own.yaml", "--model=my_net.Smooth", "--data=my_net.Stripes"),
+        *("--model.net.init_args.num_classes=3", "--optimizer=my_net.SlowSGD", "--optimizer.lr=0.05"),
+        *("--lr_scheduler=my_net.Halving", "--trainer.callbacks+=my_net.Hello", "--trainer.max_epochs=2"),
+    )
+    assert "hello from a callback" in done.stdout
+    assert "Smooth on Stripes after 2 epochs" in done.stdout
+    last = saved(tmp_path)
+    assert last["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.05 / 4)
+    tested = own("test", "--ckpt_path", RUN / "best.ckpt").stdout
+    loss = re.search(r"test/loss\W+([\d.]+)", tested)
+    assert loss is not None
+    # A smoothed loss is never below the entropy of its labels, (2/3, 1/6, 1/6).
+    assert float(loss[1]) >= 0.867
+    own("predict", "--ckpt_path", RUN / "best.ckpt")
+
+
+def test_module_without_anything_of_mnist_lit_trains_and_resumes(own, tmp_path: Path) -> None:
+    arguments = ("fit", "--model=my_net.Plain", "--data=my_net.Stripes")
+    own(*arguments, "--trainer.max_epochs=1")
+    assert saved(tmp_path)["state_dict"]["net.4.weight"].shape == (3, 4)  # num_classes is the data module's
+    own(*arguments, "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert saved(tmp_path)["epoch"] == 1
+
+
+@pytest.mark.parametrize("name", ["Broken", "BrokenAtBirth"])
+def test_mistake_in_own_code_shows_its_traceback(own, name: str) -> None:
+    done = own(
+        "fit", "--model=Classifier", f"--model.net=my_net.{name}", "--data.dataset=seven.npz", ok=False
+    )
+    assert 'my_net.py", line ' in done.stderr
+    assert 'raise ZeroDivisionError("my own mistake")' in done.stderr
+
+
+def test_network_that_is_not_there_is_one_message(own) -> None:
+    done = own("fit", "--config=own.yaml", "--model.net=my_net.Nothing", ok=False)
+    assert "module 'my_net' has no attribute 'Nothing'" in done.stderr
+    assert "Traceback" not in done.stderr
