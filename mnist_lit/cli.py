@@ -40,6 +40,7 @@ from mnist_lit.checkpoints import (
 )
 from mnist_lit.dashboards import Dashboard
 from mnist_lit.export import Trainer
+from mnist_lit.schema import Print, print_completion, print_schema
 
 # Warnings that a user can do nothing about: they tell one library's authors about another's.
 NOISE = (
@@ -51,6 +52,7 @@ NOISE = (
 )
 
 ERRORS = ArchiveError, CheckpointError, DivergenceError, MisconfigurationException
+SCRIPT = "mnist-lit"
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
 
 
@@ -68,6 +70,11 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         help = "The name of the run's folder in lightning_logs, by default version_0, version_1 and so on."
+        for printed, what in (
+            (print_schema, "a JSON schema of configs"),
+            (print_completion, "bash completion"),
+        ):
+            parser.add_argument(f"--{printed.__name__}", action=Print, const=printed, help=f"Print {what}.")
         parser.add_argument("--run_name", type=str | None, help=help)
         parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
         settings = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
@@ -278,7 +285,7 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
         subclass_mode_data=True,
         # An error is one message and not a screenful of options; a typo is no abbreviation.
         parser_kwargs={
-            "prog": "python -m mnist_lit",
+            "prog": SCRIPT if Path(sys.argv[0]).name == SCRIPT else "python -m mnist_lit",
             "epilog": "With a --help of their own: sweep (search settings), new (a project of your own)",
             "allow_abbrev": False,
             **{command: {"usage": USAGE} for command in CLI.subcommands()},

@@ -28,7 +28,7 @@ trainer: {max_epochs: 1}
 
 @pytest.fixture
 def own(cli: Run, small: Path, tmp_path: Path):
-    """The command line in a folder with my_net.py, own.yaml and digits up to 6 of 32 x 28, in both layouts."""
+    """The command line beside my_net.py, own.yaml and digits up to 6 of 32 x 28, in both layouts."""
     shutil.copy(ROOT / "tests" / "own" / "my_net.py", tmp_path)
     (tmp_path / "own.yaml").write_text(YAML)
     arrays = {}

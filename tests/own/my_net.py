@@ -82,7 +82,10 @@ class Hello(Callback):
         print("hello from a callback")
 
 
-class Broken(nn.Module):
+class Broken(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
     def forward(self, images):
         raise ZeroDivisionError("my own mistake")
 

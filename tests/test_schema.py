@@ -1,0 +1,61 @@
+"""What editors and shells are told of the configs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import jsonschema
+import pytest
+import yaml
+from conftest import CONFIGS, Run
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict:
+    return {}
+
+
+@pytest.fixture
+def validator(cli: Run, printed: dict) -> jsonschema.Draft202012Validator:
+    if not printed:
+        printed.update(json.loads(cli("fit", "--print_schema").stdout))
+    jsonschema.Draft202012Validator.check_schema(printed)
+    return jsonschema.Draft202012Validator(printed)
+
+
+def test_every_config_is_valid(validator, cli: Run) -> None:
+    for path in CONFIGS.glob("*.yaml"):
+        if path.stem != "sweep":
+            assert list(validator.iter_errors(yaml.safe_load(path.read_text()))) == [], path
+    complete = yaml.safe_load(cli("fit", "--config", CONFIGS / "cnn.yaml", "--print_config").stdout)
+    assert list(validator.iter_errors(complete)) == []
+    own = "{model: {class_path: my_net.Mine, init_args: {depth: 3}}, trainer: {callbacks: [{class_path: my.Own}]}}"
+    assert list(validator.iter_errors(yaml.safe_load(own))) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "trainer: {max_epoch: 3}",
+        "trainer: {max_epochs: many}",
+        "model: {class_path: CNN, init_args: {lrr: 1}}",
+        "model: {class_path: FastCNN, init_args: {lr: fast}}",
+        "data: {batch_size: large}",
+        "data: {batch_sizes: 3}",
+        "optimizer: {class_path: SGD, init_args: {lrr: 1}}",
+        "models: CNN",
+    ],
+)
+def test_mistakes_are_found(validator, config: str) -> None:
+    assert list(validator.iter_errors(yaml.safe_load(config)))
+
+
+def test_bash_completes_commands_and_settings(cli: Run) -> None:
+    line = cli("fit", "--print_completion").stdout
+    script = f"""{line}
+    words=$(complete -p mnist-lit | sed "s/.*-W '//; s/' mnist-lit//")
+    compgen -W "$words" -- --data.batch; compgen -W "$words" -- --trainer.max_e; compgen -W "$words" -- exp
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["--data.batch_size", "--trainer.max_epochs", "export"]
