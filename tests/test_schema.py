@@ -30,7 +30,7 @@ def test_every_config_is_valid(validator, cli: Run) -> None:
             assert list(validator.iter_errors(yaml.safe_load(path.read_text()))) == [], path
     complete = yaml.safe_load(cli("fit", "--config", CONFIGS / "cnn.yaml", "--print_config").stdout)
     assert list(validator.iter_errors(complete)) == []
-    own = "{model: {class_path: my_net.Mine, init_args: {depth: 3}}, trainer: {callbacks: [{class_path: my.Own}]}}"
+    own = "{model: {class_path: my.Net, init_args: {n: 3}}, trainer: {callbacks: [{class_path: my.Own}]}}"
     assert list(validator.iter_errors(yaml.safe_load(own))) == []
 
 
