@@ -102,11 +102,12 @@ def test_batch_size_is_found_and_used(fit, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".scale_batch_size*"))
 
 
-def test_gpu_needs_one(fit) -> None:
+@pytest.mark.parametrize("overlay", ["gpu", "fsdp"])
+def test_gpu_needs_one(fit, overlay: str) -> None:
     if torch.cuda.is_available():
-        fit("fast", "gpu")
+        fit("fast", overlay)
         return
-    refused = fit("fast", "gpu", ok=False)
+    refused = fit("fast", overlay, ok=False)
     assert "error: No supported gpu backend found!" in refused.stderr
     assert "Traceback" not in refused.stderr
 
