@@ -12,6 +12,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,14 @@ class CLI(LightningCLI):
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        help = "The name of the run's folder in lightning_logs, by default version_0, version_1 and so on."
         for printed, what in (
             (print_schema, "a JSON schema of configs"),
             (print_completion, "bash completion"),
         ):
             parser.add_argument(f"--{printed.__name__}", action=Print, const=printed, help=f"Print {what}.")
-        parser.add_argument("--run_name", type=str | None, help=help)
+        parser.add_argument(
+            "--run_name", type=str | None, help="Name the run's folder, instead of version_N."
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
         settings = {"filename": "best", "monitor": "val/loss", "enable_version_counter": False}
         parser.set_defaults({f"best_checkpoint.{key}": value for key, value in settings.items()})
@@ -311,6 +313,8 @@ def main() -> None:
 
             new.main(args)
         elif command == "sweep":
+            if find_spec("optuna") is None:
+                raise MisconfigurationException("sweep needs optuna: pip install 'mnist_lit[sweep]'")
             from mnist_lit import sweep
 
             sweep.main(args)

@@ -50,6 +50,8 @@ def new(folder: Path, package: str) -> None:
             os.rename(project, folder)
     except OSError as error:
         raise MisconfigurationException(f"cannot write {folder}: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:
+        raise MisconfigurationException(f"git could not commit in {folder}: {error.stderr}") from error
     console = Console()
     console.print(f"Made {folder}. What comes next:")
     console.print(f"  cd {shlex.quote(str(folder))}", highlight=False)

@@ -158,6 +158,9 @@ def report(study: optuna.Study, folder: Path) -> None:
         study: with at least one trial that is complete.
         folder: where ``best.yaml`` and the plots go.
     """
+    import matplotlib
+
+    matplotlib.use("Agg")  # files, no windows
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
