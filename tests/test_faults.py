@@ -291,7 +291,8 @@ def test_run_folder_deleted_while_training(cli: Run, small: Path, tmp_path: Path
     done = cli(*QUICK, "--data.dataset", small, *deletes, ok=False)
     assert_one_message(done, "has vanished", "exception.ckpt")
     kept = tmp_path / RUN / "checkpoints" / "exception.ckpt"
-    assert checkpoint(kept)["global_step"] == 11  # deleted after step 10; step 12 logs before its update
+    # Deleted after step 10; the thread that writes the curves notices at some time after that.
+    assert checkpoint(kept)["global_step"] in range(11, 17)
     cli(*QUICK, "--data.dataset", small, "--ckpt_path", kept)
 
 
