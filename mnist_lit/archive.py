@@ -249,13 +249,13 @@ def _read_npz(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _read_pickle(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    from rich.console import Console
     from rich.progress import open as open_with_progress
 
-    stream = io.BytesIO()
-    with (
-        open_with_progress(path, "rb", description="Decoding", transient=True) as raw,
-        gzip.open(raw) as file,
-    ):
+    stream, console = io.BytesIO(), Console(stderr=True)
+    quiet = not console.is_terminal
+    reading = open_with_progress(path, "rb", description="Decoding", console=console, disable=quiet)
+    with reading as raw, gzip.open(raw) as file:
         while chunk := file.read(1 << 20):
             _check_size(stream.tell() + len(chunk))
             stream.write(chunk)
