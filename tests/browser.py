@@ -63,7 +63,9 @@ def browser() -> Iterator[Page]:
     """A page of a headless Chromium."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium.new_page(viewport={"width": 1400, "height": 860})
+        page = chromium.new_page(viewport={"width": 1400, "height": 860})
+        page.set_default_timeout(120_000)
+        yield page
         chromium.close()
 
 
@@ -71,7 +73,7 @@ def open_page(page: Page, address: str, name: str) -> None:
     """Goes to one of PAGES and waits until it is drawn."""
     place, selector = PAGES[name]
     page.goto(f"{address}/?darkMode=false&{place}")
-    page.locator(selector).first.wait_for(timeout=60_000)
+    page.locator(selector).first.wait_for()
 
 
 def main(logdir: Path, folder: Path) -> None:
