@@ -140,12 +140,23 @@ class Classifier(LightningModule):
         return {"step": float(self.global_step - 1), "epoch": float(self.current_epoch)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["trained"], checkpoint["epoch_sums"] = self._trained, self._epoch_sums
+        kept = {"trained": self._trained, "epoch_sums": self._epoch_sums}
+        each = [kept]
+        if torch.distributed.is_initialized():
+            each *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(each, kept)
+        checkpoint["kept"] = each  # by each process
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = checkpoint.get("trained", [])
-        self._trained = [tuple(tensor.to(self.device) for tensor in step) for step in trained]
-        self._epoch_sums = checkpoint.get("epoch_sums", self._epoch_sums)
+        several = torch.distributed.is_initialized()
+        rank, world_size = (
+            (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+        )
+        each = checkpoint.get("kept", [])
+        if len(each) != world_size:
+            return  # as many processes as there were; others begin their means anew
+        self._trained = [tuple(tensor.to(self.device) for tensor in step) for step in each[rank]["trained"]]
+        self._epoch_sums = each[rank]["epoch_sums"]
 
     # ------------------------------------------------------------------------- many steps in one
 
