@@ -29,10 +29,10 @@ def shell(command: str, folder: Path, **environment: str) -> str:
 
 
 def test_project_is_complete_and_has_no_trace_of_the_old_name(cli: Run, tmp_path: Path) -> None:
-    done = cli("new", "made/my_project")
-    project = tmp_path / "made" / "my_project"
+    done = cli("new", "made/derived_project")
+    project = tmp_path / "made" / "derived_project"
     tracked = shell("git ls-files", ROOT).splitlines()
-    expected = {re.sub("^mnist_lit/", "my_project/", name) for name in tracked}
+    expected = {re.sub("^mnist_lit/", "derived_project/", name) for name in tracked}
     found = {str(path.relative_to(project)) for path in project.rglob("*") if path.is_file()}
     assert {name for name in found if not name.startswith(".git/")} == expected
     name = "mnist_lit"
