@@ -227,11 +227,8 @@ class CLI(LightningCLI):
         log_dir = trainer.log_dir  # the processes agree on it, so each of them has to ask
         if not trainer.is_global_zero:
             return
-        name, dataset = (
-            type(self.model).__name__,
-            getattr(self.datamodule, "dataset_used", type(self.datamodule).__name__),
-        )
-        title = f"{name} on {dataset} after {trainer.current_epoch} epochs"
+        dataset = getattr(self.datamodule, "dataset_used", type(self.datamodule).__name__)
+        title = f"{type(self.model).__name__} on {dataset} after {trainer.current_epoch} epochs"
         table = Table("metric", Column("value", justify="right"), title=title, min_width=len(title) + 2)
         for name, value in sorted(trainer.callback_metrics.items()):
             if "/" in name:

@@ -238,10 +238,10 @@ class MNISTDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> StatefulDataLoader:
         """``images``, or else the test split."""
-        if not self._predicts_files:
-            self._require_test_split()
-        pictures = self.pictures if self._predicts_files else self.splits.test
-        return self._loader(pictures, 2 * self.batch_size)
+        if self._predicts_files:
+            return self._loader(self.pictures, 2 * self.batch_size)
+        self._require_test_split()
+        return self._loader(self.splits.test, 2 * self.batch_size)
 
     def _require_test_split(self) -> None:
         if not len(self.splits.test[0]):

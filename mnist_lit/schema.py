@@ -13,6 +13,7 @@ from torch import nn
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.models import CNN, FastCNN, Logistic
 
+MODELS = CNN, FastCNN, Logistic  # those of which every argument is a plain value
 COMMANDS = ["fit", "validate", "test", "predict", "export", "sweep", "new"]
 
 Schema = dict[str, Any]
@@ -39,7 +40,7 @@ def print_completion(parser: ArgumentParser) -> str:
     words = []
     for key, setting in config_schema(parser)["properties"].items():
         words += [f"--{key}", *(f"--{key}.{name}" for name in setting.get("properties", ()))]
-    for key, classes in (("model", (CNN, FastCNN, Logistic)), ("data", (MNISTDataModule,))):
+    for key, classes in (("model", MODELS), ("data", (MNISTDataModule,))):
         names = {name for kind in classes for name in inspect.signature(kind).parameters}
         words += [f"--{key}.{name}" for name in sorted(names)]
     return f"complete -o default -W '{' '.join(COMMANDS + [w for w in words if '$' not in w])}' mnist-lit"
@@ -50,7 +51,7 @@ def config_schema(parser: ArgumentParser) -> Schema:
     short names of classes, and classes of one's own.
     """
     models = ArgumentParser()
-    models.add_subclass_arguments((CNN, FastCNN, Logistic), "model")
+    models.add_subclass_arguments(MODELS, "model")
     choices = [choice for model in _generated(models)["$defs"].values() for choice in model["anyOf"]]
     # All modules of torch are more than an editor bears, and what jsonargparse can describe.
     set_parsing_settings(subclasses_disabled=[nn.Module])
