@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mnist_lit.archive import ArchiveError
-from mnist_lit.callbacks import DivergenceError, PredictionsFile, ProgressBar, StopOnNonFinite
+from mnist_lit.callbacks import DivergenceError, NoProfiler, PredictionsFile, ProgressBar, StopOnNonFinite
 from mnist_lit.checkpoints import (
     CheckpointError,
     CheckpointFiles,
@@ -178,6 +179,8 @@ class CLI(LightningCLI):
             kwargs["plugins"] = [*plugins, CheckpointFiles()]
         if config.enable_progress_bar is not False and not any(isinstance(c, AnyBar) for c in callbacks):
             callbacks = [*callbacks, ProgressBar()]
+        if config.profiler is None:
+            kwargs["profiler"] = NoProfiler()
         if self.subcommand == "predict":
             callbacks = [*callbacks, PredictionsFile()]
         return super().instantiate_trainer(**kwargs, callbacks=callbacks)
@@ -303,6 +306,9 @@ def main() -> None:
         warnings.filterwarnings("ignore", message=noise)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip: " not in record.getMessage())
+    # Once glibc has seen a block of this size freed, it keeps that much memory for what is allocated next;
+    # before, it may give back to the system after every batch what the next batch then waits for.
+    torch.empty(31 * 2**20, dtype=torch.uint8)
     command, *args = sys.argv[1:] or [""]
     try:
         if command == "new":

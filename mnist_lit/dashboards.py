@@ -7,19 +7,20 @@ import warnings
 from contextlib import redirect_stdout
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from mnist_lit.pictures import contact_sheet
+from mnist_lit.pictures import confusion_sheet, contact_sheet
 
 CHARTS = {
     "training and validation": {
@@ -178,11 +179,7 @@ class Dashboard(Callback):
         for name, accuracy in enumerate((counts.diag() / counts.sum(1)).tolist()):
             writer.add_scalar(f"{stage}_acc_of_class/{name}", accuracy, step)
         if self.confusion_matrix:
-            from matplotlib.figure import Figure  # its pyplot would look for a screen
-
-            figure = Figure(figsize=(7, 7))
-            matrix.plot(counts, ax=figure.add_subplot())  # without them it would ask all processes
-            writer.add_figure(f"{stage}/confusion_matrix", figure, step)
+            self._add_image(writer, f"{stage}/confusion_matrix", confusion_sheet(counts), step)
         if self.mistakes:
             confidence, images, true, predicted = map(torch.cat, zip(*wrong, strict=True))
             worst = confidence.argsort(descending=True)[: self.mistakes]
@@ -204,8 +201,18 @@ class Dashboard(Callback):
         """Images float32 (n, 1, H, W) in 0..1, up to ``most`` of them."""
         if len(images):
             pixels = (images[:most, 0].float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
-            sheet = contact_sheet(pixels, captions[:most])
-            writer.add_image(name, np.asarray(sheet), step, dataformats="HW")
+            Dashboard._add_image(writer, name, contact_sheet(pixels, captions[:most]), step)
+
+    @staticmethod
+    def _add_image(writer: SummaryWriter, name: str, sheet: Image.Image, step: int) -> None:
+        """What ``writer.add_image`` does by way of three channels of floats, in a quarter of the time."""
+        png = io.BytesIO()
+        sheet.save(png, "PNG")
+        image = Summary.Image(
+            height=sheet.height, width=sheet.width, colorspace=1, encoded_image_string=png.getvalue()
+        )
+        assert writer.file_writer is not None
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def _add_filters(self, writer: SummaryWriter, pl_module: LightningModule, step: int) -> None:
         """The weights of the first layer, each filter from its lowest (white) to its highest (black)."""

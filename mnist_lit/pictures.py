@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from mnist_lit.archive import ArchiveError
@@ -143,4 +143,39 @@ def contact_sheet(images: Tensor, captions: Sequence[str], columns: int = 10) ->
         digit = Image.fromarray(255 - pixels).resize((width - 4, height - 4), Image.Resampling.NEAREST)
         sheet.paste(digit, (left + 2, top + 2))
         draw.text((left + width / 2, top + height + 6), caption, fill=0, anchor="mm")
+    return sheet
+
+
+def confusion_sheet(counts: Tensor) -> Image.Image:
+    """A confusion matrix: a row for each true class, a column for each predicted one.
+
+    Args:
+        counts: int64 (n, n), how often a true class was predicted as each.
+    """
+    margin, number = 48, len(counts)
+    cell = max(650 // number, 4)
+    side = margin + number * cell
+    # Of each row the shares; their square roots, so that rare mistakes show.
+    shades = (counts / counts.sum(1, keepdim=True).clamp(min=1)).sqrt()  # (n, n) in 0..1
+    pixels = (255 * (1 - shades)).round().to(torch.uint8).numpy()
+    sheet = Image.new("L", (side, side), 255)
+    sheet.paste(
+        Image.fromarray(pixels).resize((number * cell,) * 2, Image.Resampling.NEAREST), (margin, margin)
+    )
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+
+    def write(x: float, y: float, text: str, fill: int = 0) -> None:
+        draw.text((x, y), text, fill, font, anchor="mm")
+
+    write(margin + number * cell / 2, 12, "predicted")
+    write(margin / 2, 12, "true")
+    if cell < 20:
+        return sheet  # no room for numbers
+    centres = [margin + (place + 0.5) * cell for place in range(number)]
+    for place, centre in enumerate(centres):
+        write(centre, margin - 14, str(place))
+        write(margin - 14, centre, str(place))
+    for y, row, row_shades in zip(centres, counts.tolist(), shades.tolist(), strict=True):
+        for x, count, shade in zip(centres, row, row_shades, strict=True):
+            write(x, y, str(count), 255 if shade > 0.5 else 0)
     return sheet
