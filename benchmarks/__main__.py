@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ CONTENDERS: dict[str, list[str] | None] = {
     "mnist_lit speed channels_last": [*SPEED, "--model.channels_last=true"],  # which is for convolutions
     "floor": None,
 }
+GROWING = "tutorial", "mnist_lit", "mnist_lit speed"  # those that are followed from size to size
 BATCH_SIZES = 16, 64, 256, 1024
 IMAGES = 5_000, 50_000, 500_000
 REPEATS = 5
@@ -138,14 +140,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 axis.set_xlabel("time of an epoch, the tutorial's loop = 1")
                 continue
             sizes = results[panel][model]
-            for number, name in enumerate(CONTENDERS):
-                if name in next(iter(sizes.values())):
-                    steps = [rows[name]["step_us"] for rows in sizes.values()]
-                    style = {"linestyle": ("-", "--")[place], "color": f"C{number}"}
-                    axis.loglog(list(sizes), steps, label=f"{model}: {name}", **style)
-            axis.set_xlabel(panel.replace("_", " "))
+            for number, name in enumerate(GROWING):
+                steps = [rows[name]["step_us"] for rows in sizes.values()]
+                style = {"linestyle": ("-", "--")[place], "color": f"C{number}", "marker": "."}
+                axis.loglog(list(sizes), steps, label=f"{model}: {name}", **style)
+            axis.set_xlabel({"batch_size": "batch size", "images": "training images"}[panel])
             axis.set_ylabel("microseconds per step")
-            axis.legend(fontsize=6)
+            axis.set_ylim(bottom=100)
+            axis.legend(fontsize=8)
     axes[0, 0].invert_yaxis()  # in the order of the table
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -161,6 +163,7 @@ def main() -> None:
     archive = Path(args.archive).resolve()
     if not archive.exists():
         parser.error(f"{archive}: no such file; name the tutorial's archive with --archive")
+    output = Path(args.output)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     results: dict[str, Any] = {"device": device, "torch": torch.__version__, "repeats": REPEATS}
     console = Console()
@@ -168,14 +171,17 @@ def main() -> None:
         folder = Path(temporary)
 
         def interleaved(
-            model: str, data: Path, images: int, epochs: int, batch_size: int, repeats: int
-        ) -> dict:
-            names = [name for name in CONTENDERS if model == "cnn" or "channels_last" not in name]
+            model: str, names: Sequence[str], data: Path, images: int, epochs: int, batch_size: int
+        ) -> dict[str, Result]:
             each: dict[str, list[Result]] = {name: [] for name in names}
             what = f"{model}, batches of {batch_size}, {images:,} images"
-            for name in track(names * repeats, what, console=console, transient=True):
+            for name in track([*names] * REPEATS, what, console=console, transient=True):
                 each[name].append(run(name, model, data, images, folder, epochs, batch_size))
             return {name: medians(measured) for name, measured in each.items()}
+
+        def write() -> None:
+            (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            plot(results, output / "results.png")
 
         loading = {"tutorial": [], "cold": [], "warm": []}
         for _ in track(range(REPEATS), "data", console=console, transient=True):
@@ -188,35 +194,36 @@ def main() -> None:
         results["data"] = {name: statistics.median(seconds) for name, seconds in loading.items()}
         line = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in results["data"].items())
         console.print(f"Data ready: {line}")
-        imports = []
+        imports, code = [], "import lightning.pytorch.cli, time; print(time.time())"
         for _ in range(REPEATS):
             began = time.time()
-            subprocess.run([sys.executable, "-c", "import lightning.pytorch.cli"], check=True)
-            imports.append(time.time() - began)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            imports.append(float(done.stdout) - began)
         results["bare_import"] = statistics.median(imports)
         console.print(f"import lightning.pytorch.cli: {results['bare_import']:.2f} s")
 
-        results["epochs"] = {}
+        results |= {"epochs": {}, "batch_size": {}, "images": {}}
         for model in MODELS:
-            results["epochs"][model] = interleaved(model, archive, 50_000, 2, 64, REPEATS)
+            names = [name for name in CONTENDERS if model == "cnn" or "channels_last" not in name]
+            results["epochs"][model] = interleaved(model, names, archive, 50_000, 2, 64)
             table(f"{model}, batches of 64, 2 epochs, {device}", results["epochs"][model], console)
-        results["batch_size"], results["images"] = {}, {}
+        write()
         if not args.quick:
+            files = {images: folder / f"{images}.npz" for images in IMAGES}
             splits = decode(archive)
+            for images, path in files.items():
+                resized(splits, images, path)
             for model in MODELS:
-                sizes = {n: interleaved(model, archive, 50_000, 1, n, 1) for n in BATCH_SIZES}
-                results["batch_size"][model] = sizes
-                results["images"][model] = {}
-                for images in IMAGES:
-                    path = folder / f"{images}.npz"
-                    resized(splits, images, path)
-                    results["images"][model][images] = interleaved(model, path, images, 1, 64, 1)
-                for panel in ("batch_size", "images"):
-                    for size, rows in results[panel][model].items():
+                panels = {
+                    "batch_size": {n: (archive, 50_000, 1, n) for n in BATCH_SIZES},
+                    "images": {images: (path, images, 1, 64) for images, path in files.items()},
+                }
+                for panel, sizes in panels.items():
+                    results[panel][model] = {}
+                    for size, setting in sizes.items():
+                        rows = results[panel][model][size] = interleaved(model, GROWING, *setting)
                         table(f"{model}, {panel} {size:,}", rows, console)
-    output = Path(args.output)
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, output / "results.png")
+            write()
     console.print(f"Wrote {output / 'results.json'} and {output / 'results.png'}")
 
 

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
+import torch
 from browser import CHROMIUM, PAGES, browser, open_page, tensorboard
 from conftest import CONFIGS, Run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mnist_lit.pictures import confusion_sheet
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def test_browser_shows_charts_images_settings_and_graph(server: str) -> None:
             if name == "images":
                 page.get_by_text("test/mistakes").first.wait_for()
                 shown = page.locator("tf-image-loader img")
-                expected = {(700, 700), (840, 300)}  # the confusion matrix; three rows of ten digits
+                expected = {(698, 698), (840, 300)}  # the confusion matrix; three rows of ten digits
                 for _ in range(60):
                     sizes = shown.evaluate_all("images => images.map(i => [i.naturalWidth, i.naturalHeight])")
                     if expected <= set(map(tuple, sizes)):
@@ -133,3 +137,21 @@ def test_network_that_cannot_be_traced_trains(cli: Run, small: Path) -> None:
     settings = ("--model=Classifier", "--model.net=untraceable.Net")
     done = cli("fit", "--config", CONFIGS / "logistic.yaml", *settings, "--data.dataset", small)
     assert "no graph in TensorBoard: not while being traced" in done.stderr
+
+
+def test_confusion_matrix_is_shaded_by_the_share_of_its_row() -> None:
+    counts = torch.tensor([[75, 25, 0], [0, 0, 0], [1, 0, 99]])
+    sheet = np.asarray(confusion_sheet(counts))
+    cell = 650 // 3
+    margin = len(sheet) - 3 * cell
+    corners = sheet[margin + 5 :: cell, margin + 5 :: cell]  # where no number is
+    roots = np.sqrt([[0.75, 0.25, 0], [0, 0, 0], [0.01, 0, 0.99]])
+    assert corners.tolist() == np.round(255 * (1 - roots)).tolist()
+
+
+@pytest.mark.parametrize("classes", [1, 100, 1000])
+def test_confusion_matrix_of_any_number_of_classes_is_square(classes: int) -> None:
+    sheet = np.asarray(confusion_sheet(torch.eye(classes, dtype=torch.int64)))
+    assert sheet.shape[0] == sheet.shape[1] >= 4 * classes
+    assert sheet[-3, -3] == 0
+    assert classes == 1 or sheet[-3, -3 - sheet.shape[1] // 2] == 255
