@@ -143,11 +143,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
             for number, name in enumerate(GROWING):
                 steps = [rows[name]["step_us"] for rows in sizes.values()]
                 style = {"linestyle": ("-", "--")[place], "color": f"C{number}", "marker": "."}
-                axis.loglog(list(sizes), steps, label=f"{model}: {name}", **style)
+                axis.loglog([int(size) for size in sizes], steps, label=f"{model}: {name}", **style)
             axis.set_xlabel({"batch_size": "batch size", "images": "training images"}[panel])
             axis.set_ylabel("microseconds per step")
-            axis.set_ylim(bottom=100)
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=7)
     axes[0, 0].invert_yaxis()  # in the order of the table
     figure.tight_layout()
     figure.savefig(path, dpi=110)

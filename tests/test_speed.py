@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_parity import assert_parity, data_module, problem_of, start_of, train
 
+import mnist_lit
 from mnist_lit import CNN, Classifier
 
 CHECKPOINTS = Path("checkpoints")
@@ -131,6 +134,14 @@ def test_step_of_divergence_is_named(cli: Run, small: Path) -> None:
     messages = {cli(*common, *more, ok=False).stderr.splitlines()[-1] for more in ((), EIGHT)}
     assert len(messages) == 1
     assert "the loss is" in messages.pop()
+
+
+def test_package_imports_nothing_before_it_is_asked_for() -> None:
+    """Only so can the command line see to how its imports are done."""
+    code = "import sys, mnist_lit; print('torch' in sys.modules, mnist_lit.CNN.__name__)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "CNN"]
+    with pytest.raises(AttributeError, match="no attribute 'Transformer'"):
+        mnist_lit.Transformer  # noqa: B018
 
 
 def test_classifier_says_what_it_is_trained_with() -> None:
