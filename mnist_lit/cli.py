@@ -306,9 +306,9 @@ def main() -> None:
         warnings.filterwarnings("ignore", message=noise)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip: " not in record.getMessage())
-    # Once glibc has seen a block of this size freed, it keeps that much memory for what is allocated next;
+    # Once glibc has seen a block of this size freed, it keeps up to twice as much memory for what comes next;
     # before, it may give back to the system after every batch what the next batch then waits for.
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    torch.empty(15 * 2**20, dtype=torch.uint8)
     command, *args = sys.argv[1:] or [""]
     try:
         if command == "new":
