@@ -308,7 +308,7 @@ def main() -> None:
     tips.addFilter(lambda record: "Tip: " not in record.getMessage())
     # Once glibc has seen a block of this size freed, it keeps up to twice as much memory for what comes next;
     # before, it may give back to the system after every batch what the next batch then waits for.
-    torch.empty(15 * 2**20, dtype=torch.uint8)
+    torch.empty(8 * 2**20, dtype=torch.uint8)
     command, *args = sys.argv[1:] or [""]
     try:
         if command == "new":

@@ -122,9 +122,8 @@ def test_killed_process_ends_all_and_they_resume(fitted: Path, uneven: Path, tmp
 
 @pytest.mark.mnist
 def test_second_process_has_no_second_copy_of_the_data(mnist_dir: Path, uneven: Path, tmp_path: Path) -> None:
-    """MNIST's 55 MB are mapped, and what it has to itself is about what it has with a tiny dataset: up to
-    30 MB more are kept between batches. The first process, which has decoded the archive, maps the same
-    pages.
+    """MNIST's 55 MB are mapped, and what it has to itself is about what it has with a tiny dataset. The first
+    process, which has decoded the archive, maps the same pages.
     """
     found = {}
     for name, data in (
@@ -139,4 +138,4 @@ def test_second_process_has_no_second_copy_of_the_data(mnist_dir: Path, uneven: 
     for process in found["mnist"]:
         assert process["data"] > 50e6
         assert process["data_dirty"] == 0
-    assert found["mnist"][1]["anonymous"] - found["tiny"][1]["anonymous"] < 40e6
+    assert found["mnist"][1]["anonymous"] - found["tiny"][1]["anonymous"] < 25e6
