@@ -90,9 +90,7 @@ def _commit(project: Path) -> None:
         return
     git("init", "--quiet", "--initial-branch=main")
     git("add", "--all")
-    someone = (
-        subprocess.run(["git", "config", "user.email"], cwd=project, capture_output=True).returncode == 0
-    )
+    someone = subprocess.run(["git", "config", "user.email"], cwd=project, capture_output=True).returncode == 0
     author = [] if someone else ["-c", f"user.name={project.name}", "-c", "user.email="]
     git(*author, "commit", "--quiet", "--message", f"A new project from {OLD}")
 

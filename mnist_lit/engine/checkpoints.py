@@ -1,7 +1,7 @@
-"""Checkpoints: files that are whole and not trusted, and when to write one so that nothing is lost.
+"""Checkpoints: atomic writes, safe loading, the best and the last, and the state that Lightning leaves out.
 
-Lightning saves the state of model, optimizers, schedulers, loops, callbacks and of the stateful loader.
-What is added here makes a run that is stopped anywhere and started again end in the same bytes.
+Lightning saves the state of model, optimizers, schedulers, loops, callbacks and the stateful loader. With
+what is added here, a run that is stopped anywhere and resumed ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -17,42 +17,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from mnist_lit.archive import save
-from mnist_lit.callbacks import DivergenceError
+from mnist_lit.engine import PROJECT
+from mnist_lit.engine.errors import CheckpointError, ConfigurationError, UserError
+from mnist_lit.engine.runs import LOGS, Run, relative
+from mnist_lit.engine.storage import atomic_save
 
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be read or written; the message says which, why and what to do."""
-
+DEFAULT_MONITOR = "val/loss"
 
 # -------------------------------------------------------------------------------------------- files
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's checkpoint files, written beside the old one and then renamed, read without trust.
+    """Lightning's checkpoint files with atomic writes and safe loading.
 
-    Lightning's own way writes to the system's temporary folder and moves the file from there, which is a
-    plain copy, and may end half-way, where that folder is on another disk.
+    Lightning itself writes to the system's temporary folder and moves the file from there. Where that folder
+    is on another disk this is a copy, which may end half-way.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         with _writing(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            save(checkpoint, Path(path))
+            atomic_save(checkpoint, Path(path))
         if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
             rank_zero_warn(f"{path} holds {', '.join(foreign)}: it loads only with --weights_only=false")
 
@@ -85,14 +82,18 @@ _LAYOUT = {
 
 
 def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
-    """A checkpoint of Lightning, its tensors on the CPU.
+    """Read a checkpoint of Lightning onto the CPU.
 
     Args:
         path: the file.
-        weights_only: admit nothing but tensors and plain values, so that no code runs out of the file.
+        weights_only: accept tensors and plain values only, so that no code runs out of the file.
 
     Raises:
-        CheckpointError: when the file cannot be read, is damaged, holds anything else or asks for code.
+        CheckpointError: if the file cannot be read, is damaged, holds anything else or asks for code.
+
+    Example:
+        >>> read_checkpoint("lightning_logs/version_0/checkpoints/last.ckpt")["global_step"]
+        1564
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -116,17 +117,19 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
 
 
 def newest_checkpoint(root_dir: Path) -> Path | None:
-    """The checkpoint to go on from after an interruption: of the run that last wrote one the last, or else
-    the best, or else those of the run before. Says what it passes over because it does not load.
+    """Find the checkpoint to resume from after an interruption.
+
+    It is the last one of the run that wrote one most recently, else that run's best, else those of the run
+    before. Warns of each that is passed over because it does not load.
 
     Args:
-        root_dir: where ``lightning_logs`` is.
+        root_dir: parent of ``lightning_logs``.
     """
 
     def newest(folder: Path) -> int:
         return max((path.stat().st_mtime_ns for path in folder.glob("*.ckpt")), default=0)
 
-    folders = sorted(root_dir.glob("lightning_logs/*/checkpoints"), key=newest, reverse=True)
+    folders = sorted(root_dir.glob(f"{LOGS}/*/checkpoints"), key=newest, reverse=True)
     for folder in folders:
         for path in sorted(folder.glob("*.ckpt"), key=lambda path: (path.name != "last.ckpt", path.name)):
             try:
@@ -138,20 +141,110 @@ def newest_checkpoint(root_dir: Path) -> Path | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------- when
+# --------------------------------------------------------------------------------------------- best
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the best checkpoint: ``best.ckpt``, or the best few with epoch and step in their names.
+
+    Args:
+        monitor: metric that decides which is best.
+        mode: ``min`` if lower is better, ``max`` if higher is.
+        save_top_k: number of checkpoints to keep.
+        filename: without ``.ckpt``, may contain ``{epoch}``, ``{step}`` and metrics.
+        options: as in Lightning's ``ModelCheckpoint``. ``dirpath`` is by default ``checkpoints`` in the run's
+            folder.
+
+    Raises:
+        ConfigurationError: before training, if the model logs no such metric.
+
+    Example:
+        >>> Trainer(callbacks=[BestCheckpoint(monitor="val/acc", mode="max", save_top_k=3)])
+    """
+
+    def __init__(
+        self,
+        monitor: str = DEFAULT_MONITOR,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+        filename: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            filename=filename or ("best" if save_top_k == 1 else "best-{epoch}-{step}"),
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            enable_version_counter=False,
+            **options,
+        )
+        self._warned = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Absolute, because ModelCheckpoint forgets the best of a folder that is named in another way.
+        self.dirpath = os.path.abspath(self.dirpath or Run.of(trainer).checkpoints)
+        super().setup(trainer, pl_module, stage)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor != DEFAULT_MONITOR and not self.monitor.startswith("train"):  # type: ignore[union-attr]
+            self._is_logged(trainer, f"--monitor={self.monitor}: there is no such metric")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or self._is_logged(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_logged(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def _is_logged(self, trainer: Trainer, error: str | None = None) -> bool:
+        if self.monitor in trainer.callback_metrics:
+            return True
+        names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+        way_out = f"the model logs {names}; choose one of these with --monitor and --mode"
+        if error:
+            raise ConfigurationError(f"{error}; {way_out}")
+        if not self._warned:
+            rank_zero_warn(f"no best.ckpt is kept: it is chosen by {self.monitor}, and {way_out}")
+        self._warned = True
+        return False
+
+    def format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
+        """As Lightning's, but a metric such as val/loss in the name makes no subfolder."""
+        name = super().format_checkpoint_name(*args, **kwargs)
+        folder = str(self.dirpath or "")
+        return os.path.join(folder, os.path.relpath(name, folder or ".").replace(os.sep, "_"))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best ones so far, wherever the run's folder has been moved to."""
+        if not self.dirpath:
+            return
+        old, new = state_dict.get("dirpath") or self.dirpath, str(self.dirpath)
+
+        def moved(path: str) -> str:
+            return os.path.join(new, os.path.relpath(path, old)) if path else path
+
+        names = ("best_model_path", "kth_best_model_path", "last_model_path")
+        paths = {name: moved(state_dict[name]) for name in names}
+        kept = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        if all(os.path.exists(path) for path in kept):
+            super().load_state_dict({**state_dict, **paths, "dirpath": new, "best_k_models": kept})
+
+
+# --------------------------------------------------------------------------------------------- last
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt``: of every epoch, every ``every_n_train_steps`` and of a run that is asked to stop.
+    """Keep ``last.ckpt``: after every epoch, every ``every_n_train_steps`` and when the run is asked to stop.
 
-    Ctrl-C or SIGTERM ends the run after the step that it is in (a validation that follows is finished
-    first), with a checkpoint and exit code 130 or 143. A second one ends it at once.
+    Ctrl-C or SIGTERM ends the run after the current step (a validation that follows is finished first), with
+    a checkpoint and exit code 130 or 143. A second one ends it at once.
 
-    The uninterrupted run passes through every state that is saved here, and what it has logged until then
-    is on disk before the checkpoint counts, so that a resumed run leaves the same curves.
+    The uninterrupted run passes through every state that is saved here, and what it has logged until then is
+    on disk before the checkpoint replaces the one before, so that a resumed run leaves the same curves.
 
     Args:
-        every_n_train_steps: how many optimizer steps may be lost.
+        every_n_train_steps: optimizer steps that may be lost.
         dirpath: the folder, by default ``checkpoints`` in the run's.
     """
 
@@ -159,15 +252,17 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, every_n_train_steps: PositiveInt = 500, dirpath: str | None = None) -> None:
         self.every_n_train_steps, self.dirpath = every_n_train_steps, dirpath
-        self._run = self._folder = Path()
+        self._run = Run()
+        self._folder = Path()
         self._pending, self._saved_step = False, 0
         self._signal = 0
         self._handlers: dict[int, Any] = {}
         self._metrics: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._run = Path(trainer.log_dir or trainer.default_root_dir)
-        self._folder = Path(self.dirpath or self._run / "checkpoints")
+        self._run = Run.of(trainer)
+        if self._run.exists:
+            self._folder = Path(self.dirpath or self._run.checkpoints)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -192,7 +287,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.world_size > 1:  # all processes save together, whichever of them was asked to stop
+        if trainer.world_size > 1:  # all processes save together, whichever was asked to stop
             asked = torch.tensor(self._signal, device=pl_module.device)
             self._signal = int(trainer.strategy.reduce(asked, reduce_op="max"))
         due = trainer.global_step // self.every_n_train_steps > self._saved_step // self.every_n_train_steps
@@ -202,8 +297,8 @@ class LastCheckpoint(Checkpoint):
 
     @staticmethod
     def _evaluation_follows(trainer: Trainer, batch_idx: int) -> bool:
-        """Whether validation or the end of the epoch comes before the next batch: Lightning resumes after
-        them from what is saved here, so that theirs would be missing.
+        """Whether validation or the end of the epoch comes before the next batch. Lightning resumes after
+        them from what is saved here, so that their metrics would be missing.
         """
         if trainer.check_val_every_n_epoch is None:
             batch_idx = trainer.fit_loop.total_batch_idx
@@ -214,8 +309,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.max_steps != -1:
             return  # Lightning would count the epoch twice when it resumes from here
-        # Lightning steps the schedulers that wait for a metric after this hook. What they would have
-        # been given travels along, and a resumed run makes up for it.
+        # Lightning steps the schedulers that depend on a metric after this hook. The metrics go into the
+        # checkpoint, and a resumed run makes up for that step.
         self._metrics = {name: metric.item() for name, metric in trainer.callback_metrics.items()}
         self._save(trainer)
         self._metrics = {}
@@ -233,9 +328,7 @@ class LastCheckpoint(Checkpoint):
 
     # The hooks that come next after what Lightning logs of the step or of the epoch.
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._commit(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -257,9 +350,9 @@ class LastCheckpoint(Checkpoint):
             with _writing(last):
                 os.replace(self._folder / self.PENDING, last)
         if self._signal:
-            config = os.path.relpath(self._run / "config.yaml")
-            command = ["python", "-m", "mnist_lit", "fit", "--config", config]
-            command += ["--ckpt_path", os.path.relpath(last)]
+            config = relative(self._run.config)
+            command = ["python", "-m", PROJECT, "fit", "--config", config]
+            command += ["--ckpt_path", relative(last)]
             rank_zero_info(
                 f"Stopped at step {trainer.global_step} by {signal.Signals(self._signal).name}. "
                 f"To go on: {shlex.join(command)}"
@@ -267,33 +360,29 @@ class LastCheckpoint(Checkpoint):
             sys.exit(128 + self._signal)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keeps the weights of the moment in ``exception.ckpt``. A step that broke off in the middle is no
-        place to go on from exactly, so ``--ckpt_path=last`` keeps to ``last.ckpt``.
+        """Save the current weights in ``exception.ckpt``. A step that was broken off is no state to resume
+        from exactly, so ``--ckpt_path=last`` keeps to ``last.ckpt``.
         """
-        named = (CheckpointError, DivergenceError)
-        if not isinstance(exception, Exception) or isinstance(exception, named):
+        if not isinstance(exception, Exception) or isinstance(exception, UserError):
             return
         started = bool(self._handlers)
         if not started or trainer.world_size > 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        vanished = not self._run.exists()
+        vanished = not self._run.folder.exists()
         path = self._folder / "exception.ckpt"
         trainer.save_checkpoint(path)
         if isinstance(exception, OSError) and (vanished or exception.errno == errno.ENOSPC):
-            run = os.path.relpath(self._run)
+            run = relative(self._run.folder)
             what = "has vanished, with its curves and checkpoints," if vanished else "has a full disk"
             raise CheckpointError(
-                f"{run} {what} while training; "
-                f"the weights after step {trainer.global_step} are in {os.path.relpath(path)}"
+                f"{run} {what} while training; the weights after step {trainer.global_step} are in {relative(path)}"
             ) from exception
 
 
 class RandomState(Callback):
-    """Puts the state of all random generators, of every process, into checkpoints."""
+    """Save the state of the random generators of every process in checkpoints, and restore it."""
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         numpy_state = np.random.get_state(legacy=False)
         assert isinstance(numpy_state, dict)
         numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
@@ -308,9 +397,7 @@ class RandomState(Callback):
             torch.distributed.all_gather_object(states, state)
         checkpoint["random_states"] = states  # one for each process
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("random_states", [])
         if trainer.state.fn != "fit":
             return

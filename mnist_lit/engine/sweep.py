@@ -1,16 +1,18 @@
-"""``python -m mnist_lit sweep``: many runs of ``fit``, each with settings that Optuna picks after the others.
+"""``sweep``: hyperparameter search with Optuna. Every trial is a normal run of ``fit``.
 
-Every trial is a normal run. What is known of all of them, the study, is in a database, which processes and
-machines may share; what is in it is never done again.
+The study is in a database, which processes and machines may share; a finished trial is never repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
+import sys
 import time
 import warnings
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,19 @@ import optuna
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Column, Table
 from sqlalchemy.exc import DBAPIError
 
-from mnist_lit.archive import replacing
-from mnist_lit.callbacks import DivergenceError
-from mnist_lit.cli import run
+from mnist_lit.engine import PROJECT
+from mnist_lit.engine.cli import infer_mode, run
+from mnist_lit.engine.errors import ConfigurationError, DivergenceError
+from mnist_lit.engine.runs import LOGS, relative
+from mnist_lit.engine.storage import atomic_write
 
-MONITOR = "val/loss"  # what is to become small
 ATTEMPTS = 3  # to open the database
 HEARTBEAT = 5  # seconds; a process that is silent for twice as long counts as dead
 DONE = TrialState.COMPLETE, TrialState.PRUNED
@@ -37,28 +40,38 @@ DONE = TrialState.COMPLETE, TrialState.PRUNED
 Space = dict[str, dict[str, Any]]
 
 
-class TooManyError(Exception):
-    """Another process was faster with the last trial."""
+class TrialBudgetExceeded(Exception):  # noqa: N818, it is no error
+    """Another process has taken the last trial."""
 
 
 class Prune(Callback):
-    """Tells Optuna the validation loss of every epoch, and ends a run that it calls hopeless."""
+    """Report the metric of every validation to Optuna, and stop a run that falls behind.
 
-    def __init__(self, trial: optuna.Trial) -> None:
-        self.trial, self.pruned, self.best = trial, False, float("inf")
+    Args:
+        trial: of the run.
+        monitor: the metric that decides.
+        maximize: whether higher is better.
+    """
+
+    def __init__(self, trial: optuna.Trial, monitor: str, maximize: bool) -> None:
+        self.trial, self.monitor, self.maximize = trial, monitor, maximize
+        self.pruned, self.best = False, float("-inf") if maximize else float("inf")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
-            raise MisconfigurationException(
+            raise ConfigurationError(
                 "a sweep's trials run in one process each; for several GPUs start as many sweeps of the same "
                 "study, each with a CUDA_VISIBLE_DEVICES of its own"
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            loss = trainer.callback_metrics[MONITOR].item()
-            self.best = min(self.best, loss)
-            self.trial.report(loss, trainer.current_epoch)
+            if self.monitor not in trainer.callback_metrics:
+                names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+                raise ConfigurationError(f"--monitor={self.monitor}: the model logs {names}")
+            value = trainer.callback_metrics[self.monitor].item()
+            self.best = max(self.best, value) if self.maximize else min(self.best, value)
+            self.trial.report(value, trainer.current_epoch)
             self.pruned = trainer.should_stop = self.trial.should_prune()
 
 
@@ -66,17 +79,17 @@ class Prune(Callback):
 
 
 def read_space(path: Path) -> Space:
-    """What to search: settings of ``fit`` by their dotted names.
+    """Read what to search: hyperparameters of ``fit`` by their dotted names.
 
     Args:
-        path: a YAML file; per setting ``low`` and ``high``, and perhaps ``log: true`` or a ``step``, or else
+        path: a YAML file; per hyperparameter ``low`` and ``high``, optionally ``log: true`` or a ``step``, or
             ``choices``.
 
     Raises:
-        MisconfigurationException: naming what is wrong.
+        ConfigurationError: naming what is wrong.
     """
     try:
-        space = yaml.safe_load(path.read_text())
+        space = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(space, dict) or not space:
             raise ValueError("expected names of settings, such as model.init_args.lr")
         for name, setting in space.items():
@@ -92,7 +105,7 @@ def read_space(path: Path) -> Space:
                 ) from error
         return space
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise MisconfigurationException(f"--space={path}: {error}") from error
+        raise ConfigurationError(f"--space={path}: {error}") from error
 
 
 def _whole(setting: dict[str, Any]) -> bool:
@@ -108,15 +121,17 @@ def _suggest(trial: optuna.Trial, name: str, setting: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------- trials
 
 
-def sweep(study: optuna.Study, space: Space, trials: int, fit: list[str]) -> None:
-    """Runs trials until the study has so many, whoever of the processes that share it has done them.
+def sweep(study: optuna.Study, space: Space, trials: int, fit: list[str], monitor: str) -> None:
+    """Run trials until the study has enough of them, by whichever of the processes that share it.
 
     Args:
-        study: with what is known so far.
+        study: with the trials so far.
         space: what to search.
-        trials: how many the study shall have in all, pruned ones included.
-        fit: the arguments of ``fit`` that all trials have in common.
+        trials: number of trials in all, pruned ones included.
+        fit: arguments of ``fit`` that all trials have in common.
+        monitor: the metric that decides.
     """
+    maximize = study.direction == StudyDirection.MAXIMIZE
 
     def alive(found: list[FrozenTrial]) -> int:
         return sum(trial.state in (*DONE, TrialState.RUNNING) for trial in found)
@@ -124,39 +139,39 @@ def sweep(study: optuna.Study, space: Space, trials: int, fit: list[str]) -> Non
     def objective(trial: optuna.Trial) -> float:
         number = alive(study.get_trials(deepcopy=False)[: trial.number])
         if number >= trials:
-            raise TooManyError
+            raise TrialBudgetExceeded
         settings = {name: _suggest(trial, name, setting) for name, setting in space.items()}
         text = ", ".join(f"{name}={value}" for name, value in settings.items())
         Console().rule(f"Trial {number + 1} of {trials}: {text}")
         trial.set_user_attr("process", f"{os.getpid()} on {platform.node()}")
-        prune = Prune(trial)
+        prune = Prune(trial, monitor, maximize)
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         arguments.append(f"--run_name={study.study_name}-{trial.number}")
         try:
             cli = run(["fit", *fit, *arguments], [prune])
         except DivergenceError as error:
             raise optuna.TrialPruned(str(error)) from error
-        folder = Path(cli.trainer.log_dir or "")
-        trial.set_user_attr("run", os.path.relpath(folder))
-        trial.set_user_attr("config", (folder / "config.yaml").read_text())
+        trial.set_user_attr("run", relative(cli.run.folder))
+        trial.set_user_attr("config", cli.run.config.read_text(encoding="utf-8"))
         if prune.pruned:
             raise optuna.TrialPruned
         return prune.best
 
     while len(study.get_trials(deepcopy=False, states=DONE)) < trials:
         if alive(study.get_trials(deepcopy=False)) < trials:
-            study.optimize(objective, n_trials=1, catch=TooManyError)
+            study.optimize(objective, n_trials=1, catch=TrialBudgetExceeded)
         else:  # the other processes are at the last ones; those of a killed one are done again
             optuna.storages.fail_stale_trials(study)
             time.sleep(1)
 
 
-def report(study: optuna.Study, folder: Path) -> None:
-    """Prints the best trials, and writes the config of the best one and Optuna's plots.
+def report(study: optuna.Study, folder: Path, monitor: str) -> None:
+    """Print the best trials, and write the config of the best one and Optuna's plots.
 
     Args:
-        study: with at least one trial that is complete.
+        study: with at least one complete trial.
         folder: where ``best.yaml`` and the plots go.
+        monitor: the metric that decides.
     """
     import matplotlib
 
@@ -167,16 +182,17 @@ def report(study: optuna.Study, folder: Path) -> None:
     console = Console()
     complete = study.get_trials(states=[TrialState.COMPLETE])
     names = list(complete[0].params)
-    columns = (MONITOR, *(name.rpartition(".")[2] for name in names))
+    columns = (monitor, *(name.rpartition(".")[2] for name in names))
     table = Table("run", *(Column(name, justify="right") for name in columns), title="The best trials")
-    for trial in sorted(complete, key=lambda trial: trial.value or 0.0)[:10]:
+    maximize = study.direction == StudyDirection.MAXIMIZE
+    for trial in sorted(complete, key=lambda trial: trial.value or 0.0, reverse=maximize)[:10]:
         values = (trial.value, *(trial.params[name] for name in names))
         cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
         table.add_row(trial.user_attrs["run"], *cells)
     console.print(table)
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "best.yaml") as part:
-        part.write_text(study.best_trial.user_attrs["config"])
+    with atomic_write(folder / "best.yaml") as part:
+        part.write_text(study.best_trial.user_attrs["config"], encoding="utf-8")
     drawn: dict[str, Any] = {
         "history": plots.plot_optimization_history,
         "curves": plots.plot_intermediate_values,
@@ -190,63 +206,71 @@ def report(study: optuna.Study, folder: Path) -> None:
         pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         pyplot.close("all")
     console.print(f"Wrote {folder}/best.yaml, {', '.join(f'{name}.png' for name in drawn)}", soft_wrap=True)
-    console.print(f"  python -m mnist_lit fit --config {folder}/best.yaml", soft_wrap=True, highlight=False)
+    console.print(f"  python -m {PROJECT} fit --config {folder}/best.yaml", soft_wrap=True, highlight=False)
 
 
-def open_study(url: str, name: str) -> optuna.Study:
-    """A study, which is made first where the database has none of that name.
+def open_study(url: str, name: str, direction: str) -> optuna.Study:
+    """Open a study, and make it first if the database has none of that name.
 
     Raises:
-        MisconfigurationException: when the database cannot be used.
+        ConfigurationError: when the database cannot be used.
     """
     for attempts in reversed(range(ATTEMPTS)):
         try:
             storage = optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT)
-            return optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+            return optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
         except Exception as error:  # whatever the driver of a database says
-            # Optuna's tables do not bear that two processes make them at once.
+            # Optuna's tables cannot be made by two processes at once.
             if not attempts or not isinstance(error, DBAPIError):
-                raise MisconfigurationException(f"--storage={url}: {str(error).splitlines()[0]}") from error
+                raise ConfigurationError(f"--storage={url}: {str(error).splitlines()[0]}") from error
             time.sleep(1)
     raise AssertionError
 
 
+def _metric_that_decides(fit: list[str]) -> tuple[str, str]:
+    """``monitor`` and ``mode`` of a fit with these arguments, as its own parser reads them."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), suppress(SystemExit):
+        run(["fit", *fit, "--print_config"])
+    config = yaml.safe_load(printed.getvalue())
+    if not isinstance(config, dict):
+        sys.exit(2)  # the parser has printed what is wrong
+    return config["monitor"], infer_mode(config["monitor"], config["mode"])
+
+
 def main(args: list[str]) -> None:
-    """Runs a sweep or goes on with one.
+    """Start a sweep or resume one.
 
     Raises:
-        MisconfigurationException: when the space or the storage cannot be used.
+        ConfigurationError: when the space or the storage cannot be used.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m mnist_lit sweep",
+        prog=f"python -m {PROJECT} sweep",
         usage="%(prog)s --config FILE --space FILE [--trials N] [--KEY=VALUE ...]",
-        description="Search settings with Optuna; what is not listed here goes to the fit of every trial. "
-        "The same command again goes on where it stopped.",
+        description="Search hyperparameters with Optuna for the best --monitor. Options that are not listed here go to "
+        "the fit of every trial. The same command again resumes where it stopped.",
         allow_abbrev=False,
     )
     parser.add_argument("--space", type=Path, required=True, help="what to search, see configs/sweep.yaml")
     parser.add_argument("--trials", type=int, default=20, help="in all, also those done before (default: 20)")
-    parser.add_argument("--study", default="sweep", help="its name (default: sweep)")
+    parser.add_argument("--study", default="sweep", help="name of the study (default: sweep)")
     parser.add_argument(
         "--storage",
         help="any of Optuna's database addresses (default: a SQLite file in lightning_logs/STUDY)",
     )
     known, fit = parser.parse_known_args(args)
-    space, folder = read_space(known.space), Path("lightning_logs") / known.study
+    space, folder = read_space(known.space), Path(LOGS) / known.study
     if known.storage is None:
         folder.mkdir(parents=True, exist_ok=True)
     url = known.storage or f"sqlite:///{folder}/study.db"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    study = open_study(url, known.study)
+    monitor, mode = _metric_that_decides(fit)
+    study = open_study(url, known.study, f"{mode}imize")
     if study.user_attrs.setdefault("space", space) != space:
-        raise MisconfigurationException(
-            f"the study {known.study} has another space; name a new one with --study"
-        )
+        raise ConfigurationError(f"the study {known.study} has another space; name a new one with --study")
     study.set_user_attr("space", space)
-    sweep(study, space, known.trials, fit)
+    sweep(study, space, known.trials, fit, monitor)
     if not study.get_trials(states=[TrialState.COMPLETE]):
-        raise MisconfigurationException(
-            f"none of {known.trials} trials came to an end: every one diverged or was pruned"
-        )
-    report(study, folder)
+        raise ConfigurationError(f"none of {known.trials} trials came to an end: every one diverged or was pruned")
+    report(study, folder, monitor)

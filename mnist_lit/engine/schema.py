@@ -1,26 +1,24 @@
-"""What editors and shells complete and check by: a JSON schema of the configs, and its words."""
+"""A JSON schema of the configs for editors, and its words for shells."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+from lightning.pytorch import LightningModule
 from torch import nn
 
-from mnist_lit.data import MNISTDataModule
-from mnist_lit.models import CNN, FastCNN, Logistic
+from mnist_lit.engine import PROJECT
 
-MODELS = CNN, FastCNN, Logistic  # those of which every argument is a plain value
 COMMANDS = ["fit", "validate", "test", "predict", "export", "sweep", "new"]
 
 Schema = dict[str, Any]
 
 
 class Print(argparse.Action):
-    """Prints what ``const`` makes of the parser, and exits."""
+    """Print what ``const`` makes of the parser, and exit."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
@@ -37,42 +35,47 @@ def print_schema(parser: ArgumentParser) -> str:
 
 def print_completion(parser: ArgumentParser) -> str:
     """A line for bash that completes commands, options and files."""
+    schema = config_schema(parser)
     words = []
-    for key, setting in config_schema(parser)["properties"].items():
-        words += [f"--{key}", *(f"--{key}.{name}" for name in setting.get("properties", ()))]
-    for key, classes in (("model", MODELS), ("data", (MNISTDataModule,))):
-        names = {name for kind in classes for name in inspect.signature(kind).parameters}
-        words += [f"--{key}.{name}" for name in sorted(names)]
-    return f"complete -o default -W '{' '.join(COMMANDS + [w for w in words if '$' not in w])}' mnist-lit"
+    for key, option in schema["properties"].items():
+        words += [f"--{key}", *(f"--{key}.{name}" for name in option.get("properties", ()))]
+    for key, kind in (("model", "LightningModule"), ("data", "LightningDataModule")):
+        options = [choice["properties"]["init_args"]["properties"] for choice in _of_project(schema, kind)]
+        words += [f"--{key}.{name}" for name in sorted(set().union(*options))]
+    words = COMMANDS + [word for word in words if "$" not in word]
+    return f"complete -o default -W '{' '.join(words)}' {PROJECT.replace('_', '-')}"
 
 
 def config_schema(parser: ArgumentParser) -> Schema:
-    """Jsonargparse's schema, opened to what configs may say beside it: overlays, which leave out most of it,
-    short names of classes, and classes of one's own.
+    """The schema of jsonargparse, opened to what configs may contain besides: overlays, which leave out most of it, short
+    names of classes, and custom classes.
     """
-    models = ArgumentParser()
-    models.add_subclass_arguments(MODELS, "model")
-    choices = [choice for model in _generated(models)["$defs"].values() for choice in model["anyOf"]]
-    # All modules of torch are more than an editor bears, and what jsonargparse can describe.
-    set_parsing_settings(subclasses_disabled=[nn.Module])
-    schema = _generated(parser)
+    # All modules of torch are more than an editor can take, and more than jsonargparse can describe.
+    set_parsing_settings(subclasses_disabled=[_is_network])
+    schema = json.loads(parser.get_completion_script("jsonschema"))
     del schema["required"]
     schema["properties"].pop(argparse.SUPPRESS, None)
     trainer = schema["properties"]["trainer"]["properties"]
     trainer["callbacks+"] = trainer["callbacks"]
     definitions = schema["$defs"]
-    definitions["Module"] = {"type": ["string", "object"]}
-    definitions["LightningModule"] = {"anyOf": choices}
     for definition in definitions.values():
         _open(definition)
+    for network in ("Module", "Metric"):
+        definitions[network] = {"type": ["string", "object"]}
     data = definitions["LightningDataModule"]["anyOf"]
-    ours = next(choice for choice in data if "MNISTDataModule" in _class_path(choice).get("enum", ()))
-    data.append(ours["properties"]["init_args"])  # whose settings may stand in data itself
+    # The options of the default data module may stand in data itself.
+    data += [choice["properties"]["init_args"] for choice in _of_project(schema, "LightningDataModule")]
     return schema
 
 
-def _generated(parser: ArgumentParser) -> Schema:
-    return json.loads(parser.get_completion_script("jsonschema"))
+def _is_network(kind: type) -> bool:
+    return issubclass(kind, nn.Module) and not issubclass(kind, LightningModule)
+
+
+def _of_project(schema: Schema, kind: str) -> list[Schema]:
+    """The project's own choices for a kind of class."""
+    choices = schema["$defs"][kind]["anyOf"]
+    return [choice for choice in choices if str(_class_path(choice).get("enum", [""])[0]).startswith(f"{PROJECT}.")]
 
 
 def _class_path(choice: Schema) -> Schema:

@@ -1,6 +1,6 @@
 """The embedded dataset: real handwriting that needs no network.
 
-``assets/digits.npz`` holds 1,797 digits of 8 x 8 pixels from 13 writers, in the order in which they
+``digits.npz`` beside this file holds 1,797 digits of 8 x 8 pixels from 13 writers, in the order in which they
 were collected: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
 Learning Repository, 1998, https://doi.org/10.24432/C50P49, licence CC BY 4.0 (the repository's test
 set, unchanged but for its file format). This module turns them into 70,000 images of MNIST's form.
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_lit.archive import Splits
+from mnist_lit.datasets.files import Splits
 
-VERSION = "digits-1"  # another one whenever what is made below changes
+VERSION = "digits-1"  # changes whenever the code below makes other images
 
-# How many originals, and how many images are made of them. The sizes are MNIST's own, so that step
+# Number of originals, and of images made from them. The sizes are MNIST's own, so that step
 # counts, learning-rate schedules and timings carry over.
 ORIGINALS = {"train": 1197, "valid": 300, "test": 300}
 IMAGES = {"train": 50_000, "valid": 10_000, "test": 10_000}
@@ -32,16 +32,16 @@ SHIFT = 0.33  # pixels
 
 
 def make_digits() -> Splits:
-    """The digits as MNIST would have them, always the same ones.
+    """Make a dataset in MNIST's form from the digits, the same one every time.
 
     The originals are split first, so that no validation or test image is a variation of a training
-    image; as they lie in the order of their writers, most writers are in one split only.
+    image; as they are in the order of their writers, most writers are in one split only.
 
     Returns:
         train, valid and test, each ``(images, labels)`` with images uint8 (n, 28, 28) and labels
         int64 (n,), n = 50,000 / 10,000 / 10,000.
     """
-    with as_file(files("mnist_lit") / "assets" / "digits.npz") as path, np.load(path) as asset:
+    with as_file(files(__package__) / "digits.npz") as path, np.load(path) as asset:
         images = torch.from_numpy(asset["images"]).float() / 16  # (1797, 8, 8), 0..1
         labels = torch.from_numpy(asset["labels"]).long()  # (1797,)
     generator = torch.Generator().manual_seed(0)
@@ -55,17 +55,17 @@ def make_digits() -> Splits:
 
 
 def vary(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Brings each 8 x 8 digit into MNIST's form with a small affine variation of its own.
+    """Bring each 8 x 8 digit into MNIST's form with a random affine variation.
 
     MNIST's form (https://yann.lecun.com/exdb/mnist): the digit fills a 20 x 20 box, which lies in
     28 x 28 pixels with its centre of mass in the middle.
 
     Args:
-        images: float32 (n, 8, 8), 0 is paper and 1 is ink.
-        generator: where the variations come from.
+        images: float32 (n, 8, 8), 0 background and 1 foreground.
+        generator: source of the random variations.
 
     Returns:
-        uint8 (n, 28, 28), 0 is paper and 255 is ink.
+        uint8 (n, 28, 28), 0 background and 255 foreground.
     """
     n = len(images)
 
@@ -86,7 +86,7 @@ def vary(images: Tensor, generator: torch.Generator) -> Tensor:
     offset = centre - (linear @ shift[:, :, None])[:, :, 0]
     theta = torch.cat([linear, offset[:, :, None]], -1)  # (n, 2, 3)
     chunks = []
-    for start in range(0, n, 4096):  # in parts, to save memory
+    for start in range(0, n, 4096):  # in blocks, to save memory
         part, affine = images[start : start + 4096], theta[start : start + 4096]
         grid = F.affine_grid(affine, [len(part), 1, 28, 28], align_corners=False)
         pixels = F.grid_sample(part[:, None], grid, align_corners=False)[:, 0]  # (n, 28, 28)

@@ -1,0 +1,103 @@
+"""MNIST as the tutorial downloads it: addresses, retries and the digest that proves what arrived."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import requests
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from mnist_lit.datasets.files import Splits, content_digest, read_dataset
+from mnist_lit.engine.errors import DatasetError, DownloadError
+from mnist_lit.engine.storage import atomic_write, locked_directory
+
+URL = "https://github.com/pytorch/tutorials/raw/master/_static/mnist.pkl.gz"
+# SHA-256 over MNIST's 70,000 images as uint8 (train, valid, test), then its labels as uint8: the same for
+# every way in which the tutorial's archive may be compressed.
+DIGEST = "c2069063c1105f2bf96266aef1ff68c6e13bdda7a54e37bf19c16f1db24efc83"
+
+HEADERS = {"Accept-Encoding": "identity"}  # or a server may send the file as a gzip of a gzip
+ATTEMPTS = 3
+BACK_OFF = 0.5  # seconds before the second attempt, doubled before the third
+
+
+def read_mnist(archive: Path) -> Splits:
+    """Read the tutorial's archive.
+
+    Raises:
+        DatasetError: if the file is damaged or holds anything but MNIST.
+    """
+    splits = read_dataset(archive)
+    digest = content_digest(splits)
+    if digest != DIGEST:
+        raise DatasetError(
+            f"{archive}: a dataset, but not MNIST (content digest {digest}); delete it to "
+            f"download MNIST, or use it as it is with --data.dataset={archive}"
+        )
+    return splits
+
+
+def download_mnist(url: str, archive: Path, timeout: float) -> None:
+    """Download the tutorial's archive unless it is there already. One of several processes does it.
+
+    Args:
+        url: address of the archive.
+        archive: where to put it, once it is complete and known to hold MNIST.
+        timeout: seconds to wait for the connection, and then for each chunk of the response.
+
+    Raises:
+        DownloadError: if every attempt failed, or the response is not MNIST.
+        DatasetError: if the folder cannot be written.
+    """
+    with locked_directory(archive.parent):
+        if archive.exists():
+            return
+        with atomic_write(archive) as part:
+            _download(url, part, timeout)
+            try:
+                read_mnist(part)
+            except DatasetError as error:
+                raise DownloadError(f"what came from {url} is not MNIST: {error.__cause__ or error}") from error
+
+
+def _download(url: str, path: Path, timeout: float) -> None:
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(BACK_OFF * 2 ** (attempt - 1))
+        try:
+            with requests.get(url, stream=True, timeout=timeout, headers=HEADERS) as response:
+                response.raise_for_status()
+                _write_body(response, path)
+            return
+        except requests.RequestException as error:
+            failure = error
+            status = error.response.status_code if error.response is not None else None
+            final = status is not None and status < 500 and status not in (408, 429)
+            if final or isinstance(error, ValueError):  # ValueError: the address itself is wrong
+                break
+    raise DownloadError(f"{url} could not be downloaded: {_reason(failure)}")
+
+
+def _write_body(response: requests.Response, path: Path) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    size = int(response.headers.get("Content-Length", 0))
+    with Progress(*columns) as progress, path.open("wb") as file:
+        task = progress.add_task("Downloading", total=size or None)
+        for chunk in response.iter_content(1 << 16):
+            progress.advance(task, file.write(chunk))
+
+
+def _reason(error: requests.RequestException) -> str:
+    """Summarize an error of requests in the few words that a person can use."""
+    if isinstance(error, requests.HTTPError):
+        return f"the server answered {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.Timeout):
+        return "the server did not answer in time"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection was cut off half-way"
+    if isinstance(error, requests.ConnectionError):
+        if "Read timed out" in str(error):
+            return "the server stopped sending half-way"
+        return "no connection (is the network up? is the address right?)"
+    return str(error)

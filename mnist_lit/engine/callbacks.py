@@ -1,0 +1,160 @@
+"""Callbacks: divergence, compilation, progress bar."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from mnist_lit.engine.errors import DivergenceError
+from mnist_lit.engine.outputs import step_outputs
+
+
+class StopOnNonFinite(Callback):
+    """Monitor the loss, and stop before a checkpoint is made of a run that has diverged.
+
+    The losses are checked every ``log_every_n_steps`` and before every checkpoint, because on a GPU to look
+    at each of them would make every step wait.
+
+    Raises:
+        DivergenceError: naming step, batch and learning rate.
+
+    Example:
+        >>> Trainer(callbacks=[StopOnNonFinite()])
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[tuple[int, int, int, float, Tensor]] = []  # step, epoch, batch, lr, loss ()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        steps = step_outputs(outputs)
+        batch_idx *= getattr(pl_module, "steps_per_execution", 1)
+        for index, output in enumerate(steps):
+            loss = output.get("loss")
+            if isinstance(loss, Tensor) and trainer.optimizers:
+                lr = trainer.optimizers[0].param_groups[0]["lr"]
+                step = trainer.global_step - len(steps) + 1 + index
+                self._losses.append((step, trainer.current_epoch, batch_idx + index, lr, loss.detach()))
+        if len(self._losses) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self._check()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._check()
+        weights = (weight for weight in pl_module.parameters() if not is_lazy(weight))
+        if not all(weight.isfinite().all() for weight in weights):
+            raise DivergenceError(f"the weights are no longer finite after step {trainer.global_step}; {self.ADVICE}")
+
+    ADVICE = "the last checkpoint is from before that; train again with a lower learning rate"
+
+    def _check(self) -> None:
+        losses, self._losses = self._losses, []
+        if not losses or torch.stack([row[-1] for row in losses]).isfinite().all():
+            return
+        step, epoch, batch_idx, lr, loss = next(row for row in losses if not row[-1].isfinite())
+        raise DivergenceError(
+            f"the loss is {loss.item()} at step {step} (epoch {epoch}, batch {batch_idx}), "
+            f"the learning rate {lr:g}; {self.ADVICE}"
+        )
+
+
+class Compile(Callback):
+    """Compile the model's ``forward`` with ``torch.compile``. Its weights keep their names.
+
+    Args:
+        mode: of ``torch.compile``, such as ``reduce-overhead``.
+        dynamic: of ``torch.compile``: whether sizes may change without compiling again.
+
+    Example:
+        >>> Trainer(callbacks=[Compile(mode="reduce-overhead")])
+    """
+
+    def __init__(self, mode: str | None = None, dynamic: bool | None = None) -> None:
+        self.mode, self.dynamic = mode, dynamic
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.compile(mode=self.mode, dynamic=self.dynamic)
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning's default profiler, without the generator that it makes for every hook of every callback:
+    those took a tenth of an epoch of the logistic model.
+    """
+
+    NOTHING: nullcontext[None] = nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        """Measure nothing."""
+        return self.NOTHING
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, drawn ``refresh_rate`` times a second and after the last batch, not after every one.
+
+    Args:
+        refresh_rate: times per second.
+    """
+
+    def __init__(self, refresh_rate: PositiveInt = 5) -> None:
+        super().__init__(refresh_rate)
+        self._drawn = 0.0
+
+    def _due(self, batch_idx: int, batches: int | float) -> bool:
+        now = time.monotonic()
+        due = now - self._drawn >= 1 / self.refresh_rate or batch_idx + 1 == batches
+        self._drawn = now if due else self._drawn
+        return due
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.is_enabled and self._due(batch_idx, self.total_train_batches):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *args: Any,
+    ) -> None:
+        if self.is_enabled and self._due(batch_idx, self.total_val_batches_current_dataloader):
+            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *args: Any,
+    ) -> None:
+        if self.is_enabled and self._due(batch_idx, self.total_test_batches_current_dataloader):
+            super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *args: Any,
+    ) -> None:
+        if self.is_enabled and self._due(batch_idx, self.total_predict_batches_current_dataloader):
+            super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, *args)

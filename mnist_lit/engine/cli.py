@@ -1,0 +1,430 @@
+"""The command line: ``fit``, ``validate``, ``test``, ``predict`` and ``export`` on ``LightningCLI``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import shlex
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import jsonargparse._typehints as typehints
+import lightning.pytorch
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+from torch.nn.parameter import is_lazy
+
+from mnist_lit.engine import PROJECT
+from mnist_lit.engine.callbacks import NoProfiler, ProgressBar, StopOnNonFinite
+from mnist_lit.engine.checkpoints import (
+    DEFAULT_MONITOR,
+    BestCheckpoint,
+    CheckpointFiles,
+    LastCheckpoint,
+    RandomState,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from mnist_lit.engine.dashboards import Dashboard
+from mnist_lit.engine.errors import CheckpointError, ConfigurationError, UserError
+from mnist_lit.engine.export import Trainer
+from mnist_lit.engine.metrics import Metrics
+from mnist_lit.engine.predictions import PredictionsFile
+from mnist_lit.engine.runs import LOGS, Run, RunConfig, relative
+from mnist_lit.engine.schema import Print, print_completion, print_schema
+
+# Warnings that a user can do nothing about: they tell one library's authors about another's.
+NOISE = (
+    r"'set_vital' is deprecated",  # torchdata 0.11 on torch 2.13
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning 2.6 on torch 2.13
+    r".*does not have many workers",  # the data is in memory, workers would only slow it down
+    r".*Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
+    r".*configure_optimizers` will be overridden by",  # which is what --optimizer asks for
+)
+SCRIPT = PROJECT.replace("_", "-")
+USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
+
+LOWER_IS_BETTER = "loss error err mse rmse mae mape nll perplexity wer cer fid ece hamming".split()
+HIGHER_IS_BETTER = """acc accuracy f1 f1score precision recall specificity auroc auc ap map iou jaccard dice r2
+r2score psnr ssim bleu rouge kappa mcc pearson spearman""".split()
+
+
+def infer_mode(monitor: str, mode: str) -> str:
+    """Whether a lower or a higher value of a metric is better.
+
+    Args:
+        monitor: name of the metric.
+        mode: ``min``, ``max``, or ``auto`` to tell it from the name.
+
+    Raises:
+        ValueError: if the name does not tell.
+
+    Example:
+        >>> infer_mode("val/acc", "auto")
+        'max'
+    """
+    words = re.findall(r"[a-z]+\d*", monitor.lower())
+    for known, answer in ((LOWER_IS_BETTER, "min"), (HIGHER_IS_BETTER, "max")):
+        if mode == "auto" and any(word in known for word in words):
+            mode = answer
+    if mode == "auto":
+        raise ValueError(f"--monitor={monitor}: is lower or higher better? Say --mode=min or --mode=max")
+    return mode
+
+
+class CLI(LightningCLI):
+    """``LightningCLI`` that keeps the best and the last checkpoint, finds mistakes early and ends with a table."""
+
+    default_data_module = ""
+    run = Run()  # that the command makes or resumes
+    ckpt_path: str | None = None
+    checkpoint: dict[str, Any] | None = None  # its content
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``Trainer.export``."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for printed, what in (
+            (print_schema, "a JSON schema of configs"),
+            (print_completion, "bash completion"),
+        ):
+            parser.add_argument(f"--{printed.__name__}", action=Print, const=printed, help=f"Print {what}.")
+        parser.add_argument("--run_name", type=str | None, help="Name the run's folder, instead of version_N.")
+        parser.add_argument(
+            "--monitor",
+            type=str,
+            default=DEFAULT_MONITOR,
+            help="The metric that decides: which checkpoint is best, when to stop early, what a sweep searches.",
+        )
+        parser.add_argument(
+            "--mode",
+            type=Literal["auto", "min", "max"],
+            default="auto",
+            help="Whether a lower or a higher value of it is better; auto goes by its name.",
+        )
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.link_arguments("monitor", "best_checkpoint.monitor")
+        parser.link_arguments(("monitor", "mode"), "best_checkpoint.mode", compute_fn=infer_mode)
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
+        if self.default_data_module:
+            parser.set_defaults({"data": {"class_path": self.default_data_module}})
+        for name in ("num_classes", "num_pixels"):  # ignored if the model or the data module has none
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        # LightningCLI would now read the checkpoint and let its hyperparameters override the config, class names from
+        # an untrusted file included. The config decides what is built, so the path is put back after that.
+        config = self.config[self.config.subcommand]
+        self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
+
+    def before_instantiate_classes(self) -> None:
+        config, parser = self.config[self.subcommand], self._parser(self.subcommand)
+        if config.get("lr_scheduler") and not config.get("optimizer"):
+            parser.error("--lr_scheduler changes nothing without --optimizer: give both")
+        self._fill_in_monitor(config)
+        self._read_checkpoint(config)
+        resumed = self.subcommand == "fit" and self.checkpoint is not None
+        run = Run.of_checkpoint(self.ckpt_path) if resumed and self.ckpt_path else None
+        # Not in the run's config.yaml, from which other runs are started.
+        name, config.run_name = config.run_name, None
+        if run is None and self.subcommand != "export" and not config.trainer.fast_dev_run:
+            run = Run.create(Path(config.trainer.default_root_dir or "."), name)
+        self.run = run or Run()
+        for logger in _as_list(config.trainer.logger):
+            if isinstance(logger, Namespace):
+                self.run.direct(logger)
+        # A run's config.yaml is what it was started with; what it was resumed with is kept beside it.
+        step = f"-from-step-{self.checkpoint['global_step']}" if resumed and self.checkpoint else ""
+        self.save_config_kwargs = {"config_filename": f"config{step}.yaml", "save_to_log_dir": False}
+
+    @staticmethod
+    def _fill_in_monitor(config: Namespace) -> None:
+        """Hand the metric that decides to every callback and scheduler whose config says ``monitor: auto``."""
+        for chosen in (*_as_list(config.trainer.callbacks), config.get("lr_scheduler")):
+            options = chosen.get("init_args") if isinstance(chosen, Namespace) else None
+            if options and options.get("monitor") == "auto":
+                options["monitor"] = config.monitor
+                options["mode"] = infer_mode(config.monitor, config.mode)
+
+    def _read_checkpoint(self, config: Namespace) -> None:
+        parser = self._parser(self.subcommand)
+        if self.subcommand == "fit" and self.ckpt_path == "last":
+            self.ckpt_path = self._last_checkpoint(config)
+        if self.ckpt_path is None:
+            if self.subcommand == "export":
+                parser.error("--ckpt_path: export needs the path of a checkpoint")
+            if self.subcommand != "fit":
+                rank_zero_warn(f"{self.subcommand} without --ckpt_path: the model's weights are random ones")
+        elif self.ckpt_path in ("best", "last"):
+            parser.error(f"--ckpt_path={self.ckpt_path}: {self.subcommand} needs the path of a checkpoint")
+        elif "://" not in self.ckpt_path and self.ckpt_path != "hpc":
+            if not Path(self.ckpt_path).exists():
+                parser.error(
+                    f"--ckpt_path={self.ckpt_path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
+                )
+            self.checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
+            self._take_num_classes(config)
+        config.ckpt_path = self.ckpt_path
+
+    def _last_checkpoint(self, config: Namespace) -> str | None:
+        path = newest_checkpoint(Path(config.trainer.default_root_dir or "."))
+        if path is None:
+            rank_zero_info("--ckpt_path=last: there is no checkpoint yet, this run starts from scratch")
+            return None
+        rank_zero_info(f"--ckpt_path=last: resuming from {path}")
+        return str(path)
+
+    def _take_num_classes(self, config: Namespace) -> None:
+        """Take the checkpoint's number of classes: images to predict have no labels to count."""
+        classes = (self.checkpoint or {}).get("hyper_parameters", {}).get("num_classes")
+        options = config.data.get("init_args") or {}
+        if classes is not None and "num_classes" in options and options["num_classes"] is None:
+            options["num_classes"] = classes
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.pytorch.Trainer:
+        config, init = self.config[self.subcommand].trainer, self.config_init[self.subcommand].trainer
+        if self.run.exists:
+            kwargs["default_root_dir"] = str(self.run.root)
+            if config.logger in (None, True):
+                resumes = self.subcommand == "fit" and self.checkpoint is not None
+                kwargs["logger"] = TensorBoardLogger(
+                    self.run.root,
+                    LOGS,
+                    version=self.run.name,
+                    # What was logged after the checkpoint makes room for what is logged again.
+                    purge_step=self.checkpoint["global_step"] if resumes and self.checkpoint else None,
+                    default_hp_metric=False,
+                )
+        plugins, callbacks = _as_list(init.plugins), _as_list(init.callbacks)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, CheckpointFiles()]
+        if config.enable_progress_bar is not False and not any(
+            isinstance(callback, AnyProgressBar) for callback in callbacks
+        ):
+            callbacks = [*callbacks, ProgressBar()]
+        if config.profiler is None:
+            kwargs["profiler"] = NoProfiler()
+        if self.subcommand == "predict":
+            callbacks = [*callbacks, PredictionsFile()]
+        if not any(isinstance(callback, Metrics) for callback in _as_list(self.model.configure_callbacks())):
+            callbacks = [*callbacks, Metrics()]  # for steps that return the outputs it needs
+        return super().instantiate_trainer(**kwargs, callbacks=[self.run, *callbacks])
+
+    def after_instantiate_classes(self) -> None:
+        """Compare the checkpoint with the model, before anything takes time.
+
+        Raises:
+            CheckpointError: naming what differs.
+        """
+        if self.checkpoint is None or not self.model.strict_loading:
+            return
+        if self.subcommand == "fit":
+            name = "steps_per_execution"
+            steps = self.checkpoint.get("hyper_parameters", {}).get(name, 1)
+            if steps != getattr(self.model, name, 1):
+                raise CheckpointError(
+                    f"{self.ckpt_path} is of a run with {name}={steps}, which counts batches differently; "
+                    f"resume with --model.{name}={steps}"
+                )
+        ours, theirs = self.model.state_dict(), self.checkpoint["state_dict"]
+        self.checkpoint = None
+        for name in sorted(ours.keys() | theirs.keys()):
+            if name in ours and name in theirs and is_lazy(ours[name]):
+                continue
+            here, there = (tuple(w[name].shape) if name in w else None for w in (ours, theirs))
+            if here != there:
+                raise CheckpointError(
+                    f"{self.ckpt_path} is not of this model: {name} has the shape {there} there "
+                    f"and {here} in {type(self.model).__name__}; the config.yaml in the folder of "
+                    "its run is the one that fits"
+                )
+
+    def after_predict(self) -> None:
+        """Name the files that could not be read.
+
+        Raises:
+            SystemExit: with code 1, if there are any.
+        """
+        broken = getattr(self.datamodule, "broken", None) or {}
+        if not broken:
+            return
+        console = Console(stderr=True)
+        for path, reason in broken.items():
+            console.print(f"{path}: {reason}", soft_wrap=True, highlight=False, markup=False)
+        total = len(broken) + len(self.datamodule.files)
+        sys.exit(f"{PROJECT}: error: {len(broken)} of {total} files could not be predicted")
+
+    def after_fit(self) -> None:
+        """Print the final metrics and the commands that come next."""
+        trainer, run, console = self.trainer, self.run, Console()
+        if not trainer.is_global_zero:
+            return
+        dataset = getattr(self.datamodule, "dataset_used", type(self.datamodule).__name__)
+        title = f"{type(self.model).__name__} on {dataset} after {trainer.current_epoch} epochs"
+        table = Table("metric", Column("value", justify="right"), title=escape(title), min_width=len(title) + 2)
+        for name, value in sorted(trainer.callback_metrics.items()):
+            table.add_row(escape(name), f"{value:.4f}")
+        console.print(table)
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not best and run.exists and (run.checkpoints / "last.ckpt").exists():
+            best = run.checkpoints / "last.ckpt"
+        if not best:
+            return
+        commands = []
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            commands.append(["tensorboard", "--logdir", relative(run.folder.parent)])
+        test = [
+            "python",
+            "-m",
+            PROJECT,
+            "test",
+            "--config",
+            relative(run.config),
+            "--ckpt_path",
+            relative(best),
+        ]
+        console.print("What comes next:")
+        for command in (*commands, test):
+            console.print(f"  {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _as_list(chosen: Any) -> list[Any]:
+    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] if chosen else []
+
+
+_keep_accepted = typehints.discard_init_args_on_class_path_change
+
+
+def _keep_related(parser: Any, previous: Any, value: Any) -> None:
+    """Give a model or a data module the options of another class only if one of the two inherits from the other.
+
+    jsonargparse hands on every option of the same name: ``--data=my_data.MyData`` would silently take the
+    ``batch_size`` that a config has chosen for another data module.
+    """
+    if previous and previous.get("init_args") and previous["class_path"] != value["class_path"]:
+        before, now = (typehints.import_object(spec["class_path"]) for spec in (previous, value))
+        if issubclass(now, (LightningModule, LightningDataModule)) and not (
+            issubclass(before, now) or issubclass(now, before)
+        ):
+            previous["init_args"] = Namespace()
+    _keep_accepted(parser, previous, value)
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """Ignore TensorBoard's writer: its errors are raised again where training waits for it."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
+
+
+def _raised_by_lightning(traceback: TracebackType | None) -> bool:
+    """Whether only libraries and the engine were at work: then it is an option that was wrong, and no code."""
+    known = ("lightning", "jsonargparse", "torch", "torchmetrics", *sys.stdlib_module_names)
+    while traceback is not None:
+        name = traceback.tb_frame.f_globals.get("__name__", "")
+        ours = name in ("__main__", f"{PROJECT}.__main__") or name.startswith(f"{PROJECT}.engine.")
+        if not ours and name.partition(".")[0] not in known:
+            return False
+        traceback = traceback.tb_next
+    return True
+
+
+def with_config_of_run(args: list[str]) -> list[str]:
+    """Add the config.yaml of a checkpoint's run to a command that names a checkpoint and no config."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--ckpt_path", type=Path)
+    named, _ = parser.parse_known_args(args)
+    if named.config or named.ckpt_path is None or not named.ckpt_path.exists():
+        return args
+    config = Run(named.ckpt_path.absolute().parents[1]).config
+    if not config.is_file():
+        return args
+    rank_zero_info(f"The config is the run's: {relative(config)}")
+    command, *options = args
+    return [command, "--config", str(config), *options]
+
+
+def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
+    """Run one command of ``LightningCLI``.
+
+    Args:
+        args: as on the command line, the command first.
+        callbacks: in addition to those of the config.
+    """
+    sys.argv[1:] = args  # from which Lightning starts further processes
+    return CLI(
+        LightningModule,
+        LightningDataModule,
+        save_config_callback=RunConfig,
+        trainer_class=Trainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        # An error is one message and not a screenful of options; a typo is no abbreviation.
+        parser_kwargs={
+            "prog": SCRIPT if Path(sys.argv[0]).name == SCRIPT else f"python -m {PROJECT}",
+            "epilog": "More commands, with a --help of their own: sweep (search hyperparameters), "
+            "new (start a project from this one)",
+            "allow_abbrev": False,
+            **{command: {"usage": USAGE} for command in CLI.subcommands()},
+        },
+        seed_everything_default=1,
+        trainer_defaults={"callbacks": [StopOnNonFinite(), RandomState(), *callbacks]},
+    )
+
+
+def main(data_module: str = "", commands: Mapping[str, str] | None = None) -> None:
+    """Run the command in ``sys.argv``. A user's mistake ends in one message and exit code 1 or 2.
+
+    Args:
+        data_module: import path of the data module to use where the config names none.
+        commands: further commands, by the module whose ``main(args)`` runs each.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):  # until training starts: there is nothing to save
+        signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+    threading.excepthook = _thread_failed
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(lambda record: "Tip: " not in record.getMessage())
+    typehints.discard_init_args_on_class_path_change = _keep_related
+    # Once glibc has seen a block of this size freed, it keeps up to twice as much memory for later blocks. Before, it
+    # may return to the system after every batch what the next batch then waits for.
+    torch.empty(8 * 2**20, dtype=torch.uint8)
+    CLI.default_data_module = data_module
+    modules = {"sweep": f"{PROJECT}.engine.sweep", **(commands or {})}
+    command, *args = sys.argv[1:] or [""]
+    try:
+        if command == "sweep" and find_spec("optuna") is None:
+            raise ConfigurationError(f"sweep needs optuna: pip install '{PROJECT}[sweep]'")
+        if command in modules:
+            import_module(modules[command]).main(args)
+        else:
+            run(with_config_of_run(sys.argv[1:]))
+    except (UserError, MisconfigurationException) as error:
+        if isinstance(error, MisconfigurationException) and not _raised_by_lightning(error.__traceback__):
+            raise
+        sys.exit(f"{PROJECT}: error: {error}")

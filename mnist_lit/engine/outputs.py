@@ -1,0 +1,115 @@
+"""What the engine understands of a batch and of a step's outputs.
+
+Steps may return whatever Lightning allows. Metrics, dashboards, prediction tables and export look here for
+what they need, and leave out what is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypedDict
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+
+
+class Outputs(TypedDict):
+    """What a training, validation or test step returns to gain metrics, dashboards and tables.
+
+    ``loss`` is a scalar (), the mean over the batch. ``preds`` and ``target`` are what the metrics take, such
+    as logits (B, num_classes) and classes (B,), or values (B,) and (B,).
+    """
+
+    loss: Tensor
+    preds: Tensor
+    target: Tensor
+
+
+def step_outputs(outputs: Any) -> list[Mapping[str, Any]]:
+    """The outputs of each optimizer step in one step of Lightning's; several with ``StepsPerExecution``."""
+    if isinstance(outputs, Tensor):
+        return [{"loss": outputs}]
+    if not isinstance(outputs, Mapping):
+        return []
+    return outputs.get("steps", [outputs])
+
+
+def as_outputs(outputs: Any) -> Outputs | None:
+    """The outputs if they have the three keys of ``Outputs``, or else None."""
+    if not isinstance(outputs, Mapping) or not all(
+        isinstance(outputs.get(key), Tensor) for key in ("loss", "preds", "target")
+    ):
+        return None
+    return Outputs(loss=outputs["loss"], preds=outputs["preds"], target=outputs["target"])
+
+
+def classification(outputs: Any) -> tuple[Tensor, Tensor] | None:
+    """Logits or probabilities (B, num_classes) and classes (B,) out of ``Outputs``, or else None."""
+    found = as_outputs(outputs)
+    if found is None:
+        return None
+    preds, target = found["preds"].detach(), found["target"]
+    fits = preds.ndim == 2 and preds.is_floating_point() and target.shape == preds.shape[:1]
+    return (preds, target) if fits and not target.is_floating_point() else None
+
+
+def find_images(batch: Any) -> Tensor | None:
+    """The first tensor of images (B, C, H, W), C 1 or 3, in a tensor, a tuple or a dict, or else None."""
+    for tensor in _tensors(batch):
+        if tensor.ndim == 4 and tensor.shape[1] in (1, 3) and len(tensor):
+            return tensor
+    return None
+
+
+def find_classes(batch: Any) -> Tensor | None:
+    """The first tensor of integers (B,) in a batch, or else None."""
+    for tensor in _tensors(batch):
+        if tensor.ndim == 1 and not tensor.is_floating_point():
+            return tensor
+    return None
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        yield from (value for value in batch.values() if isinstance(value, Tensor))
+    elif isinstance(batch, (list, tuple)):
+        yield from (value for value in batch if isinstance(value, Tensor))
+
+
+def are_probabilities(values: Tensor) -> bool:
+    """Whether the rows of (n, num_classes) are distributions; bfloat16 rounds their sums by up to 2 %."""
+    if values.ndim != 2 or values.shape[1] < 2 or not values.is_floating_point():
+        return False
+    values = values.float()
+    return bool((values >= 0).all() and ((values.sum(1) - 1).abs() < 0.02).all())
+
+
+def class_names(source: Trainer | LightningDataModule | None, num_classes: int) -> list[str]:
+    """Names for ``num_classes`` classes.
+
+    They are the ``class_names`` of the data module, else those that came with the checkpoint, else 0, 1, ...
+
+    Args:
+        source: the trainer, or the data module itself.
+        num_classes: number of names.
+    """
+    datamodule = getattr(source, "datamodule", source)
+    for owner in (datamodule, getattr(source, "lightning_module", None)):
+        names = getattr(owner, "class_names", None)
+        if names is not None and len(names) == num_classes:
+            return [str(name) for name in names]
+    return [str(index) for index in range(num_classes)]
+
+
+def display(images: Tensor) -> Tensor:
+    """Images (n, C, H, W) as uint8 to look at; values out of 0..1 are stretched to that range."""
+    if images.dtype == torch.uint8:
+        return images.cpu()
+    images = images.detach().float().cpu()
+    low, high = images.min(), images.max()
+    if low < 0 or high > 1:
+        images = (images - low) / (high - low).clamp(min=1e-12)
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,61 @@
+"""Writing files: whole or not at all, and by one process at a time."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from mnist_lit.engine.errors import DatasetError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    r"""Yield a temporary path. What is written there replaces ``path`` as a whole, or not at all.
+
+    Example:
+        >>> with atomic_write(Path("table.csv")) as part:
+        ...     part.write_text("a,b\n", encoding="utf-8")
+    """
+    part = path.with_name(f".part-{path.name}")  # keeps the suffix, which names the kind of file
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def atomic_save(content: Any, path: Path) -> None:
+    """Write ``torch.save``'s file as a whole, or not at all.
+
+    Raises:
+        OSError: such as a full disk, which torch.save itself would hide in a RuntimeError.
+    """
+    data = io.BytesIO()
+    torch.save(content, data)
+    with atomic_write(path) as part:
+        part.write_bytes(data.getbuffer())
+
+
+@contextmanager
+def locked_directory(folder: Path) -> Iterator[None]:
+    """Make a data folder and lock it, so that one process at a time writes in it.
+
+    Raises:
+        DatasetError: if the folder cannot be made or written, or its disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            yield
+    except OSError as error:
+        raise DatasetError(
+            f"cannot write in the data folder {folder} ({error.strerror or error}); "
+            "make room or make it writable, or choose another one with --data.data_dir"
+        ) from error
