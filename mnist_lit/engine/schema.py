@@ -47,7 +47,7 @@ def print_completion(parser: ArgumentParser) -> str:
 
 
 def config_schema(parser: ArgumentParser) -> Schema:
-    """The schema of jsonargparse, opened to what configs may contain besides: overlays, which leave out most of it, short
+    """The schema of jsonargparse, opened to what configs may contain: overlays, which leave out most of it, short
     names of classes, and custom classes.
     """
     # All modules of torch are more than an editor can take, and more than jsonargparse can describe.
