@@ -111,6 +111,12 @@ class ProgressBar(RichProgressBar):
         super().__init__(refresh_rate)
         self._drawn = 0.0
 
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Lightning's, without the version of the logger."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
     def _due(self, batch_idx: int, batches: int | float) -> bool:
         now = time.monotonic()
         due = now - self._drawn >= 1 / self.refresh_rate or batch_idx + 1 == batches

@@ -149,7 +149,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         monitor: metric that decides which is best.
-        mode: ``min`` if lower is better, ``max`` if higher is.
+        mode: ``min`` if lower is better, ``max`` if higher is. On the command line ``auto`` goes by the name.
         save_top_k: number of checkpoints to keep.
         filename: without ``.ckpt``, may contain ``{epoch}``, ``{step}`` and metrics.
         options: as in Lightning's ``ModelCheckpoint``. ``dirpath`` is by default ``checkpoints`` in the run's
@@ -165,7 +165,7 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         monitor: str = DEFAULT_MONITOR,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["auto", "min", "max"] = "min",
         save_top_k: int = 1,
         filename: str | None = None,
         **options: Any,
@@ -173,7 +173,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(
             filename=filename or ("best" if save_top_k == 1 else "best-{epoch}-{step}"),
             monitor=monitor,
-            mode=mode,
+            mode="min" if mode == "auto" else mode,
             save_top_k=save_top_k,
             enable_version_counter=False,
             **options,
@@ -263,6 +263,15 @@ class LastCheckpoint(Checkpoint):
         self._run = Run.of(trainer)
         if self._run.exists:
             self._folder = Path(self.dirpath or self._run.checkpoints)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop = trainer.fit_loop
+        if trainer.ckpt_path and loop._data_fetcher is not None:
+            # A schedule that asks for trainer.estimated_stepping_batches makes Lightning set up the training loader
+            # before it restores the loops, and then the position in the epoch is never loaded (Lightning issue 20550).
+            # Dropped here, the loader is set up again after that.
+            loop._data_fetcher.teardown()
+            loop._data_fetcher = loop._combined_loader = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step

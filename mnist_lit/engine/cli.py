@@ -77,7 +77,7 @@ def infer_mode(monitor: str, mode: str) -> str:
         mode: ``min``, ``max``, or ``auto`` to tell it from the name.
 
     Raises:
-        ValueError: if the name does not tell.
+        ConfigurationError: if the name does not tell.
 
     Example:
         >>> infer_mode("val/acc", "auto")
@@ -88,7 +88,7 @@ def infer_mode(monitor: str, mode: str) -> str:
         if mode == "auto" and any(word in known for word in words):
             mode = answer
     if mode == "auto":
-        raise ValueError(f"--monitor={monitor}: is lower or higher better? Say --mode=min or --mode=max")
+        raise ConfigurationError(f"--monitor={monitor}: is lower or higher better? Say --mode=min or --mode=max")
     return mode
 
 
@@ -99,6 +99,7 @@ class CLI(LightningCLI):
     run = Run()  # that the command makes or resumes
     ckpt_path: str | None = None
     checkpoint: dict[str, Any] | None = None  # its content
+    _automatic: Sequence[tuple[Namespace, str | None]] = ()  # options with monitor: auto, and their mode
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -126,7 +127,7 @@ class CLI(LightningCLI):
         )
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.link_arguments("monitor", "best_checkpoint.monitor")
-        parser.link_arguments(("monitor", "mode"), "best_checkpoint.mode", compute_fn=infer_mode)
+        parser.link_arguments("mode", "best_checkpoint.mode")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         if self.default_data_module:
@@ -145,7 +146,9 @@ class CLI(LightningCLI):
         config, parser = self.config[self.subcommand], self._parser(self.subcommand)
         if config.get("lr_scheduler") and not config.get("optimizer"):
             parser.error("--lr_scheduler changes nothing without --optimizer: give both")
-        self._fill_in_monitor(config)
+        if self.subcommand == "fit":
+            config.best_checkpoint.mode = infer_mode(config.monitor, config.mode)
+            self._fill_in_monitor(config)
         self._read_checkpoint(config)
         resumed = self.subcommand == "fit" and self.checkpoint is not None
         run = Run.of_checkpoint(self.ckpt_path) if resumed and self.ckpt_path else None
@@ -161,14 +164,14 @@ class CLI(LightningCLI):
         step = f"-from-step-{self.checkpoint['global_step']}" if resumed and self.checkpoint else ""
         self.save_config_kwargs = {"config_filename": f"config{step}.yaml", "save_to_log_dir": False}
 
-    @staticmethod
-    def _fill_in_monitor(config: Namespace) -> None:
+    def _fill_in_monitor(self, config: Namespace) -> None:
         """Hand the metric that decides to every callback and scheduler whose config says ``monitor: auto``."""
+        self._automatic = []
         for chosen in (*_as_list(config.trainer.callbacks), config.get("lr_scheduler")):
             options = chosen.get("init_args") if isinstance(chosen, Namespace) else None
             if options and options.get("monitor") == "auto":
-                options["monitor"] = config.monitor
-                options["mode"] = infer_mode(config.monitor, config.mode)
+                self._automatic.append((options, options.get("mode")))
+                options["monitor"], options["mode"] = config.monitor, config.best_checkpoint.mode
 
     def _read_checkpoint(self, config: Namespace) -> None:
         parser = self._parser(self.subcommand)
@@ -207,6 +210,8 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.pytorch.Trainer:
         config, init = self.config[self.subcommand].trainer, self.config_init[self.subcommand].trainer
+        for options, mode in self._automatic:  # so that the run's config.yaml can be used with another --monitor
+            options["monitor"], options["mode"] = "auto", mode
         if self.run.exists:
             kwargs["default_root_dir"] = str(self.run.root)
             if config.logger in (None, True):
@@ -340,6 +345,18 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Print the engine's own warnings without the line of code that they come from."""
+    if Path(filename).parent == Path(__file__).parent:
+        return f"{PROJECT}: warning: {message}\n"
+    return _format_other(message, category, filename, lineno, line)
+
+
+_format_other = warnings.formatwarning
+
+
 def _raised_by_lightning(traceback: TracebackType | None) -> bool:
     """Whether only libraries and the engine were at work: then it is an option that was wrong, and no code."""
     known = ("lightning", "jsonargparse", "torch", "torchmetrics", *sys.stdlib_module_names)
@@ -410,6 +427,7 @@ def main(data_module: str = "", commands: Mapping[str, str] | None = None) -> No
         warnings.filterwarnings("ignore", message=noise)
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip: " not in record.getMessage())
+    warnings.formatwarning = _format_warning
     typehints.discard_init_args_on_class_path_change = _keep_related
     # Once glibc has seen a block of this size freed, it keeps up to twice as much memory for later blocks. Before, it
     # may return to the system after every batch what the next batch then waits for.

@@ -86,7 +86,7 @@ class Dashboard(Callback):
 
     def _leave_out(self, name: str, switch: str, reason: str) -> None:
         if name not in self._off:
-            rank_zero_warn(f"no {name} in the dashboard: {reason}; --dashboard.{switch} switches it off")
+            rank_zero_warn(f"no {name} in the dashboard: {reason}; --dashboard.{switch} leaves it out")
         self._off.add(name)
 
     # ------------------------------------------------------------------------------------------- training
@@ -115,7 +115,7 @@ class Dashboard(Callback):
                 sheet = contact_sheet(display(images[: self.samples]), names[: self.samples])
                 log_image(trainer, "train/samples", sheet, 0)
         if self.graph:
-            with self._part("graph in TensorBoard", "graph=false"):
+            with self._part("graph", "graph=false"):
                 for writer in _tensorboards(trainer):
                     _add_graph(writer, pl_module, images[:1])
 
@@ -160,8 +160,8 @@ class Dashboard(Callback):
         found = classification(outputs)
         if found is None:
             reason = "steps return no dict of loss, preds (B, num_classes) and target (B,)"
-            return self._leave_out(self.OF_CLASSES, "every_n_epochs=0", reason)
-        with self._part(self.OF_CLASSES, "every_n_epochs=0"):
+            return self._leave_out(self.OF_CLASSES, self.SWITCHES, reason)
+        with self._part(self.OF_CLASSES, self.SWITCHES):
             preds, target = found
             number, predicted = preds.shape[1], preds.argmax(1)
             counts = torch.bincount(target * number + predicted, minlength=number**2).view(number, number)
@@ -171,6 +171,7 @@ class Dashboard(Callback):
                 self._keep_worst(preds, predicted, target, images)
 
     OF_CLASSES = "confusion matrix, accuracy per class and mistakes"
+    SWITCHES = "confusion_matrix=false --dashboard.mistakes=0"
 
     def _keep_worst(self, preds: Tensor, predicted: Tensor, target: Tensor, images: Tensor) -> None:
         confidence = preds.float().softmax(1).amax(1)

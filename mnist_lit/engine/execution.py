@@ -56,9 +56,11 @@ class StepsPerExecution(Callback):
             self._refuse(refused)
         self._training_step = pl_module.training_step
         pl_module.automatic_optimization = False
-        pl_module.training_step = lambda batch, batch_idx: self._execute(  # type: ignore[method-assign]
-            trainer, pl_module, batch, batch_idx
-        )
+
+        def training_step(batch: Any, batch_idx: int) -> dict[str, Any]:
+            return self._execute(trainer, pl_module, batch, batch_idx)
+
+        pl_module.training_step = training_step  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.steps == 1:

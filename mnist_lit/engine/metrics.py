@@ -154,7 +154,7 @@ class Metrics(Callback):
         The loggers are called directly: Lightning would place the values at the number of its own steps, each
         of which may be several optimizer steps.
         """
-        results = trainer._results or {}
+        results: Any = trainer._results or {}
         steps = ("training_step", "validation_step", "test_step")
         values = {name: value for name, value in values.items() if not any(f"{fx}.{name}" in results for fx in steps)}
         for name, value in values.items():
@@ -180,7 +180,7 @@ class Metrics(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if "class_names" in checkpoint:
-            pl_module.class_names = checkpoint["class_names"]  # type: ignore[assignment]
+            pl_module.class_names = checkpoint["class_names"]
         states = checkpoint.get("metrics", [])
         if trainer.state.fn != "fit" or len(states) != trainer.world_size:
             return  # RandomState warns of another number of processes; the means start again

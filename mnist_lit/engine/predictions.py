@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from mnist_lit.engine.outputs import are_probabilities, class_names, display, find_images
-from mnist_lit.engine.runs import Run
+from mnist_lit.engine.runs import Run, relative
 from mnist_lit.engine.sheets import contact_sheet
 from mnist_lit.engine.storage import atomic_save, atomic_write
 
@@ -87,7 +87,7 @@ class PredictionsFile(BasePredictionWriter):
             kinds = ", ".join(sorted({_kind(batch) for batch in batches})) or "nothing"
             rank_zero_warn(
                 f"no predictions.csv: predict_step returns {kinds} and not (B, num_classes) or (B,); "
-                f"{path} has its outputs, for torch.load"
+                f"{relative(path)} has its outputs, for torch.load"
             )
             return
         header, rows = _rows(trainer, torch.cat([v.float().cpu() for v in values if v is not None]), batch_indices)
@@ -103,7 +103,7 @@ class PredictionsFile(BasePredictionWriter):
                 sheet.save(part)
         if trainer.is_global_zero:
             _print(console, header, rows)
-            console.print(f"Wrote {' and '.join(map(str, wrote))}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"Wrote {' and '.join(map(relative, wrote))}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _values(outputs: Any) -> Tensor | None:
@@ -144,8 +144,8 @@ def _rows(trainer: Trainer, values: Tensor, batch_indices: Sequence[Any]) -> tup
         header.append("prediction")
     else:
         header += [f"prediction_{index}" for index in range(values.shape[1])]
-    columns = zip(samples, values.reshape(len(values), -1).tolist(), strict=True)
-    return header, [[sample, *each] for sample, each in columns]
+    each_row = zip(samples, values.reshape(len(values), -1).tolist(), strict=True)
+    return header, [[sample, *each] for sample, each in each_row]
 
 
 def _sheet(least: list[tuple[float, Tensor, str]]) -> Any:

@@ -209,7 +209,7 @@ def report(study: optuna.Study, folder: Path, monitor: str) -> None:
     console.print(f"  python -m {PROJECT} fit --config {folder}/best.yaml", soft_wrap=True, highlight=False)
 
 
-def open_study(url: str, name: str, direction: str) -> optuna.Study:
+def open_study(url: str, name: str, direction: StudyDirection) -> optuna.Study:
     """Open a study, and make it first if the database has none of that name.
 
     Raises:
@@ -266,7 +266,7 @@ def main(args: list[str]) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     monitor, mode = _metric_that_decides(fit)
-    study = open_study(url, known.study, f"{mode}imize")
+    study = open_study(url, known.study, StudyDirection[f"{mode.upper()}IMIZE"])
     if study.user_attrs.setdefault("space", space) != space:
         raise ConfigurationError(f"the study {known.study} has another space; name a new one with --study")
     study.set_user_attr("space", space)
