@@ -70,10 +70,10 @@ class Classifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Outputs:
         return self._step(batch)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Outputs:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         return self._step(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Outputs:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         return self._step(batch)
 
     def _step(self, batch: Batch) -> Outputs:
@@ -81,7 +81,7 @@ class Classifier(LightningModule):
         preds = self(images)  # (B, num_classes) or (B,)
         return {"loss": self.loss(preds, target), "preds": preds, "target": target}
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Probabilities (B, num_classes), or values (B,)."""
         images, _ = batch
         return self.activation(self(images))

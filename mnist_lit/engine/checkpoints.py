@@ -58,7 +58,7 @@ class CheckpointFiles(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=weights_only is not False)
-        return read_checkpoint(path, weights_only is not False)
+        return _load(path, weights_only is not False)
 
 
 @contextmanager
@@ -95,6 +95,20 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
         >>> read_checkpoint("lightning_logs/version_0/checkpoints/last.ckpt")["global_step"]
         1564
     """
+    checkpoint = _load(path, weights_only)
+    try:
+        for key, kind in _LAYOUT.items():
+            if not isinstance(checkpoint[key], kind):
+                raise CheckpointError(_unusable(path, f"{key} in it is no {kind.__name__}"))
+        if not all(isinstance(weight, torch.Tensor) for weight in checkpoint["state_dict"].values()):
+            raise CheckpointError(_unusable(path, "state_dict in it holds something else than tensors"))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of Lightning (it has no {error})") from error
+    return checkpoint
+
+
+def _load(path: str | Path, weights_only: bool) -> Any:
+    """Load a file of ``torch.save`` safely, whatever is in it; Lightning has some without a trainer's state."""
     try:
         with zipfile.ZipFile(path) as file:
             # torch.load neither compares checksums nor bounds what a compressed member grows to.
@@ -102,18 +116,14 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
                 raise ValueError("it is compressed, which torch.save never does")
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} in it is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-        for key, kind in _LAYOUT.items():
-            if not isinstance(checkpoint[key], kind):
-                raise ValueError(f"{key} in it is no {kind.__name__}")
-        if not all(isinstance(weight, torch.Tensor) for weight in checkpoint["state_dict"].values()):
-            raise ValueError("state_dict in it holds something else than tensors")
-        return checkpoint
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of Lightning (it has no {error})") from error
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # a hostile file can make zipfile and torch.load raise just about anything
         lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
-        raise CheckpointError(f"{path} is no checkpoint that can be used ({lines[0]})") from error
+        raise CheckpointError(_unusable(path, lines[0])) from error
+
+
+def _unusable(path: str | Path, reason: str) -> str:
+    return f"{path} is no checkpoint that can be used ({reason})"
 
 
 def newest_checkpoint(root_dir: Path) -> Path | None:

@@ -292,7 +292,7 @@ class CLI(LightningCLI):
         title = f"{type(self.model).__name__} on {dataset} after {trainer.current_epoch} epochs"
         table = Table("metric", Column("value", justify="right"), title=escape(title), min_width=len(title) + 2)
         for name, value in sorted(trainer.callback_metrics.items()):
-            table.add_row(escape(name), f"{value:.4f}")
+            table.add_row(escape(name), f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}")
         console.print(table)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not best and run.exists and (run.checkpoints / "last.ckpt").exists():

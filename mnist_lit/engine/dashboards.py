@@ -21,7 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from mnist_lit.engine.metrics import metric_names
-from mnist_lit.engine.outputs import class_names, classification, display, find_classes, find_images
+from mnist_lit.engine.outputs import as_outputs, class_names, classification, display, find_classes, find_images
 from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
 
 
@@ -158,6 +158,8 @@ class Dashboard(Callback):
         if not wanted or not self._due(trainer):
             return
         found = classification(outputs)
+        if found is None and (understood := as_outputs(outputs)) and understood["target"].is_floating_point():
+            return  # a regression, which has no classes
         if found is None:
             reason = "steps return no dict of loss, preds (B, num_classes) and target (B,)"
             return self._leave_out(self.OF_CLASSES, self.SWITCHES, reason)
