@@ -59,6 +59,7 @@ NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning 2.6 on torch 2.13
     r".*does not have many workers",  # the data is in memory, workers would only slow it down
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
+    r"Experiment logs directory .* exists and is not empty",  # CSVLogger, in the folder of the run
     r".*configure_optimizers` will be overridden by",  # which is what --optimizer asks for
 )
 SCRIPT = PROJECT.replace("_", "-")
@@ -159,7 +160,7 @@ class CLI(LightningCLI):
         self.run = run or Run()
         for logger in _as_list(config.trainer.logger):
             if isinstance(logger, Namespace):
-                self.run.direct(logger)
+                self.run.direct(logger, self.checkpoint["global_step"] if resumed and self.checkpoint else None)
         # A run's config.yaml is what it was started with; what it was resumed with is kept beside it.
         step = f"-from-step-{self.checkpoint['global_step']}" if resumed and self.checkpoint else ""
         self.save_config_kwargs = {"config_filename": f"config{step}.yaml", "save_to_log_dir": False}

@@ -137,7 +137,7 @@ class Metrics(Callback):
                 collection.update(gathered)
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""  # as Lightning's own names
             values = collection.compute(trainer, stage, suffix)
-            self._log(trainer, pl_module, values, max(trainer.global_step - 1, 0), dataloader_idx=index)
+            self._log(trainer, pl_module, values, max(trainer.global_step - 1, 0))
 
     # -------------------------------------------------------------------------------------------- logging
 
@@ -148,7 +148,6 @@ class Metrics(Callback):
         values: dict[str, Tensor],
         step: int,
         sync_dist: bool = True,
-        dataloader_idx: int = 0,
     ) -> None:
         """Log values that are the same in every process.
 
@@ -156,17 +155,15 @@ class Metrics(Callback):
         each of which may be several optimizer steps. In ``validate`` and ``test`` Lightning logs, prints and returns
         the values.
         """
+        fits = trainer.state.fn == "fit"
         results: Any = trainer._results or {}
         steps = ("training_step", "validation_step", "test_step")
         taken = {name for name in values for fx in steps if f"{fx}.{name.removesuffix('_epoch')}" in results}
         values = {name: value for name, value in values.items() if name not in taken}
         for name, value in values.items():
             shown = name.count("/") == 1
-            pl_module.log(name, value, shown, logger=False, sync_dist=sync_dist, add_dataloader_idx=False)
-        if trainer.state.fn != "fit":
-            loop = trainer.test_loop if trainer.testing else trainer.validate_loop
-            loop._logged_outputs[dataloader_idx].update(values)
-        elif values and not trainer.sanity_checking:
+            pl_module.log(name, value, shown, not fits, sync_dist=sync_dist, add_dataloader_idx=False)
+        if values and fits and not trainer.sanity_checking:
             scalars = {name: value.item() for name, value in values.items()}
             for logger in trainer.loggers:
                 logger.log_metrics({**scalars, "epoch": trainer.current_epoch}, step=step)

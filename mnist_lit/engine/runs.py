@@ -136,16 +136,31 @@ class Run(Callback):
         """The folder of best.ckpt and last.ckpt."""
         return self.folder / "checkpoints"
 
-    def direct(self, logger: Namespace) -> None:
+    def direct(self, logger: Namespace, resumed_step: int | None = None) -> None:
         """Make a logger of the config write into this folder, unless the config names another place.
 
         Args:
             logger: with ``class_path`` and ``init_args``.
+            resumed_step: of the checkpoint that the run is resumed from.
         """
         options = logger.get("init_args") or {}
         local = str(logger.get("class_path", "")).rpartition(".")[2] in LOCAL_LOGGERS
-        if local and self.exists and options.get("version") is None and options.get("name") == LOGS:
-            options["save_dir"], options["version"] = str(self.root), self.name
+        if not (local and self.exists and options.get("version") is None and options.get("name") == LOGS):
+            return
+        options["save_dir"], options["version"] = str(self.root), self.name
+        if resumed_step is not None and "purge_step" in options:
+            options["purge_step"] = resumed_step
+        table = self.folder / "metrics.csv"  # which CSVLogger starts again
+        if resumed_step is not None and table.exists():
+            table.replace(table.with_name(f"metrics-to-step-{resumed_step}.csv"))
+
+    def release(self, logger: Namespace) -> None:
+        """Undo ``direct``, for a config from which other runs are started."""
+        options = logger.get("init_args") or {}
+        if options.get("version") == self.name and options.get("name") == LOGS:
+            options["save_dir"], options["version"] = ".", None
+            if "purge_step" in options:
+                options["purge_step"] = None
 
 
 def _unwritable(root: Path, error: OSError) -> str:
@@ -164,7 +179,12 @@ class RunConfig(SaveConfigCallback):
     """Save the complete config in the run's folder. A resumed run keeps the first one."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = Run.of(trainer).folder
+        run, config = Run.of(trainer), self.config.clone()
+        loggers = config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, Namespace):
+                run.release(logger)
+        folder = run.folder
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / self.config_filename) as part:
-            part.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
+            part.write_text(self.parser.dump(config, skip_none=False), encoding="utf-8")
