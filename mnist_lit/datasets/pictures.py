@@ -17,12 +17,12 @@ from mnist_lit.engine.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SIDE, BOX = 28, 20  # pixels
-NOISE = 0.15  # of the darkest stroke; compression and scanners leave less than that on the paper
+NOISE = 0.15  # of the darkest stroke; compression and scanners leave less than that on the background
 MAX_PIXELS = 50_000_000
 
 
 class PictureError(Exception):
-    """An image file in which no digit can be found; the message says why."""
+    """An image file in which no digit can be found; the message tells why."""
 
 
 def find_pictures(patterns: Iterable[str]) -> list[Path]:
@@ -72,7 +72,7 @@ def read_picture(path: str | os.PathLike[str]) -> Tensor:
         raise PictureError(f"not a readable image ({error or type(error).__name__})") from error
     edge = _edge(grey)
     clean = lossless and edge.min() == edge.max()
-    return _in_mnist_form(_ink(grey), 0.0 if clean else NOISE)
+    return _in_mnist_form(_foreground(grey), 0.0 if clean else NOISE)
 
 
 def _grey(image: Image.Image) -> np.ndarray:
@@ -84,11 +84,11 @@ def _grey(image: Image.Image) -> np.ndarray:
     brightness = rgba[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's L
     alpha = rgba[..., 3]
     drawn = float((brightness * alpha).sum() / max(float(alpha.sum()), 1e-6))
-    paper = 1.0 if drawn < 0.5 else 0.0
-    return brightness * alpha + paper * (1 - alpha)
+    background = 1.0 if drawn < 0.5 else 0.0
+    return brightness * alpha + background * (1 - alpha)
 
 
-def _ink(grey: np.ndarray) -> np.ndarray:
+def _foreground(grey: np.ndarray) -> np.ndarray:
     """Foreground float32 (H, W): 0 background, 1 the darkest stroke. Most of the edge is background."""
     difference = grey - np.median(_edge(grey))
     if -difference.min() > difference.max():
@@ -103,9 +103,9 @@ def _edge(grey: np.ndarray) -> np.ndarray:
     return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
 
 
-def _in_mnist_form(ink: np.ndarray, noise: float) -> Tensor:
-    rows, columns = (np.flatnonzero((ink > noise).any(axis)) for axis in (1, 0))
-    cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+def _in_mnist_form(foreground: np.ndarray, noise: float) -> Tensor:
+    rows, columns = (np.flatnonzero((foreground > noise).any(axis)) for axis in (1, 0))
+    cut = foreground[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = cut.shape
     scale = BOX / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -423,7 +423,7 @@ class RandomState(Callback):
         if len(states) != trainer.world_size:
             rank_zero_warn(
                 f"the checkpoint has the random state of {len(states)} processes, this run has "
-                f"{trainer.world_size}: it goes on, but not as the uninterrupted run would have"
+                f"{trainer.world_size}: it resumes, but not exactly as the uninterrupted run would have"
             )
             return
         state = states[trainer.global_rank]

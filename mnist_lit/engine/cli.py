@@ -166,7 +166,7 @@ class CLI(LightningCLI):
         self.save_config_kwargs = {"config_filename": f"config{step}.yaml", "save_to_log_dir": False}
 
     def _fill_in_monitor(self, config: Namespace) -> None:
-        """Hand the metric that decides to every callback and scheduler whose config says ``monitor: auto``."""
+        """Hand the metric that decides to every callback and scheduler with ``monitor: auto``."""
         self._automatic = []
         for chosen in (*_as_list(config.trainer.callbacks), config.get("lr_scheduler")):
             options = chosen.get("init_args") if isinstance(chosen, Namespace) else None

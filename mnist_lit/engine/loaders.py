@@ -65,7 +65,7 @@ def train_dataloader(
         order.set_epoch(trainer.current_epoch)  # workers prefetch before Lightning sets it
     steps = getattr(trainer.lightning_module, "steps_per_execution", 1) if trainer else 1
     loader = _loader(dataset, batch_size * steps, trainer, num_workers, order)
-    loader.steps_per_execution = steps  # which says to StepsPerExecution that its batches are there
+    loader.steps_per_execution = steps  # for StepsPerExecution, which needs such batches
     return loader
 
 
