@@ -192,7 +192,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Absolute, because ModelCheckpoint forgets the best of a folder that is named in another way.
-        self.dirpath = os.path.abspath(self.dirpath or Run.of(trainer).checkpoints)
+        if self.dirpath or Run.of(trainer).exists:
+            self.dirpath = os.path.abspath(self.dirpath or Run.of(trainer).checkpoints)
         super().setup(trainer, pl_module, stage)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

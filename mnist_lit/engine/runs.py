@@ -57,6 +57,8 @@ class Run(Callback):
         Raises:
             ConfigurationError: if there is a run of this name, or the folder cannot be written.
         """
+        if name and Path(name).name != name:
+            raise ConfigurationError(f"--run_name={name}: expected the name of one folder, without {os.sep}")
         if rank_zero_only.rank:  # type: ignore[attr-defined]
             return cls()
         logs = root.absolute() / LOGS
@@ -75,7 +77,7 @@ class Run(Callback):
     @staticmethod
     def _make(logs: Path, name: str | None) -> Path:
         if name is not None:
-            (logs / name).mkdir(parents=True)
+            (logs / name).mkdir()
             return logs / name
         numbers = [path.name.removeprefix("version_") for path in logs.glob("version_*")]
         version = max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
@@ -118,13 +120,12 @@ class Run(Callback):
     @property
     def root(self) -> Path:
         """The parent of ``lightning_logs``."""
-        return self.folder.parents[len(self.name.split("/"))]
+        return self.folder.parents[1]
 
     @property
     def name(self) -> str:
-        """Of the folder, below ``lightning_logs``."""
-        parts = self.folder.parts
-        return "/".join(parts[len(parts) - parts[::-1].index(LOGS) :]) if LOGS in parts else self.folder.name
+        """Of the folder, in ``lightning_logs``."""
+        return self.folder.name
 
     @property
     def config(self) -> Path:
