@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from mnist_lit.archive import Splits, decode
+from mnist_lit.datasets.files import Splits, read_dataset
 
 ROOT = Path(__file__).parents[1]
 MODELS = "logistic", "cnn"
-SPEED = ["--config", str(ROOT / "configs" / "speed.yaml")]
+SPEED = ["--config", str(ROOT / "configs" / "overlays" / "speed.yaml")]
 # What a run of mnist_lit takes beside its config; the others are in contenders.py.
 CONTENDERS: dict[str, list[str] | None] = {
     "tutorial": None,
@@ -209,7 +209,7 @@ def main() -> None:
         write()
         if not args.quick:
             files = {images: folder / f"{images}.npz" for images in IMAGES}
-            splits = decode(archive)
+            splits = read_dataset(archive)
             for images, path in files.items():
                 resized(splits, images, path)
             for model in MODELS:

@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,7 @@ NOISE = (
     r"Experiment logs directory .* exists and is not empty",  # CSVLogger, in the folder of the run
     r".*configure_optimizers` will be overridden by",  # which is what --optimizer asks for
 )
+LINKED = ("num_classes", "num_pixels")  # what a model may take from the data module
 SCRIPT = PROJECT.replace("_", "-")
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
 
@@ -97,6 +99,7 @@ class CLI(LightningCLI):
     """``LightningCLI`` that keeps the best and the last checkpoint, finds mistakes early and ends with a table."""
 
     default_data_module = ""
+    more_commands: tuple[str, ...] = ("sweep",)  # that are no subcommands of LightningCLI
     run = Run()  # that the command makes or resumes
     ckpt_path: str | None = None
     checkpoint: dict[str, Any] | None = None  # its content
@@ -108,11 +111,12 @@ class CLI(LightningCLI):
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for printed, what in (
-            (print_schema, "a JSON schema of configs"),
-            (print_completion, "bash completion"),
+        completion = partial(print_completion, commands=[*self.subcommands(), *self.more_commands])
+        for name, printed, what in (
+            ("print_schema", print_schema, "a JSON schema of configs"),
+            ("print_completion", completion, "bash completion"),
         ):
-            parser.add_argument(f"--{printed.__name__}", action=Print, const=printed, help=f"Print {what}.")
+            parser.add_argument(f"--{name}", action=Print, const=printed, help=f"Print {what}.")
         parser.add_argument("--run_name", type=str | None, help="Name the run's folder, instead of version_N.")
         parser.add_argument(
             "--monitor",
@@ -133,7 +137,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Dashboard, "dashboard")
         if self.default_data_module:
             parser.set_defaults({"data": {"class_path": self.default_data_module}})
-        for name in ("num_classes", "num_pixels"):  # ignored if the model or the data module has none
+        for name in LINKED:  # ignored if the model or the data module has none
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -208,6 +212,14 @@ class CLI(LightningCLI):
         options = config.data.get("init_args") or {}
         if classes is not None and "num_classes" in options and options["num_classes"] is None:
             options["num_classes"] = classes
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        # Every model is offered what the data know; its hyperparameters are those that it takes.
+        taken = LightningArgumentParser().add_class_arguments(type(self.model), "model", fail_untyped=False)
+        for name in LINKED:
+            if f"model.{name}" not in taken:
+                self.model.hparams.pop(name, None)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.pytorch.Trainer:
         config, init = self.config[self.subcommand].trainer, self.config_init[self.subcommand].trainer
@@ -376,7 +388,13 @@ def with_config_of_run(args: list[str]) -> list[str]:
     parser.add_argument("-c", "--config")
     parser.add_argument("--ckpt_path", type=Path)
     named, _ = parser.parse_known_args(args)
-    if named.config or named.ckpt_path is None or not named.ckpt_path.exists():
+    if named.config or named.ckpt_path is None or ":/" in str(named.ckpt_path):
+        return args
+    if not named.ckpt_path.exists():
+        if args[0] in ("validate", "test", "predict", "export"):
+            raise ConfigurationError(
+                f"--ckpt_path={named.ckpt_path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
+            )
         return args
     config = Run(named.ckpt_path.absolute().parents[1]).config
     if not config.is_file():
@@ -404,8 +422,7 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
         # An error is one message and not a screenful of options; a typo is no abbreviation.
         parser_kwargs={
             "prog": SCRIPT if Path(sys.argv[0]).name == SCRIPT else f"python -m {PROJECT}",
-            "epilog": "More commands, with a --help of their own: sweep (search hyperparameters), "
-            "new (start a project from this one)",
+            "epilog": f"More commands, each with a --help: {', '.join(CLI.more_commands)}",
             "allow_abbrev": False,
             **{command: {"usage": USAGE} for command in CLI.subcommands()},
         },
@@ -435,6 +452,7 @@ def main(data_module: str = "", commands: Mapping[str, str] | None = None) -> No
     torch.empty(8 * 2**20, dtype=torch.uint8)
     CLI.default_data_module = data_module
     modules = {"sweep": f"{PROJECT}.engine.sweep", **(commands or {})}
+    CLI.more_commands = tuple(modules)
     command, *args = sys.argv[1:] or [""]
     try:
         if command == "sweep" and find_spec("optuna") is None:

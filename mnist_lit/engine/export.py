@@ -71,7 +71,7 @@ class Trainer(lightning.pytorch.Trainer):
         path = Path(output or Path(ckpt_path).with_suffix(f".{format}"))
         name = type(getattr(model, "net", model)).__name__
         with Console(stderr=True).status(f"Exporting {escape(str(path))}"), torch.no_grad(), atomic_write(path) as part:
-            other_size = F.pad(images[:100], (4, 4, 6, 6))  # MNIST's 28 x 28 become 40 x 36
+            other_size = F.pad(images[:100], (4, 4, 6, 6))  # 28 x 28 become 40 x 36
             any_size = _takes(predictor, other_size)
             program = _program(predictor, images, any_size, name)
             predictions = _in_batches(predictor, images)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric, SumMetric
 
 from mnist_lit.engine.errors import ConfigurationError
 from mnist_lit.engine.outputs import Outputs, as_outputs, class_names, step_outputs
@@ -212,22 +212,22 @@ class _Collection:
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        self.loss = MeanMetric(nan_strategy="disable")
+        # Not a MeanMetric: that of torchmetrics 1.9 drops the weights unless it looks for NaN, which waits for a GPU.
+        self.loss, self.samples = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.metrics = {name: metric.clone() for name, metric in metrics.items()}
         self.updated = False
-        for metric in (self.loss, *self.metrics.values()):
+        for metric in (self.loss, self.samples, *self.metrics.values()):
             metric.reset()
             metric.persistent(True)
 
     def update(self, outputs: list[Outputs]) -> None:
         """Take in batches, at once where their shapes allow it."""
-        losses, sizes = (
-            torch.stack([output["loss"] for output in outputs]),
-            [len(output["target"]) if output["target"].ndim else 1 for output in outputs],
-        )
         self.updated = True
-        # Weighted by the batch, as the tutorial's fit() does.
-        self.loss.to(losses.device).update(losses, torch.tensor(sizes, device=losses.device))
+        losses = torch.stack([output["loss"] for output in outputs])
+        sizes = [len(output["target"]) if output["target"].ndim else 1 for output in outputs]
+        weights = torch.tensor(sizes, device=losses.device)  # of a mean over samples: the last batch may be shorter
+        self.loss.to(losses.device).update((losses * weights).sum())
+        self.samples.to(losses.device).update(weights.sum())
         for preds, target in _joined(outputs):
             for name, metric in self.metrics.items():
                 try:
@@ -242,7 +242,7 @@ class _Collection:
 
     def compute(self, trainer: Trainer, stage: Stage, suffix: str = "") -> dict[str, Tensor]:
         """The values by the names under which they are logged, over all processes."""
-        values = {f"{stage}/loss{suffix}": self.loss.compute()}
+        values = {f"{stage}/loss{suffix}": self.loss.compute() / self.samples.compute()}
         for name, metric in self.metrics.items():
             value = metric.compute()
             if isinstance(value, Mapping):  # such as those of torchmetrics' ClasswiseWrapper
@@ -258,17 +258,19 @@ class _Collection:
 
     def reset(self) -> None:
         self.updated = False
-        for metric in (self.loss, *self.metrics.values()):
+        for metric in (self.loss, self.samples, *self.metrics.values()):
             metric.reset()
 
     def state_dict(self) -> dict[str, Any]:
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
-        return {"updated": self.updated, "loss": self.loss.state_dict(), "metrics": metrics}
+        loss, samples = self.loss.state_dict(), self.samples.state_dict()
+        return {"updated": self.updated, "loss": loss, "samples": samples, "metrics": metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the metrics of the same names; one that is new since then starts from here."""
         self.updated = state["updated"]
         self.loss.load_state_dict(state["loss"])
+        self.samples.load_state_dict(state["samples"])
         for name, metric in self.metrics.items():
             if name in state["metrics"]:
                 nn.Module.load_state_dict(metric, state["metrics"][name], strict=False)

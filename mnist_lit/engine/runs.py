@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -105,6 +106,16 @@ class Run(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = trainer.strategy.broadcast(str(self._folder or ""))
         self._folder = Path(folder) if folder else None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notice that the folder was deleted, before a checkpoint of the validation would make another one.
+
+        Raises:
+            FileNotFoundError: which saves the weights, see ``LastCheckpoint.on_exception``.
+        """
+        fits = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fits and trainer.is_global_zero and self.exists and not self.folder.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder))
 
     @property
     def folder(self) -> Path:

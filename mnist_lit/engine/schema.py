@@ -12,8 +12,6 @@ from torch import nn
 
 from mnist_lit.engine import PROJECT
 
-COMMANDS = ["fit", "validate", "test", "predict", "export", "sweep", "new"]
-
 Schema = dict[str, Any]
 
 
@@ -33,8 +31,13 @@ def print_schema(parser: ArgumentParser) -> str:
     return json.dumps(config_schema(parser), indent=1)
 
 
-def print_completion(parser: ArgumentParser) -> str:
-    """A line for bash that completes commands, options and files."""
+def print_completion(parser: ArgumentParser, commands: list[str]) -> str:
+    """A line for bash that completes commands, options and files.
+
+    Args:
+        parser: of a command.
+        commands: names of all commands.
+    """
     schema = config_schema(parser)
     words = []
     for key, option in schema["properties"].items():
@@ -42,7 +45,7 @@ def print_completion(parser: ArgumentParser) -> str:
     for key, kind in (("model", "LightningModule"), ("data", "LightningDataModule")):
         options = [choice["properties"]["init_args"]["properties"] for choice in _of_project(schema, kind)]
         words += [f"--{key}.{name}" for name in sorted(set().union(*options))]
-    words = COMMANDS + [word for word in words if "$" not in word]
+    words = commands + [word for word in words if "$" not in word]
     return f"complete -o default -W '{' '.join(words)}' {PROJECT.replace('_', '-')}"
 
 
