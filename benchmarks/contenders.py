@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.tutorial import WrappedDataLoader, cnn_layers
+from tests.tutorial.tutorial import WrappedDataLoader, cnn_layers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -132,9 +132,7 @@ def tutorial(args: argparse.Namespace, mark: Marks) -> None:
 def floor(args: argparse.Namespace, mark: Marks) -> None:
     """The same training; only what the result depends on is left."""
     dev = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (x_train, y_train), (x_valid, y_valid) = (
-        (shape(args.model, x).to(dev), y.to(dev)) for x, y in read(args.data)
-    )
+    (x_train, y_train), (x_valid, y_valid) = ((shape(args.model, x).to(dev), y.to(dev)) for x, y in read(args.data))
     mark("data")
     model = network(args.model).to(dev)
     opt = optim.SGD(model.parameters(), lr=LR[args.model], momentum=MOMENTUM[args.model])
@@ -194,9 +192,7 @@ def stock(args: argparse.Namespace, mark: Marks) -> None:
 
     train, valid = read(args.data)
     mark("data")
-    trainer = L.Trainer(
-        max_epochs=args.epochs, logger=TensorBoardLogger("."), callbacks=[clock(args.clock, mark)]
-    )
+    trainer = L.Trainer(max_epochs=args.epochs, logger=TensorBoardLogger("."), callbacks=[clock(args.clock, mark)])
     trainer.fit(
         LitModel(),
         DataLoader(TensorDataset(*train), batch_size=args.batch_size, shuffle=True),

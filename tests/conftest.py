@@ -5,25 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from common import ARCHIVE, ENVIRONMENT, Run
 from forks import Forks
 
-from mnist_lit.digits import make_digits
+from mnist_lit.datasets.digits import make_digits
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "configs"
-ARCHIVE = os.environ.get("MNIST_LIT_ARCHIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, each on one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "200"}
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,9 +54,7 @@ def cli(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, forks: Forks) 
             output.write_text("")
             errors.write_text("")
             forks.start(tmp_path, arguments, environment, output, errors)
-            done = subprocess.CompletedProcess(
-                arguments, forks.wait(), output.read_text(), errors.read_text()
-            )
+            done = subprocess.CompletedProcess(arguments, forks.wait(), output.read_text(), errors.read_text())
         else:
             done = subprocess.run(
                 [sys.executable, "-m", "mnist_lit", *arguments],
@@ -88,9 +81,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset file of 1,000 / 300 / 300 digits: trains in a second and has shorter last batches."""
     path = tmp_path_factory.mktemp("small") / "small.npz"
     arrays = {}
-    for name, (images, labels), n in zip(
-        ("train", "valid", "test"), make_digits(), (1000, 300, 300), strict=True
-    ):
+    for name, (images, labels), n in zip(("train", "valid", "test"), make_digits(), (1000, 300, 300), strict=True):
         arrays[f"x_{name}"], arrays[f"y_{name}"] = images[:n].numpy(), labels[:n].numpy()
     np.savez(path, **arrays)
     return path
@@ -111,16 +102,6 @@ def mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mnist").mkdir()
     (folder / "mnist" / "mnist.pkl.gz").symlink_to(Path(ARCHIVE).resolve())
     return folder
-
-
-def checkpoint(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

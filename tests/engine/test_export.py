@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, Run
+from common import CONFIGS, ROOT, Run
 from PIL import Image
 from torch import Tensor
 
@@ -28,9 +28,7 @@ def exported(path: Path) -> tuple[Callable[[Tensor], Tensor], dict]:
     if path.suffix == ".onnx":
         session = onnxruntime.InferenceSession(path)
         found = session.get_modelmeta().custom_metadata_map
-        metadata = {
-            key: json.loads(value) if value[0] in "{[0123456789" else value for key, value in found.items()
-        }
+        metadata = {key: json.loads(value) if value[0] in "{[0123456789" else value for key, value in found.items()}
         return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), metadata
     extra = {"metadata.json": ""}
     program = torch.export.load(path, extra_files=extra)
@@ -45,9 +43,7 @@ def assert_agrees(model: torch.nn.Module, predict: Callable[[Tensor], Tensor], i
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 @pytest.mark.parametrize("config", ["cnn", "fast", "logistic"])
-def test_file_agrees_with_the_checkpoint(
-    cli: Run, small: Path, tmp_path: Path, config: str, suffix: str
-) -> None:
+def test_file_agrees_with_the_checkpoint(cli: Run, small: Path, tmp_path: Path, config: str, suffix: str) -> None:
     settings = ("--config", CONFIGS / f"{config}.yaml", "--data.dataset", small, "--trainer.max_epochs=1")
     cli("fit", *settings)
     checkpoint = CHECKPOINTS / "best.ckpt"
@@ -116,15 +112,11 @@ def test_example_in_the_readme_needs_onnxruntime_alone(cli: Run, small: Path, tm
     model = FastCNN.load_from_checkpoint(tmp_path / CHECKPOINTS / "best.ckpt", weights_only=True).eval()
     expected = model(torch.from_numpy(pixels)[None, None] / 256).argmax().item()
     example_run = example[1] + "import sys\nassert not {'torch', 'mnist_lit', 'onnx'} & sys.modules.keys()\n"
-    done = subprocess.run(
-        [sys.executable, "-c", example_run], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", example_run], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected}\n"
 
 
-def test_what_cannot_be_exported_is_one_message_and_leaves_no_file(
-    cli: Run, small: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_exported_is_one_message_and_leaves_no_file(cli: Run, small: Path, tmp_path: Path) -> None:
     settings = ("--config", CONFIGS / "logistic.yaml", "--data.dataset", small)
     no_checkpoint = cli("export", *settings, ok=False)
     assert "--ckpt_path: export needs the path of a checkpoint" in no_checkpoint.stderr

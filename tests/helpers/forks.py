@@ -14,7 +14,7 @@ from typing import Any
 
 def serve() -> None:
     """Per line of stdin: forks a run, prints its pid and then its exit code. Returns in the forks only."""
-    from mnist_lit import cli
+    from mnist_lit import __main__ as cli
 
     for line in sys.stdin:
         pid = os.fork()
@@ -50,9 +50,7 @@ class Forks:
         )
         self.pid = 0
 
-    def start(
-        self, folder: Path, arguments: list[str], environment: dict[str, str], output: Path, errors: Path
-    ) -> int:
+    def start(self, folder: Path, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> int:
         """The pid of a run that appends what it prints to two files."""
         run: dict[str, Any] = {"folder": str(folder), "arguments": arguments, "environment": environment}
         run |= {"output": str(output), "errors": str(errors)}

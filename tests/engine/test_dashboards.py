@@ -13,11 +13,11 @@ import pytest
 import requests
 import torch
 from browser import CHROMIUM, PAGES, browser, open_page, tensorboard
-from conftest import CONFIGS, Run
+from common import CONFIGS, Run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_lit.pictures import confusion_sheet
+from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
 
 
 @pytest.fixture
@@ -78,9 +78,7 @@ def test_server_has_scalars_images_hparams_and_graph(server: str) -> None:
         "startIndex": 0,
         "sliceSize": 10,
     }
-    groups = requests.post(
-        f"{server}/data/plugin/hparams/session_groups", data=json.dumps(request), timeout=30
-    ).json()
+    groups = requests.post(f"{server}/data/plugin/hparams/session_groups", data=json.dumps(request), timeout=30).json()
     found = {value["name"]["tag"]: value["value"] for value in groups["sessionGroups"][0]["metricValues"]}
     losses = get("scalars/scalars", run="version_0", tag="val/loss").json()
     assert found["val/loss"] == pytest.approx(losses[-1][2])
@@ -136,7 +134,7 @@ def test_parts_are_chosen(cli: Run, small: Path, tmp_path: Path) -> None:
 def test_network_that_cannot_be_traced_trains(cli: Run, small: Path) -> None:
     settings = ("--model=Classifier", "--model.net=untraceable.Net")
     done = cli("fit", "--config", CONFIGS / "logistic.yaml", *settings, "--data.dataset", small)
-    assert "no graph in TensorBoard: not while being traced" in done.stderr
+    assert "no graph in the dashboard: not while being traced" in done.stderr
 
 
 def test_confusion_matrix_is_shaded_by_the_share_of_its_row() -> None:
@@ -155,3 +153,10 @@ def test_confusion_matrix_of_any_number_of_classes_is_square(classes: int) -> No
     assert sheet.shape[0] == sheet.shape[1] >= 4 * classes
     assert sheet[-3, -3] == 0
     assert classes == 1 or sheet[-3, -3 - sheet.shape[1] // 2] == 255
+
+
+def test_contact_sheet_shows_every_image() -> None:
+    sheet = contact_sheet(torch.full((12, 1, 28, 28), 255, dtype=torch.uint8), ["7"] * 12, columns=5)
+    assert sheet.size == (420, 300)
+    dark = np.asarray(sheet) == 0
+    assert dark.mean() == pytest.approx(12 * 80 * 80 / (420 * 300), abs=0.01)

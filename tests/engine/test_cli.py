@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, ROOT, Run, assert_same_weights, checkpoint
+from common import CONFIGS, ROOT, Run, assert_same_weights, checkpoint
 
 from mnist_lit import CNN, MNISTDataModule
 
@@ -20,9 +20,7 @@ def run_of(folder: Path, version: int = 0) -> Path:
     return folder / "lightning_logs" / f"version_{version}"
 
 
-def test_fit_leaves_a_run_that_can_be_tested_predicted_and_reproduced(
-    cli: Run, small: Path, tmp_path: Path
-) -> None:
+def test_fit_leaves_a_run_that_can_be_tested_predicted_and_reproduced(cli: Run, small: Path, tmp_path: Path) -> None:
     fitted = cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, EVERY)
     run = run_of(tmp_path)
     best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
@@ -54,8 +52,8 @@ def test_fit_leaves_a_run_that_can_be_tested_predicted_and_reproduced(
     with torch.no_grad():
         expected = model(data.splits.test[0][:, None] / 256).softmax(1)  # (300, 10)
     assert [int(row["index"]) for row in rows] == list(range(300))
-    assert [int(row["digit"]) for row in rows] == expected.argmax(1).tolist()
-    found = torch.tensor([[float(row[f"p{digit}"]) for digit in range(10)] for row in rows])
+    assert [int(row["class"]) for row in rows] == expected.argmax(1).tolist()
+    found = torch.tensor([[float(row[f"p_{digit}"]) for digit in range(10)] for row in rows])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # six digits are written
 
     cli("fit", "--config", run / "config.yaml")
@@ -88,9 +86,7 @@ def test_clean_run_says_nothing_that_a_user_can_do_nothing_about(cli: Run, small
 
 
 def test_real_warnings_stay(cli: Run, small: Path) -> None:
-    done = cli(
-        "fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--data.batch_size=128"
-    )  # 8 steps
+    done = cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--data.batch_size=128")  # 8 steps
     assert "smaller than the logging interval" in done.stderr
 
 

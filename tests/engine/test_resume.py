@@ -13,12 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ENVIRONMENT, Run, checkpoint
+from common import ENVIRONMENT, RUN, Run, assert_same, checkpoint, curves
 from forks import Forks
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-RUN = Path("lightning_logs/version_0")
 # 16 steps to an epoch; saved every 5, logged every 4. Everything that may go wrong is switched on.
 SETTINGS = """
 seed_everything: 7
@@ -39,31 +36,7 @@ def fit(cli: Run, folder: Path, small: Path, *arguments: object, ok: bool = True
     return cli(*settings, ok=ok, fork=not starts_anew)
 
 
-def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: per tag the steps and values."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def assert_same(one: object, other: object, where: str = "") -> None:
-    """The same numbers, bit for bit, in any nest of containers."""
-    if isinstance(one, torch.Tensor):
-        assert isinstance(other, torch.Tensor), where
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert isinstance(other, dict), where
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where  # type: ignore[arg-type]
-        for i, pair in enumerate(zip(one, other, strict=True)):  # type: ignore[call-overload]
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert one == other, where
-
-
-STATE = ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "global_step", "epoch")
+STATE = ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "metrics", "global_step", "epoch")
 
 
 def assert_same_run(interrupted: Path, whole: Path) -> None:
@@ -165,7 +138,7 @@ def test_resumed_run_is_the_uninterrupted_one(
     saved = (tmp_path / RUN / "checkpoints" / "last.ckpt").exists()
     resumed = fit(cli, tmp_path, small, *settings, "--ckpt_path=last")
     if saved:
-        assert "going on from lightning_logs/version_0/checkpoints/last.ckpt" in resumed.stderr
+        assert "resuming from lightning_logs/version_0/checkpoints/last.ckpt" in resumed.stderr
     runs = sorted((tmp_path / "lightning_logs").iterdir())
     assert_same_run(runs[-1], whole(*settings))
 
@@ -174,9 +147,7 @@ TWO_PROCESSES = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.
 
 
 @slow
-@pytest.mark.parametrize(
-    "stop", [("SIGKILL", "on_train_batch_end", 11), ("SIGTERM", "on_train_batch_end", 3, 0)]
-)
+@pytest.mark.parametrize("stop", [("SIGKILL", "on_train_batch_end", 11), ("SIGTERM", "on_train_batch_end", 3, 0)])
 def test_two_processes_resume_as_one(cli: Run, small: Path, tmp_path: Path, whole, stop: tuple) -> None:
     """Both are killed; and one of them alone is asked to stop, which stops both with a checkpoint."""
     stopped = fit(cli, tmp_path, small, *TWO_PROCESSES, *interrupt(*stop), ok=False)

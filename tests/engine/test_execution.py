@@ -9,24 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import tutorial
-from conftest import CONFIGS, Run, assert_same_weights, checkpoint
-from lightning.pytorch import Callback, LightningModule, Trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_parity import assert_parity, data_module, problem_of, start_of, train
+from common import CONFIGS, OVERLAYS, Run, assert_same_weights, checkpoint, curves
 
 import mnist_lit
-from mnist_lit import CNN, Classifier
+from mnist_lit import Classifier
 
 CHECKPOINTS = Path("checkpoints")
 SCHEDULED = ("--optimizer=Adam", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5")
-EIGHT = ("--config", CONFIGS / "speed.yaml")
-
-
-def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run)).Reload()
-    names = events.Tags()["scalars"]
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+EIGHT = ("--config", OVERLAYS / "speed.yaml")
 
 
 @pytest.mark.parametrize(
@@ -60,22 +50,6 @@ def test_eight_steps_in_one_are_eight_steps(cli: Run, small: Path, tmp_path: Pat
     assert ours["lr_schedulers"] == theirs["lr_schedulers"]
     assert curves(eight) == curves(one)
     assert "train/loss" in curves(one)
-
-
-def test_eight_steps_in_one_are_the_tutorial(small: Path, tmp_path: Path) -> None:
-    module = data_module(str(small), tmp_path)
-    torch.manual_seed(1)
-    recorder = train(CNN(steps_per_execution=8), module)
-    assert_parity(recorder, tutorial.rung_12(problem_of(module, recorder, 0.1, 0.9), start_of(recorder)))
-
-
-def test_channels_last_is_the_tutorial_in_that_format(small: Path, tmp_path: Path) -> None:
-    module = data_module(str(small), tmp_path)
-    torch.manual_seed(1)
-    recorder = train(CNN(channels_last=True), module)
-    problem, start = problem_of(module, recorder, 0.1, 0.9), start_of(recorder)
-    model = tutorial.set_parameters(tutorial.cnn_layers(torch.nn.AdaptiveAvgPool2d(1)), start)
-    assert_parity(recorder, tutorial.fit_images(problem, model.to(memory_format=torch.channels_last)))
 
 
 @pytest.mark.parametrize(
@@ -146,41 +120,3 @@ def test_package_imports_nothing_before_it_is_asked_for() -> None:
 
 def test_classifier_says_what_it_is_trained_with() -> None:
     assert Classifier(torch.nn.Flatten(), steps_per_execution=4).hparams["steps_per_execution"] == 4
-
-
-class OwnStep(Classifier):
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
-
-
-def test_step_of_ones_own_logs_nothing_false(small: Path, tmp_path: Path) -> None:
-    class Metrics(Callback):
-        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.names = set(trainer.callback_metrics)
-
-    metrics = Metrics()
-    train(
-        OwnStep(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))),
-        data_module(str(small), tmp_path),
-        metrics,
-    )
-    assert metrics.names == {"val/loss", "val/acc"}
-
-
-def test_new_run_from_old_weights_begins_its_means_anew(small: Path, tmp_path: Path) -> None:
-    class Keep(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-            if trainer.global_step == 5:
-                trainer.save_checkpoint(tmp_path / "middle.ckpt")
-
-    class Metrics(Callback):
-        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-
-    data, metrics = data_module(str(small), tmp_path), Metrics()
-    train(CNN(), data, Keep(), max_epochs=1)
-    model = CNN.load_from_checkpoint(tmp_path / "middle.ckpt", weights_only=True)
-    recorder = train(model, data, metrics, max_epochs=1)
-    sizes = torch.tensor([64] * 15 + [40])
-    mean = (torch.tensor(recorder.outcome.losses) * sizes).sum() / 1000
-    assert metrics.metrics["train/loss_epoch"] == pytest.approx(mean.item(), rel=1e-6)

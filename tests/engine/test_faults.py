@@ -18,22 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, Run, checkpoint
-from test_archive import Calls, hostile, server
-from test_resume import RUN, assert_same
+from common import CONFIGS, RUN, Run, assert_one_message, assert_same, checkpoint
+from hostile import Calls, hostile
+from mirror import server
 
-from mnist_lit.checkpoints import CheckpointError, newest_checkpoint, read_checkpoint
+from mnist_lit.engine.checkpoints import newest_checkpoint, read_checkpoint
+from mnist_lit.engine.errors import CheckpointError
 
 LAST = RUN / "checkpoints" / "last.ckpt"
 QUICK = ("fit", "--config", CONFIGS / "logistic.yaml", "--trainer.log_every_n_steps=4")
-
-
-def assert_one_message(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert done.returncode in (1, 2)
-    assert "Traceback" not in done.stdout + done.stderr
-    (message,) = (line for line in done.stderr.splitlines() if "error:" in line)
-    for part in parts:
-        assert part in message
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +184,7 @@ def test_foreign_checkpoint_is_one_clear_message(
     assert not (tmp_path / "ran").exists()
 
 
-def test_config_and_not_the_checkpoint_says_what_is_built(
-    cli: Run, saved: Path, small: Path, tmp_path: Path
-) -> None:
+def test_config_and_not_the_checkpoint_says_what_is_built(cli: Run, saved: Path, small: Path, tmp_path: Path) -> None:
     """Class names out of a stranger's file would be imported."""
     content = checkpoint(saved)
     content["hyper_parameters"] = {"_class_path": "torch.nn.Module", "_instantiator": "os.system"}
@@ -219,7 +210,7 @@ def test_last_passes_over_what_is_broken(cli: Run, saved: Path, small: Path, tmp
         assert newest_checkpoint(tmp_path) == tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt"
     done = cli(*QUICK, "--data.dataset", small, "--ckpt_path=last", "--trainer.max_epochs=3")
     assert done.stderr.count(": passed over\n") == 2
-    assert "going on from lightning_logs/version_1/checkpoints/last.ckpt" in done.stderr
+    assert "resuming from lightning_logs/version_1/checkpoints/last.ckpt" in done.stderr
     assert checkpoint(tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt")["epoch"] == 2
 
 
@@ -296,9 +287,7 @@ def test_run_folder_deleted_while_training(cli: Run, small: Path, tmp_path: Path
     cli(*QUICK, "--data.dataset", small, "--ckpt_path", kept)
 
 
-def test_error_in_training_keeps_the_weights_and_shows_its_traceback(
-    cli: Run, small: Path, tmp_path: Path
-) -> None:
+def test_error_in_training_keeps_the_weights_and_shows_its_traceback(cli: Run, small: Path, tmp_path: Path) -> None:
     done = cli(*QUICK, "--data.dataset", small, "--trainer.callbacks+=interrupt.Fail", ok=False)
     assert "Traceback" in done.stderr
     assert "ZeroDivisionError" in done.stderr
@@ -306,7 +295,7 @@ def test_error_in_training_keeps_the_weights_and_shows_its_traceback(
     assert checkpoint(folder / "exception.ckpt")["global_step"] == 20
     assert checkpoint(folder / "last.ckpt")["global_step"] == 16
     resumed = cli(*QUICK, "--data.dataset", small, "--ckpt_path=last")
-    assert "going on from lightning_logs/version_0/checkpoints/last.ckpt" in resumed.stderr
+    assert "resuming from lightning_logs/version_0/checkpoints/last.ckpt" in resumed.stderr
 
 
 def test_place_of_runs_that_cannot_be_written(cli: Run, small: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import tutorial
-from conftest import CONFIGS, Run
+from common import CONFIGS, Run
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from recorder import Recorder
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ MODELS = {"logistic": (Logistic, {"lr": 0.5}), "cnn": (CNN, {"lr": 0.1, "momentu
 
 
 def data_module(dataset: str, data_dir: Path, batch_size: int = 64) -> MNISTDataModule:
+    torch.manual_seed(1)  # of which the data module takes the order of the images
     return MNISTDataModule(dataset, data_dir=str(data_dir), batch_size=batch_size)
 
 
@@ -50,9 +51,7 @@ def label(data: MNISTDataModule) -> str:
     return Path(data.dataset_used).stem
 
 
-def problem_of(
-    data: MNISTDataModule, recorder: Recorder, lr: float, momentum: float = 0.0, **other
-) -> Problem:
+def problem_of(data: MNISTDataModule, recorder: Recorder, lr: float, momentum: float = 0.0, **other) -> Problem:
     (x_train, y_train), (x_valid, y_valid), _ = data.splits
     rows = [x.flatten(1) / 256 for x in (x_train, x_valid)]
     size = tuple(x_train.shape[1:])
@@ -60,9 +59,7 @@ def problem_of(
 
 
 def start_of(recorder: Recorder) -> Weights:
-    return {
-        name.rsplit(".", 1)[-1] if len(recorder.start) == 2 else name: w for name, w in recorder.start.items()
-    }
+    return {name.rsplit(".", 1)[-1] if len(recorder.start) == 2 else name: w for name, w in recorder.start.items()}
 
 
 def in_float64(problem: Problem, start: Weights) -> tuple[Problem, Weights]:
@@ -183,9 +180,7 @@ def test_rung_14_lightning_is_the_tutorial_bit_for_bit(
     ladder: Ladder = ladders(model)
     outcome = ladder.outcome(oracle)
     far = distance(ladder.lightning.outcome, outcome)
-    record_property(
-        "rung", (label(data), model, "14", f"{far:.0e}", "bit for bit", "mnist_lit under Trainer.fit.")
-    )
+    record_property("rung", (label(data), model, "14", f"{far:.0e}", "bit for bit", "mnist_lit under Trainer.fit."))
     assert_parity(ladder.lightning, outcome)
 
 
@@ -193,9 +188,7 @@ def test_shuffling_loader_is_the_replayed_order(data: MNISTDataModule) -> None:
     """A test of the oracle: its sampler stands for what the tutorial writes as ``shuffle=True``."""
     rows = torch.utils.data.TensorDataset(torch.arange(100))
     torch.manual_seed(3)
-    shuffled = [
-        [batch.tolist() for (batch,) in loader] for loader in [torch.utils.data.DataLoader(rows, 8, True)]
-    ]
+    shuffled = [[batch.tolist() for (batch,) in loader] for loader in [torch.utils.data.DataLoader(rows, 8, True)]]
     order = [[i for batch in shuffled[0] for i in batch]]
     replayed = torch.utils.data.DataLoader(rows, 8, sampler=tutorial.Shuffled(order))
     assert [batch.tolist() for (batch,) in replayed] == shuffled[0]
@@ -206,9 +199,7 @@ def test_shuffling_loader_is_the_replayed_order(data: MNISTDataModule) -> None:
 
 
 @pytest.mark.parametrize(("model", "oracle"), [("logistic", tutorial.rung_9), ("cnn", tutorial.rung_12)])
-def test_command_line_is_the_tutorial_bit_for_bit(
-    cli: Run, small: Path, tmp_path: Path, model: str, oracle
-) -> None:
+def test_command_line_is_the_tutorial_bit_for_bit(cli: Run, small: Path, tmp_path: Path, model: str, oracle) -> None:
     """The config as it is shipped, in a process of its own, compared by its checkpoint."""
     overlay = tmp_path / "record.yaml"
     overlay.write_text(
@@ -220,9 +211,7 @@ def test_command_line_is_the_tutorial_bit_for_bit(
     data.setup("fit")
     outcome = oracle(problem_of(data, recorder, **MODELS[model][1]), start_of(recorder))
     assert_parity(recorder, outcome)
-    checkpoint = torch.load(
-        tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True
-    )
+    checkpoint = torch.load(tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
     for ours, theirs in zip(checkpoint["state_dict"].values(), outcome.weights, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -314,9 +303,7 @@ def npz_of(small: Path, path: Path, n: int, size: tuple[int, int]) -> str:
 
 
 @pytest.mark.parametrize("size", [(20, 20), (40, 36)])
-def test_cnn_of_other_sizes_is_the_tutorial_bit_for_bit(
-    small: Path, tmp_path: Path, size: tuple[int, int]
-) -> None:
+def test_cnn_of_other_sizes_is_the_tutorial_bit_for_bit(small: Path, tmp_path: Path, size: tuple[int, int]) -> None:
     module = data_module(npz_of(small, tmp_path / "sized.npz", 1000, size), tmp_path)
     seed_everything(1)
     recorder = train(CNN(), module)
@@ -411,3 +398,63 @@ def test_gpu_is_the_tutorial(even: str, tmp_path: Path, monkeypatch: pytest.Monk
     problem, start = problem_of(module, recorder, 0.1, 0.9, device="cuda"), start_of(recorder)
     _, tolerance = rounding_of(problem, start)
     assert distance(recorder.outcome, oracle(problem, start)) <= tolerance
+
+
+# --------------------------------------------------------------------- what makes a run faster changes nothing
+
+
+def test_eight_steps_in_one_are_the_tutorial(small: Path, tmp_path: Path) -> None:
+    module = data_module(str(small), tmp_path)
+    torch.manual_seed(1)
+    recorder = train(CNN(steps_per_execution=8), module)
+    assert_parity(recorder, tutorial.rung_12(problem_of(module, recorder, 0.1, 0.9), start_of(recorder)))
+
+
+def test_channels_last_is_the_tutorial_in_that_format(small: Path, tmp_path: Path) -> None:
+    module = data_module(str(small), tmp_path)
+    torch.manual_seed(1)
+    recorder = train(CNN(channels_last=True), module)
+    problem, start = problem_of(module, recorder, 0.1, 0.9), start_of(recorder)
+    model = tutorial.set_parameters(tutorial.cnn_layers(torch.nn.AdaptiveAvgPool2d(1)), start)
+    assert_parity(recorder, tutorial.fit_images(problem, model.to(memory_format=torch.channels_last)))
+
+
+# ------------------------------------------------------------------------------------------ metrics of a run
+
+
+class OwnStep(Classifier):
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
+
+
+def test_step_of_ones_own_logs_nothing_false(small: Path, tmp_path: Path) -> None:
+    class Metrics(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.names = set(trainer.callback_metrics)
+
+    metrics = Metrics()
+    train(
+        OwnStep(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))),
+        data_module(str(small), tmp_path),
+        metrics,
+    )
+    assert metrics.names == {"val/loss", "val/acc"}
+
+
+def test_new_run_from_old_weights_begins_its_means_anew(small: Path, tmp_path: Path) -> None:
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    class Metrics(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+    data, metrics = data_module(str(small), tmp_path), Metrics()
+    train(CNN(), data, Keep(), max_epochs=1)
+    model = CNN.load_from_checkpoint(tmp_path / "middle.ckpt", weights_only=True)
+    recorder = train(model, data, metrics, max_epochs=1)
+    sizes = torch.tensor([64] * 15 + [40])
+    mean = (torch.tensor(recorder.outcome.losses) * sizes).sum() / 1000
+    assert metrics.metrics["train/loss_epoch"] == pytest.approx(mean.item(), rel=1e-6)

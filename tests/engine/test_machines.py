@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CONFIGS, ENVIRONMENT, Run, assert_same_weights, checkpoint
+from common import CONFIGS, ENVIRONMENT, OVERLAYS, Run, assert_same_weights, checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.slow
 CHECKPOINTS = Path("lightning_logs/version_0/checkpoints")
-ON_CPU = ("--config", CONFIGS / "ddp.yaml", "--trainer.accelerator=cpu")
+ON_CPU = ("--config", OVERLAYS / "ddp.yaml", "--trainer.accelerator=cpu")
 FIT = ("fit", "--config", CONFIGS / "fast.yaml", "--data.batch_size=32", "--trainer.log_every_n_steps=5")
 KILL = {"class_path": "interrupt.SignalAt"}
 KILL["init_args"] = {"signum": "SIGKILL", "hook": "on_train_batch_start", "step": 20, "rank": 1}  # type: ignore
@@ -96,11 +96,10 @@ def test_two_machines_are_two_processes(fitted: Path, uneven: Path, tmp_path: Pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (*FIT, "--data.dataset", uneven, "--config", CONFIGS / "nodes.yaml")
+    arguments = (*FIT, "--data.dataset", uneven, "--config", OVERLAYS / "nodes.yaml")
     common = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}")
     machines = [
-        start(tmp_path / str(rank), arguments, processes=1, nodes=(*common, f"--node_rank={rank}"))
-        for rank in range(2)
+        start(tmp_path / str(rank), arguments, processes=1, nodes=(*common, f"--node_rank={rank}")) for rank in range(2)
     ]
     outputs = [machine.communicate(timeout=300)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs

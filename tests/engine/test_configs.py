@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, ROOT, Run, checkpoint
+from common import CONFIGS, OVERLAYS, Run, checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-MODELS = {"cnn", "fast", "logistic"}
 
 
 @pytest.fixture
 def fit(cli: Run, small: Path):
     def run(model: str, *overlays: str, settings: tuple[str, ...] = (), ok: bool = True):
-        configs = [f"--config={CONFIGS / name}.yaml" for name in (model, *overlays)]
-        return cli(
-            "fit", *configs, "--data.dataset", small, "--trainer.log_every_n_steps=4", *settings, ok=ok
-        )
+        configs = [f"--config={CONFIGS / model}.yaml"] + [
+            f"--config={CONFIGS / 'overlays' / name}.yaml" for name in overlays
+        ]
+        return cli("fit", *configs, "--data.dataset", small, "--trainer.log_every_n_steps=4", *settings, ok=ok)
 
     return run
 
@@ -35,7 +35,7 @@ def last(folder: Path) -> dict:
     return checkpoint(folder / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
 
 
-def test_overfit_learns_ten_batches_by_heart(fit, tmp_path: Path) -> None:
+def test_overfit_drives_the_loss_of_ten_batches_to_zero(fit, tmp_path: Path) -> None:
     fit("cnn", "overfit", settings=("--model=FastCNN", "--trainer.max_epochs=20"))
     assert last(tmp_path)["global_step"] == 20 * 10
     losses = [event.value for event in run_of(tmp_path).Scalars("train/loss_epoch")]
@@ -120,10 +120,56 @@ def test_gpu_overlay_compiles(fit, tmp_path: Path) -> None:
     assert "net.0.weight" in last(tmp_path)["state_dict"]
 
 
+def test_metrics_of_each_class_are_logged(fit, tmp_path: Path) -> None:
+    fit("cnn", "per_class", settings=("--trainer.max_epochs=1", "--data.class_names=[a,b,c,d,e,f,g,h,i,j]"))
+    expected = {"val/acc", "val/f1", *(f"val/recall/{name}" for name in "abcdefghij")}
+    events = run_of(tmp_path)
+    assert expected <= set(events.Tags()["scalars"])
+    recall = [events.Scalars(f"val/recall/{name}")[0].value for name in "abcdefghij"]
+    assert recall == [pytest.approx(events.Scalars(f"val_acc_of_class/{name}")[0].value) for name in "abcdefghij"]
+
+
+def test_regression_learns_values(cli: Run, small: Path, tmp_path: Path) -> None:
+    """The brightness of an image, by configuration alone; tested, predicted and exported."""
+    arrays = dict(np.load(small))
+    for split in ("train", "valid", "test"):
+        arrays[f"y_{split}"] = arrays[f"x_{split}"].mean((1, 2), dtype=np.float32) / 128
+    np.savez(tmp_path / "bright.npz", **arrays)
+    configs = (f"--config={CONFIGS / 'fast.yaml'}", f"--config={OVERLAYS / 'regression.yaml'}")
+    fitted = cli("fit", *configs, "--data.dataset=bright.npz", "--trainer.max_epochs=4")
+    assert "no confusion matrix" not in fitted.stderr
+    losses = [event.value for event in run_of(tmp_path).Scalars("val/mse")]
+    assert losses[-1] < 0.05 < losses[0]
+    best = "lightning_logs/version_0/checkpoints/best.ckpt"
+    assert "test/mae" in cli("test", "--ckpt_path", best).stdout
+    cli("predict", "--ckpt_path", best)
+    with (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0].keys() == {"index", "prediction"}
+    predicted = np.array([float(row["prediction"]) for row in rows])
+    assert np.mean((predicted - arrays["y_test"]) ** 2) < 0.05
+    assert "Wrote" in cli("export", "--ckpt_path", best).stdout
+
+
+def test_table_beside_tensorboard_in_the_folder_of_the_run(fit, tmp_path: Path) -> None:
+    """And when the run is resumed, and when another run is started from its config."""
+    fit("cnn", "csv", settings=("--trainer.max_epochs=1",))
+    run = tmp_path / "lightning_logs" / "version_0"
+    fit("cnn", "csv", settings=("--ckpt_path=last",))
+    fit("cnn", settings=("--config", str(run / "config.yaml")))
+    names = {path.name for path in run.iterdir()}
+    assert {"metrics.csv", "metrics-to-step-16.csv", "config.yaml", "checkpoints"} <= names
+    steps = [event.step for event in run_of(tmp_path).Scalars("val/loss")]
+    assert steps == [15, 31]
+    with (run / "metrics.csv").open() as file:
+        assert max(int(row["step"]) for row in csv.DictReader(file)) == 31
+    assert (tmp_path / "lightning_logs" / "version_1" / "metrics.csv").exists()
+
+
 def test_every_overlay_is_tried_here() -> None:
     above = Path(__file__).read_text().partition("def test_every_overlay")[0]
-    overlays = {path.stem for path in CONFIGS.glob("*.yaml")} - MODELS
-    elsewhere = {"ddp", "nodes", "speed", "sweep"}
-    assert overlays - set(re.findall(r'"(\w+)"', above)) == elsewhere
-    readme = (ROOT / "README.md").read_text()
+    overlays = {path.stem for path in OVERLAYS.glob("*.yaml")}
+    elsewhere = {"ddp", "nodes", "speed"}
+    assert overlays - set(re.findall(r"[\"'](\w+)(?:\.yaml)?[\"']", above)) == elsewhere
+    readme = (CONFIGS / "README.md").read_text()
     assert [name for name in overlays if f"{name}.yaml" not in readme] == []

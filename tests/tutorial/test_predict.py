@@ -1,4 +1,4 @@
-"""One's own images: brought into MNIST's form, predicted, written down; what cannot be read is named."""
+"""Image files of digits: brought into MNIST's form, predicted, written down; files that cannot be read are named."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, Run
+from common import CONFIGS, Run
 from PIL import Image
 
 from mnist_lit import MNISTDataModule
-from mnist_lit.pictures import PictureError, contact_sheet, read_picture
+from mnist_lit.datasets.pictures import PictureError, read_picture
 
 FIT = ("fit", "--config", CONFIGS / "fast.yaml", "--trainer.max_epochs=1")
 BEST = "lightning_logs/version_0/checkpoints/best.ckpt"
@@ -68,7 +68,7 @@ def test_mnist_images_in_every_form_are_predicted_as_the_tensors(
     cli("predict", "--config", CONFIGS / "fast.yaml", "--ckpt_path", BEST, *common)
 
     def accuracy(rows: list[dict[str, str]]) -> float:
-        return float(np.mean([int(row["digit"]) == label for row, label in zip(rows, labels, strict=False)]))
+        return float(np.mean([int(row["class"]) == label for row, label in zip(rows, labels, strict=False)]))
 
     expected = accuracy(predictions(tmp_path, 1)[:1000])
     assert expected > 0.97
@@ -109,9 +109,7 @@ def test_thousand_good_and_twenty_broken_files(cli: Run, small: Path, tmp_path: 
     assert len(rows) == 1000
     assert done.stdout.count("%") == 20
     assert "... and 980 more" in done.stdout
-    assert all(
-        sum(float(row[f"p{digit}"]) for digit in range(10)) == pytest.approx(1, abs=1e-4) for row in rows
-    )
+    assert all(sum(float(row[f"p_{digit}"]) for digit in range(10)) == pytest.approx(1, abs=1e-4) for row in rows)
     with Image.open(tmp_path / "lightning_logs" / "version_1" / "predictions.png") as sheet:
         assert sheet.size == (840, 2000)
 
@@ -161,10 +159,3 @@ def test_digit_fills_the_box_around_its_centre_of_mass(tmp_path: Path) -> None:
 def test_empty_paper_is_no_digit(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="nothing is on it"):
         read_picture(saved(np.full((28, 28), 255, np.uint8), tmp_path / "empty.png"))
-
-
-def test_contact_sheet_shows_every_image() -> None:
-    sheet = contact_sheet(torch.full((12, 28, 28), 255, dtype=torch.uint8), ["7"] * 12, columns=5)
-    assert sheet.size == (420, 300)
-    dark = np.asarray(sheet) == 0
-    assert dark.mean() == pytest.approx(12 * 80 * 80 / (420 * 300), abs=0.01)

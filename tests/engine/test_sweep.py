@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from conftest import CONFIGS, ENVIRONMENT, Run, checkpoint
+from common import CONFIGS, ENVIRONMENT, Run, checkpoint
 from PIL import Image
 
 SPACE = """
@@ -63,7 +63,7 @@ def test_sweep_leaves_runs_the_best_config_and_plots(cli: Run, arguments: tuple,
         for run in ("lightning_logs/again", best.user_attrs["run"])
     )
     score, expected = (
-        next(state["best_model_score"] for key, state in callbacks.items() if "ModelCheckpoint" in key)
+        next(state["best_model_score"] for key, state in callbacks.items() if "BestCheckpoint" in key)
         for callbacks in (again, original)
     )
     assert score == expected

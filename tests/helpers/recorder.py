@@ -31,16 +31,14 @@ class Recorder(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seen.append([])
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         images = (batch[0][:, 0] * 256).to(torch.uint8).cpu()
         self.seen[-1].extend(images.split(trainer.datamodule.batch_size))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.losses.extend(outputs.get("losses", outputs["loss"]).detach().reshape(-1))
+        self.losses.extend(torch.stack([o["loss"].detach() for o in outputs.get("steps", [outputs])]))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

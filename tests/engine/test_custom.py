@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Run, checkpoint
+from common import ROOT, Run, checkpoint
 
 RUN = Path("lightning_logs/version_0/checkpoints")
 YAML = """
@@ -29,7 +29,7 @@ trainer: {max_epochs: 1}
 @pytest.fixture
 def own(cli: Run, small: Path, tmp_path: Path):
     """The command line beside my_net.py, own.yaml and digits up to 6 of 32 x 28, in both layouts."""
-    shutil.copy(ROOT / "tests" / "own" / "my_net.py", tmp_path)
+    shutil.copy(ROOT / "tests" / "helpers" / "my_net.py", tmp_path)
     (tmp_path / "own.yaml").write_text(YAML)
     arrays = {}
     with np.load(small) as file:
@@ -66,8 +66,8 @@ def test_classes_and_sizes_come_from_the_data(own, tmp_path: Path, model: str, s
     assert list(shapes.values())[-1] == (7,)  # the last layer's bias
     own("test", "--ckpt_path", RUN / "best.ckpt")
     predicted = own("predict", "--ckpt_path", RUN / "best.ckpt")
-    assert "p6" in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
-    assert "p7" not in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
+    assert "p_6" in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
+    assert "p_7" not in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
     assert "Wrote" in predicted.stdout
 
 
@@ -111,9 +111,7 @@ def test_module_without_anything_of_mnist_lit_trains_and_resumes(own, tmp_path: 
 
 @pytest.mark.parametrize("name", ["Broken", "BrokenAtBirth"])
 def test_mistake_in_own_code_shows_its_traceback(own, name: str) -> None:
-    done = own(
-        "fit", "--model=Classifier", f"--model.net=my_net.{name}", "--data.dataset=seven.npz", ok=False
-    )
+    done = own("fit", "--model=Classifier", f"--model.net=my_net.{name}", "--data.dataset=seven.npz", ok=False)
     assert 'my_net.py", line ' in done.stderr
     assert 'raise ZeroDivisionError("my own mistake")' in done.stderr
 

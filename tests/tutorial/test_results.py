@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import CONFIGS, Run
+from common import CONFIGS, Run
 
 pytestmark = pytest.mark.slow
 

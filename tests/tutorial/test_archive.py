@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import builtins
-import codecs
 import gzip
 import io
-import os
 import pickle
-import struct
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hostile import hostile
+from mirror import server
 
-from mnist_lit import archive
-from mnist_lit.archive import (
-    MNIST_DIGEST,
-    ArchiveError,
-    DownloadError,
-    Splits,
-    cached,
-    content_digest,
-    decode,
-)
+from mnist_lit.datasets import files as archive
+from mnist_lit.datasets import mnist
+from mnist_lit.datasets.files import Splits, cached, content_digest
+from mnist_lit.datasets.files import read_dataset as decode
+from mnist_lit.datasets.mnist import DIGEST as MNIST_DIGEST
+from mnist_lit.engine.errors import DatasetError as ArchiveError
+from mnist_lit.engine.errors import DownloadError
 
 Arrays = tuple[tuple[np.ndarray, np.ndarray], ...]
 
@@ -40,8 +31,7 @@ def arrays(sizes: tuple[int, ...] = (30, 20, 10), side: int = 28) -> Arrays:
     """Arrays of the tutorial's form: float32 rows k/256 and int64 labels."""
     random = np.random.default_rng(0)
     return tuple(
-        (random.integers(0, 256, (n, side * side)).astype(np.float32) / 256, random.integers(0, 10, n))
-        for n in sizes
+        (random.integers(0, 256, (n, side * side)).astype(np.float32) / 256, random.integers(0, 10, n)) for n in sizes
     )
 
 
@@ -143,9 +133,7 @@ def test_wrong_content_is_named(tmp_path: Path, case: str) -> None:
 
 
 def test_npz_without_an_array_is_named(tmp_path: Path) -> None:
-    np.savez(
-        tmp_path / "own.npz", x_train=np.zeros((2, 4)), y_train=np.zeros(2, int), x_valid=np.zeros((2, 4))
-    )
+    np.savez(tmp_path / "own.npz", x_train=np.zeros((2, 4)), y_train=np.zeros(2, int), x_valid=np.zeros((2, 4)))
     with pytest.raises(ArchiveError, match=r"'y_valid'\] expected, found \['x_train'"):
         decode(tmp_path / "own.npz")
 
@@ -162,9 +150,7 @@ def test_every_truncation_and_flip_is_an_error_or_harmless(tmp_path: Path, kind:
     data = arrays((12, 4, 4), side=6)
     path = tmp_path / f"own.{kind}"
     if kind == "npz":
-        named = zip(
-            ("x_train", "y_train", "x_valid", "y_valid", "x_test", "y_test"), sum(data, ()), strict=True
-        )
+        named = zip(("x_train", "y_train", "x_valid", "y_valid", "x_test", "y_test"), sum(data, ()), strict=True)
         np.savez(path, **dict(named))
     else:
         write_pickle(path, data)
@@ -192,7 +178,7 @@ def test_decompression_bomb_is_refused_in_bounded_memory(tmp_path: Path) -> None
         for _ in range(64):
             file.write(bytes(1 << 25))  # 2 GiB of zeros in a few MB
     program = (
-        "import resource, sys; from pathlib import Path; from mnist_lit.archive import *\n"
+        "import resource, sys; from pathlib import Path; from mnist_lit.datasets.files import *\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: decode(Path(sys.argv[1]))\n"
         "except ArchiveError as error: print(error)\n"
@@ -205,51 +191,6 @@ def test_decompression_bomb_is_refused_in_bounded_memory(tmp_path: Path) -> None
 
 
 # ------------------------------------------------------------------------------------------ hostile
-
-
-class Calls:
-    """Pickles as a call of ``function`` with ``args``."""
-
-    def __init__(self, function: object, *args: object) -> None:
-        self.call = (function, args)
-
-    def __reduce__(self) -> tuple:
-        return self.call  # type: ignore[return-value]
-
-
-def hostile(marker: Path) -> dict[str, bytes]:
-    """Pickles that would touch ``marker``, eat the memory or crash the process, were they believed."""
-    touch = f"touch {marker}"
-    code = f"open({str(marker)!r}, 'w')"
-    nested = Calls(getattr, Calls(__import__, "os"), "system")
-    reconstruct = np.zeros(1).__reduce__()[0]
-    return {
-        "os.system": pickle.dumps(Calls(os.system, touch)),
-        "os.system, protocol 0": pickle.dumps(Calls(os.system, touch), 0),
-        "os.system in place of an array": pickle.dumps(change(x=Calls(os.system, touch))),
-        "builtins.eval": pickle.dumps(Calls(builtins.eval, code), 2),
-        "builtins.exec": pickle.dumps(Calls(builtins.exec, code)),
-        "subprocess": pickle.dumps(Calls(subprocess.call, ["touch", str(marker)])),
-        "a chain of getattr": pickle.dumps(Calls(Calls, nested, touch), 2),
-        "the old INST opcode": b"(S'" + touch.encode() + b"'\nios\nsystem\n.",
-        "a dotted name": b"\x80\x04\x8c\x05numpy\x8c\x0ff2py.os.system\x93\x8c\x01x\x85R.",
-        "an encoding that unpacks": pickle.dumps(Calls(codecs.encode, b"x" * 999, "zlib"), 2),
-        "numpy.load": pickle.dumps(Calls(np.load, str(marker)), 2),
-        "a huge shape": pickle.dumps(Calls(reconstruct, np.ndarray, (1 << 40,), b"b"), 2),
-        "a huge state": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R(K\x01(\x8a\x06"
-        + bytes(5)
-        + b"\x01tNK\x00C\x00tb.",
-        "a huge memo index": b"\x80\x02Nr" + struct.pack("<I", 0x7FFFFFFF) + b".",
-        "a huge string": b"\x80\x02\x8e" + struct.pack("<Q", 1 << 45) + b"x.",
-        "a huge frame": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.",
-        "a tuple of itself": b"\x80\x02)\x94h\x00\x85q\x00h\x00\x85q\x00h\x00.",
-        "a deep nest as a key": b"\x80\x02}N" + b"\x85" * 100_000 + b"Ns.",
-        "a million opcodes": b"\x80\x02" + b"N0" * 1_000_000 + b"N.",
-        "a changed stand-in": b"\x80\x02cnumpy\nndarray\n}X\x01\x00\x00\x00aK\x01sb.",
-        "an uninitialised stand-in": b"\x80\x02cnumpy\ndtype\n)\x81.",
-        "nothing on the stack": b"\x80\x02.",
-        "no end": b"\x80\x02N",
-    }
 
 
 @pytest.mark.parametrize("case", hostile(Path("x")))
@@ -277,10 +218,7 @@ def test_the_hostile_pickles_do_run_elsewhere(tmp_path: Path) -> None:
 
 def splits_of(data: Arrays) -> Splits:
     return Splits(
-        *(
-            (torch.from_numpy((x * 256).astype(np.uint8)).view(-1, 28, 28), torch.from_numpy(y))
-            for x, y in data
-        )
+        *((torch.from_numpy((x * 256).astype(np.uint8)).view(-1, 28, 28), torch.from_numpy(y)) for x, y in data)
     )
 
 
@@ -338,42 +276,6 @@ def test_second_start_reads_mnist_in_under_a_tenth_of_a_second(mnist_archive: Pa
 # ----------------------------------------------------------------------------------------- download
 
 
-@contextmanager
-def server(behaviour: str, body: bytes = b"", failures: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """A real HTTP server on this machine; yields its address and the list of requests it had."""
-    requests: list[str] = []
-    release = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            requests.append(self.path)
-            if behaviour == "silent":
-                release.wait(30)
-                return
-            if behaviour == "404" or len(requests) <= failures:
-                self.send_error(404 if behaviour == "404" else 503)
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body if behaviour == "whole" else body[: len(body) // 2])
-            if behaviour == "stalls":
-                self.wfile.flush()
-                release.wait(30)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}/mnist.pkl.gz", requests
-    finally:
-        release.set()
-        httpd.shutdown()
-
-
 BODY = gzip.compress(pickle.dumps(arrays()))
 
 FAILURES = {
@@ -396,24 +298,24 @@ def test_failed_download_says_why_and_leaves_nothing(tmp_path: Path, case: str) 
         server(behaviour, body, failures=99 if case == "503" else 0) as (url, requests),
         pytest.raises(DownloadError, match=message),
     ):
-        archive.download_mnist(url, path, timeout=0.5)
+        mnist.download_mnist(url, path, timeout=0.5)
     assert len(requests) == attempts
     assert [entry.name for entry in path.parent.iterdir() if entry.name != ".lock"] == []
 
 
 def test_refused_download_says_so(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="no connection"):
-        archive.download_mnist("http://127.0.0.1:9/mnist.pkl.gz", tmp_path / "mnist.pkl.gz", timeout=1)
+        mnist.download_mnist("http://127.0.0.1:9/mnist.pkl.gz", tmp_path / "mnist.pkl.gz", timeout=1)
     with pytest.raises(DownloadError, match="Invalid URL"):
-        archive.download_mnist("mnist.pkl.gz", tmp_path / "mnist.pkl.gz", timeout=1)
+        mnist.download_mnist("mnist.pkl.gz", tmp_path / "mnist.pkl.gz", timeout=1)
 
 
 @pytest.mark.mnist
 def test_download_survives_a_busy_server_and_arrives_whole(mnist_archive: Path, tmp_path: Path) -> None:
     path = tmp_path / "data" / "mnist.pkl.gz"
     with server("whole", mnist_archive.read_bytes(), failures=2) as (url, requests):
-        archive.download_mnist(url, path, timeout=5)
-        archive.download_mnist(url, path, timeout=5)  # it is there: no fourth request
+        mnist.download_mnist(url, path, timeout=5)
+        mnist.download_mnist(url, path, timeout=5)  # it is there: no fourth request
     assert len(requests) == 3
     assert path.read_bytes() == mnist_archive.read_bytes()
 

@@ -8,7 +8,7 @@ import subprocess
 import jsonschema
 import pytest
 import yaml
-from conftest import CONFIGS, Run
+from common import CONFIGS, Run
 
 
 @pytest.fixture(scope="module")

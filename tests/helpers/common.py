@@ -1,0 +1,62 @@
+"""What tests share: places, and comparisons of what runs leave."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+OVERLAYS = CONFIGS / "overlays"
+RUN = Path("lightning_logs/version_0")
+ARCHIVE = os.environ.get("MNIST_LIT_ARCHIVE")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}", "COLUMNS": "200"}
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def checkpoint(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: per tag the steps and values."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    """The same numbers, bit for bit, in any nest of containers."""
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor), where
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert isinstance(other, dict), where
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where  # type: ignore[arg-type]
+        for i, pair in enumerate(zip(one, other, strict=True)):  # type: ignore[call-overload]
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+def assert_one_message(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stdout + done.stderr
+    (message,) = (line for line in done.stderr.splitlines() if "error:" in line)
+    for part in parts:
+        assert part in message
