@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,10 +14,6 @@ from common import ARCHIVE, ENVIRONMENT, Run
 from forks import Forks
 
 from mnist_lit.datasets.digits import make_digits
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, each on one core
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

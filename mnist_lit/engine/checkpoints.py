@@ -391,7 +391,8 @@ class LastCheckpoint(Checkpoint):
         vanished = not self._run.folder.exists()
         path = self._folder / "exception.ckpt"
         trainer.save_checkpoint(path)
-        if isinstance(exception, OSError) and (vanished or exception.errno == errno.ENOSPC):
+        cause = exception.__cause__ or exception  # Lightning's logger makes a ValueError of whatever it meets
+        if isinstance(cause, OSError) and (vanished or cause.errno == errno.ENOSPC):
             run = relative(self._run.folder)
             what = "has vanished, with its curves and checkpoints," if vanished else "has a full disk"
             raise CheckpointError(

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,000 / 300 / 300 images of ten classes, each a pattern of its own under noise: a dataset file that trains in a
+    """1,000 / 300 / 300 images of ten classes, each a pattern under noise, some mislabelled: a dataset file that trains in a
     second, with shorter last batches.
     """
     random = np.random.default_rng(1)
@@ -20,7 +20,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels = random.integers(0, 10, n)
         noise = random.integers(0, 224, (n, 28, 28))
         arrays[f"x_{split}"] = (coarse[labels] * 32 + noise).astype(np.uint8)
-        arrays[f"y_{split}"] = labels
+        wrong = random.random(n) < 0.1  # so that a model can learn too much
+        arrays[f"y_{split}"] = np.where(wrong, random.integers(0, 10, n), labels)
     path = tmp_path_factory.mktemp("small") / "small.npz"
     np.savez(path, **arrays)
     return path

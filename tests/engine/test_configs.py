@@ -136,7 +136,7 @@ def test_regression_learns_values(cli: Run, small: Path, tmp_path: Path) -> None
         arrays[f"y_{split}"] = arrays[f"x_{split}"].mean((1, 2), dtype=np.float32) / 128
     np.savez(tmp_path / "bright.npz", **arrays)
     configs = (f"--config={CONFIGS / 'fast.yaml'}", f"--config={OVERLAYS / 'regression.yaml'}")
-    fitted = cli("fit", *configs, "--data.dataset=bright.npz", "--trainer.max_epochs=4")
+    fitted = cli("fit", *configs, "--data.dataset=bright.npz", "--trainer.max_epochs=4", "--optimizer.lr=0.01")
     assert "no confusion matrix" not in fitted.stderr
     losses = [event.value for event in run_of(tmp_path).Scalars("val/mse")]
     assert losses[-1] < 0.05 < losses[0]

@@ -55,8 +55,18 @@ def saved(folder: Path) -> dict:
     return checkpoint(folder / RUN / "last.ckpt")
 
 
-@pytest.mark.parametrize("suffix", ["npz", "pkl.gz"])
-@pytest.mark.parametrize("model", ["CNN", "FastCNN", "Logistic"])
+@pytest.mark.parametrize(
+    ("model", "suffix"),
+    [
+        ("Logistic", "pkl.gz"),
+        pytest.param("Logistic", "npz", marks=pytest.mark.slow),
+        *(
+            pytest.param(model, kind, marks=pytest.mark.slow)
+            for model in ("CNN", "FastCNN")
+            for kind in ("npz", "pkl.gz")
+        ),
+    ],
+)
 def test_classes_and_sizes_come_from_the_data(own, tmp_path: Path, model: str, suffix: str) -> None:
     data = f"--data.dataset=seven.{suffix}"
     own("fit", f"--model={model}", data, "--trainer.max_epochs=1")

@@ -23,12 +23,17 @@ EIGHT = ("--config", OVERLAYS / "speed.yaml")
     "settings",
     [
         ("--config", CONFIGS / "cnn.yaml"),
-        ("--config", CONFIGS / "logistic.yaml", "--data.batch_size=48", "--trainer.max_epochs=3"),
-        ("--config", CONFIGS / "cnn.yaml", *SCHEDULED),
         ("--config", CONFIGS / "logistic.yaml", "--trainer.max_epochs=-1", "--trainer.max_steps=21"),
-        ("--config", CONFIGS / "cnn.yaml", "--trainer.precision=bf16-mixed"),
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                ("--config", CONFIGS / "logistic.yaml", "--data.batch_size=48", "--trainer.max_epochs=3"),
+                ("--config", CONFIGS / "cnn.yaml", *SCHEDULED),
+                ("--config", CONFIGS / "cnn.yaml", "--trainer.precision=bf16-mixed"),
+            )
+        ),
     ],
-    ids=["cnn", "logistic", "scheduler", "max_steps", "bf16"],
+    ids=["cnn", "max_steps", "logistic", "scheduler", "bf16"],
 )
 def test_eight_steps_in_one_are_eight_steps(cli: Run, small: Path, tmp_path: Path, settings) -> None:
     """16 or 21 batches an epoch, the last ones shorter: weights, optimizer and curves bit for bit."""

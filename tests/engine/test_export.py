@@ -41,8 +41,15 @@ def assert_agrees(model: torch.nn.Module, predict: Callable[[Tensor], Tensor], i
         torch.testing.assert_close(predict(images), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-@pytest.mark.parametrize("config", ["cnn", "fast", "logistic"])
+@pytest.mark.parametrize(
+    ("config", "suffix"),
+    [
+        ("fast", "onnx"),
+        pytest.param("cnn", "onnx", marks=pytest.mark.slow),
+        pytest.param("logistic", "onnx", marks=pytest.mark.slow),
+        *(pytest.param(config, "pt2", marks=pytest.mark.slow) for config in ("cnn", "fast", "logistic")),
+    ],
+)
 def test_file_agrees_with_the_checkpoint(cli: Run, small: Path, tmp_path: Path, config: str, suffix: str) -> None:
     settings = ("--config", CONFIGS / f"{config}.yaml", "--data.dataset", small, "--trainer.max_epochs=1")
     cli("fit", *settings)

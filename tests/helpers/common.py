@@ -15,7 +15,14 @@ CONFIGS = ROOT / "configs"
 OVERLAYS = CONFIGS / "overlays"
 RUN = Path("lightning_logs/version_0")
 ARCHIVE = os.environ.get("MNIST_LIT_ARCHIVE")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}", "COLUMNS": "200"}
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, each on one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}:{ROOT / 'tests' / 'tutorial'}",
+    "COLUMNS": "200",
+}
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

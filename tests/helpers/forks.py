@@ -14,13 +14,14 @@ from typing import Any
 
 def serve() -> None:
     """Per line of stdin: forks a run, prints its pid and then its exit code. Returns in the forks only."""
-    from mnist_lit import __main__ as cli
+    from mnist_lit import __main__, data, models  # noqa: F401, imported here once for all runs
+    from mnist_lit.engine import cli  # noqa: F401
 
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             become(**json.loads(line))
-            return cli.main()
+            return __main__.main()
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
     return None
