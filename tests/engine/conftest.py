@@ -10,8 +10,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,000 / 300 / 300 images of ten classes, each a pattern under noise, some mislabelled: a dataset file that trains in a
-    second, with shorter last batches.
+    """1,000 / 300 / 300 images of ten classes, each a pattern under noise, some mislabelled.
+
+    A dataset file that trains in a second, with shorter last batches.
     """
     random = np.random.default_rng(1)
     coarse = random.integers(0, 2, (10, 7, 7)).repeat(4, 1).repeat(4, 2)  # (10, 28, 28)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import known
 import numpy as np
 import pytest
 import requests
@@ -17,6 +18,7 @@ from common import CONFIGS, Run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnist_lit.engine.outputs import display
 from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
 
 
@@ -160,3 +162,36 @@ def test_contact_sheet_shows_every_image() -> None:
     assert sheet.size == (420, 300)
     dark = np.asarray(sheet) == 0
     assert dark.mean() == pytest.approx(12 * 80 * 80 / (420 * 300), abs=0.01)
+
+
+def shown(run: Path, tag: str) -> np.ndarray:
+    """The last picture of a tag, as pixels."""
+    picture = EventAccumulator(str(run)).Reload().Images(tag)[-1]
+    return np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+
+
+def test_pictures_show_what_the_model_does(cli: Run, tmp_path: Path) -> None:
+    """Rows of the confusion matrix are true classes, mistakes are "target > prediction", the worst first; class names
+    come from the data module, and go into the checkpoint.
+    """
+    cli("fit", "--model=known.Model", "--data=known.Data", "--trainer.max_epochs=1")
+    run, images = tmp_path / "lightning_logs" / "version_0", known.Data().images
+    names = ["cat", "dog", "horse"]
+    assert (shown(run, "val/confusion_matrix") == np.asarray(confusion_sheet(known.CONFUSED, names))).all()
+    worst = [index for index in reversed(range(10)) if known.LABELS[index] == 0]
+    sure = known.Model()(images).softmax(1).amax(1)[worst]
+    captions = [f"cat > dog {confidence:.0%}" for confidence in sure.tolist()]
+    assert (shown(run, "val/mistakes") == np.asarray(contact_sheet(display(images[worst]), captions))).all()
+    captions = [names[label] for label in known.LABELS[:4]]
+    assert (shown(run, "train/samples") == np.asarray(contact_sheet(display(images[:4]), captions))).all()
+    scalars = EventAccumulator(str(run)).Reload()
+    assert [scalars.Scalars(f"val_acc_of_class/{name}")[-1].value for name in names] == [0, 1, 1]
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["class_names"] == names
+
+
+def test_colour_images_are_shown_in_colour() -> None:
+    images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
+    images[0, 0], images[1, 2] = 255, 200
+    sheet = np.asarray(contact_sheet(images, ["red", "blue"]))
+    assert sheet[40, 42].tolist() == [255, 0, 0]
+    assert sheet[40, 84 + 42].tolist() == [0, 0, 200]

@@ -46,8 +46,10 @@ class Forks:
     """Runs of ``serve``'s, one at a time."""
 
     def __init__(self) -> None:
+        # Whatever is installed, the runs are of this checkout.
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         self.pid = 0
 

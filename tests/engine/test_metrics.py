@@ -1,0 +1,85 @@
+"""The means that are logged are those of what was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from common import CONFIGS, RUN, Run, curves
+
+Batch = tuple[int, float, int]  # its size, mean loss and number of correct predictions
+FIT = ("fit", "--config", CONFIGS / "logistic.yaml", "--trainer.callbacks+=batches.Batches")
+
+
+def read(folder: Path, rank: int = 0) -> tuple[list[list[Batch]], dict[str, float]]:
+    """Per epoch the batches of a process, and what it has last logged."""
+    written = json.loads((folder / f"batches.{rank}.json").read_text())
+    return [[tuple(batch) for batch in epoch] for epoch in written["epochs"]], written["logged"]
+
+
+def mean(batches: list[Batch]) -> tuple[float, float]:
+    """Loss and accuracy over all samples."""
+    samples = sum(size for size, _, _ in batches)
+    loss = sum(size * loss for size, loss, _ in batches) / samples
+    return loss, sum(correct for _, _, correct in batches) / samples
+
+
+def optimizer_steps(epoch: list[Batch], accumulate: int) -> list[list[Batch]]:
+    """The batches of each step; the last step of an epoch takes what is left."""
+    return [epoch[start : start + accumulate] for start in range(0, len(epoch), accumulate)]
+
+
+def since_last_log(steps: list[list[Batch]], every: int) -> dict[int, list[Batch]]:
+    """The batches between two logs, by the step at which they are logged, counted from 0."""
+    ends = range(every, len(steps) + 1, every)
+    return {end - 1: sum(steps[end - every : end], []) for end in ends}
+
+
+def assert_logged(
+    found: dict[str, list[tuple[int, float]]], expected: dict[int, list[Batch]], suffix: str = ""
+) -> None:
+    for index, name in enumerate(("train/loss", "train/acc")):
+        steps, values = zip(*found[name + suffix], strict=True)
+        assert list(steps) == list(expected)
+        assert values == pytest.approx([mean(batches)[index] for batches in expected.values()], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "every"), [(1, 5), (3, 4), pytest.param(16, 1, marks=pytest.mark.slow)], ids=str
+)
+def test_logged_means_are_over_all_batches_since_the_last_log(
+    cli: Run, small: Path, tmp_path: Path, accumulate: int, every: int
+) -> None:
+    """Three epochs of 16 batches, the last of 40 images; an interval may lie in two epochs."""
+    settings = (f"--trainer.accumulate_grad_batches={accumulate}", f"--trainer.log_every_n_steps={every}")
+    cli(*FIT, "--data.dataset", small, "--trainer.max_epochs=3", *settings)
+    epochs, _ = read(tmp_path)
+    assert [[size for size, _, _ in epoch] for epoch in epochs] == [[64] * 15 + [40]] * 3
+    steps = [optimizer_steps(epoch, accumulate) for epoch in epochs]
+    found = curves(tmp_path / RUN)
+    assert_logged(found, since_last_log(sum(steps, []), every))
+    ends = [len(steps[0]) * epoch - 1 for epoch in (1, 2, 3)]
+    assert_logged(found, dict(zip(ends, epochs, strict=True)), "_epoch")
+    losses = [loss for epoch in epochs for _, loss, _ in epoch]
+    assert len(set(losses)) == len(losses)  # no two batches could be taken for each other
+
+
+@pytest.mark.slow
+def test_logged_means_are_over_both_processes(cli: Run, small: Path, tmp_path: Path) -> None:
+    """Two epochs of 8 batches in each of two processes: steps of 3, 3 and 2 batches."""
+    settings = ("--trainer.accumulate_grad_batches=3", "--trainer.log_every_n_steps=2")
+    processes = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
+    cli(*FIT, "--data.dataset", small, *settings, *processes, fork=False)
+    epochs, logged = zip(*(read(tmp_path, rank) for rank in (0, 1)), strict=True)
+    assert [[size for size, _, _ in epoch] for epoch in epochs[0]] == [[64] * 7 + [52]] * 2
+    assert epochs[0] != epochs[1]
+    together = []  # per epoch the steps with the batches of both processes
+    for first, second in zip(*epochs, strict=True):
+        pairs = zip(optimizer_steps(first, 3), optimizer_steps(second, 3), strict=True)
+        together.append([ours + theirs for ours, theirs in pairs])
+    found = curves(tmp_path / RUN)
+    assert_logged(found, since_last_log(sum(together, []), 2))
+    assert_logged(found, {2: sum(together[0], []), 5: sum(together[1], [])}, "_epoch")
+    assert logged[0] == logged[1]
+    assert logged[0]["train/loss"] == pytest.approx(found["train/loss"][-1][1])
