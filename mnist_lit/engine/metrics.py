@@ -15,7 +15,7 @@ from torchmetrics import Metric, SumMetric
 from mnist_lit.engine.errors import ConfigurationError
 from mnist_lit.engine.outputs import Outputs, as_outputs, class_names, step_outputs
 
-FLUSH_EVERY = 64  # evaluation batches; bounds the memory of what is gathered
+FLUSH_EVERY = 64  # batches; bounds the memory of what is gathered
 
 Stage = Literal["train", "val", "test"]
 
@@ -69,10 +69,12 @@ class Metrics(Callback):
                 # Lightning has divided the loss by the number of batches that it accumulates.
                 scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
                 self._train.append(_detached(found, scale))
+            if len(self._train) == FLUSH_EVERY:
+                self._flush_train()
             if every and step // every > self._logged_step // every:
                 self._logged_step = step
-                if self._train:
-                    self._flush_train()
+                self._flush_train()
+                if self._interval.updated:
                     values = self._interval.compute(trainer, "train")
                     self._interval.reset()
                     self._log(trainer, pl_module, values, step - 1, sync_dist=False)
@@ -80,11 +82,11 @@ class Metrics(Callback):
     def _flush_train(self) -> None:
         outputs, self._train = self._train, []
         for collection in (self._interval, self._epoch):
-            collection.update(outputs)
+            if outputs:
+                collection.update(outputs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._train:
-            self._flush_train()
+        self._flush_train()
         if self._epoch.updated:
             values = self._epoch.compute(trainer, "train", suffix="_epoch")
             self._epoch.reset()
@@ -173,6 +175,7 @@ class Metrics(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = {
             "train": [dict(outputs) for outputs in self._train],
+            "interval": self._interval.state_dict(),
             "epoch": self._epoch.state_dict(),
         }
         states = [state] * trainer.world_size
@@ -194,6 +197,7 @@ class Metrics(Callback):
             Outputs(**{key: value.to(device) for key, value in outputs.items()})  # type: ignore[typeddict-item]
             for outputs in state["train"]
         ]
+        self._interval.load_state_dict(state["interval"])
         self._epoch.load_state_dict(state["epoch"])
 
 

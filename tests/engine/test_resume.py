@@ -113,6 +113,7 @@ STOPS = [
             (("SIGKILL", "on_train_epoch_start", 16), WORKERS),
             (("SIGKILL", "on_train_batch_end", 18), PLATEAU),
             (("SIGKILL", "on_train_batch_end", 43), PLATEAU),
+            (("SIGKILL", "on_train_batch_end", 18), ("--trainer.log_every_n_steps=5",)),
             (("SIGTERM", "on_train_batch_end", 8), ("--trainer.val_check_interval=5",)),
             (("SIGKILL", "on_train_batch_end", 12), ("--trainer.val_check_interval=4",)),
             (("SIGTERM", "on_train_batch_end", 3), ("--trainer.accumulate_grad_batches=3",)),

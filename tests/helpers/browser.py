@@ -1,6 +1,6 @@
 """TensorBoard as people see it: the real server, and its pages in Chromium.
 
-``python tests/browser.py LOGDIR FOLDER`` takes the README's pictures, which are of runs of logistic.yaml,
+``python tests/helpers/browser.py LOGDIR FOLDER`` takes the README's pictures, which are of runs of logistic.yaml,
 cnn.yaml and fast.yaml, and of a test of the last.
 """
 
