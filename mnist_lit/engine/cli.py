@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import re
 import shlex
@@ -465,3 +466,16 @@ def main(data_module: str = "", commands: Mapping[str, str] | None = None) -> No
         if isinstance(error, MisconfigurationException) and not _raised_by_lightning(error.__traceback__):
             raise
         sys.exit(f"{PROJECT}: error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"{PROJECT}: error: {_full_disk(error)}")
+
+
+def _full_disk(error: OSError) -> str:
+    """The message of a full disk: of the checkpoint that did not fit, if the loggers have failed after it."""
+    first: BaseException | None = error
+    while first is not None and not isinstance(first, UserError):
+        first = first.__context__
+    place = f"{error.filename}: " if error.filename else ""
+    return str(first or f"{place}{error.strerror}; make room, then resume with --ckpt_path=last")

@@ -19,8 +19,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arrays = {}
     for split, n in (("train", 1000), ("valid", 300), ("test", 300)):
         labels = random.integers(0, 10, n)
-        noise = random.integers(0, 224, (n, 28, 28))
-        arrays[f"x_{split}"] = (coarse[labels] * 32 + noise).astype(np.uint8)
+        noise = random.integers(0, 64, (n, 28, 28))
+        arrays[f"x_{split}"] = (coarse[labels] * 160 + noise).astype(np.uint8)
         wrong = random.random(n) < 0.1  # so that a model can learn too much
         arrays[f"y_{split}"] = np.where(wrong, random.integers(0, 10, n), labels)
     path = tmp_path_factory.mktemp("small") / "small.npz"

@@ -36,8 +36,9 @@ def last(folder: Path) -> dict:
 
 
 def test_overfit_drives_the_loss_of_ten_batches_to_zero(fit, tmp_path: Path) -> None:
-    fit("cnn", "overfit", settings=("--model=FastCNN", "--trainer.max_epochs=20"))
-    assert last(tmp_path)["global_step"] == 20 * 10
+    quick = ("--model.lr=0.03", "--data.batch_size=16", "--trainer.max_epochs=30", "--dashboard.every_n_epochs=0")
+    fit("cnn", "overfit", settings=("--model=FastCNN", *quick))
+    assert last(tmp_path)["global_step"] == 30 * 10
     losses = [event.value for event in run_of(tmp_path).Scalars("train/loss_epoch")]
     assert losses[-1] < 0.01 < losses[0]
 

@@ -180,8 +180,8 @@ def test_decompression_bomb_is_refused_in_bounded_memory(tmp_path: Path) -> None
     program = (
         "import resource, sys; from pathlib import Path; from mnist_lit.datasets.files import *\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: decode(Path(sys.argv[1]))\n"
-        "except ArchiveError as error: print(error)\n"
+        "try: read_dataset(Path(sys.argv[1]))\n"
+        "except DatasetError as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
