@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,9 @@ def forks() -> Iterator[Forks]:
     server.close()
 
 
-@pytest.fixture
-def cli(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Run:
-    """``python -m mnist_lit ...`` in an empty folder; it must succeed, or fail if not ``ok``.
+@pytest.fixture(scope="session")
+def cli_in(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Run:
+    """``python -m mnist_lit ...`` in the folder that comes first; it must succeed, or fail if not ``ok``.
 
     A process of its own in any case. Unless it is a fork of one that has imported mnist_lit already, it
     starts its own interpreter, which takes seconds.
@@ -41,19 +42,19 @@ def cli(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, forks: Forks) 
     printed = tmp_path_factory.mktemp("printed")
 
     def run(
-        *args: object, ok: bool = True, env: dict[str, str] | None = None, fork: bool = True
+        folder: Path, *args: object, ok: bool = True, env: dict[str, str] | None = None, fork: bool = True
     ) -> subprocess.CompletedProcess[str]:
         arguments, environment = list(map(str, args)), ENVIRONMENT | (env or {})
         if fork:
             output, errors = printed / "output", printed / "errors"
             output.write_text("")
             errors.write_text("")
-            forks.start(tmp_path, arguments, environment, output, errors)
+            forks.start(folder, arguments, environment, output, errors)
             done = subprocess.CompletedProcess(arguments, forks.wait(), output.read_text(), errors.read_text())
         else:
             done = subprocess.run(
                 [sys.executable, "-m", "mnist_lit", *arguments],
-                cwd=tmp_path,
+                cwd=folder,
                 env=environment,
                 capture_output=True,
                 text=True,
@@ -63,6 +64,12 @@ def cli(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, forks: Forks) 
         return done
 
     return run
+
+
+@pytest.fixture
+def cli(cli_in: Run, tmp_path: Path) -> Run:
+    """The same in an empty folder."""
+    return partial(cli_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

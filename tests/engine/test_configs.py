@@ -149,7 +149,7 @@ def test_regression_learns_values(cli: Run, small: Path, tmp_path: Path) -> None
     assert rows[0].keys() == {"index", "prediction"}
     predicted = np.array([float(row["prediction"]) for row in rows])
     assert np.mean((predicted - arrays["y_test"]) ** 2) < 0.05
-    assert "Wrote" in cli("export", "--ckpt_path", best).stdout
+    assert "Wrote" in cli("export", "--ckpt_path", best, "--format=pt2").stdout
 
 
 def test_table_beside_tensorboard_in_the_folder_of_the_run(fit, tmp_path: Path) -> None:

@@ -26,24 +26,31 @@ trainer: {max_epochs: 1}
 """
 
 
-@pytest.fixture
-def own(cli: Run, small: Path, tmp_path: Path):
-    """The command line beside my_net.py, own.yaml and digits up to 6 of 32 x 28, in both layouts."""
-    shutil.copy(ROOT / "tests" / "helpers" / "my_net.py", tmp_path)
-    (tmp_path / "own.yaml").write_text(YAML)
-    arrays = {}
+@pytest.fixture(scope="module")
+def seven(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the classes up to 6, of 32 x 28 pixels, in both layouts."""
+    folder, arrays = tmp_path_factory.mktemp("seven"), {}
     with np.load(small) as file:
         for split in ("train", "valid", "test"):
             chosen = file[f"y_{split}"] < 7
             arrays[f"x_{split}"] = np.pad(file[f"x_{split}"][chosen], ((0, 0), (2, 2), (0, 0)))
             arrays[f"y_{split}"] = file[f"y_{split}"][chosen]
-    np.savez(tmp_path / "seven.npz", **arrays)
+    np.savez(folder / "seven.npz", **arrays)
     splits = tuple(
         (arrays[f"x_{split}"].reshape(-1, 1, 32, 28).astype(np.float32) / 256, arrays[f"y_{split}"])
         for split in ("train", "valid", "test")
     )
-    with gzip.open(tmp_path / "seven.pkl.gz", "wb") as file:
+    with gzip.open(folder / "seven.pkl.gz", "wb", compresslevel=1) as file:
         pickle.dump(splits, file)
+    return folder
+
+
+@pytest.fixture
+def own(cli: Run, seven: Path, tmp_path: Path):
+    """The command line beside my_net.py, own.yaml and the datasets of seven classes."""
+    for path in (ROOT / "tests" / "helpers" / "my_net.py", *seven.iterdir()):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "own.yaml").write_text(YAML)
 
     def run(*arguments: object, ok: bool = True):
         return cli(*arguments, ok=ok, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"})

@@ -21,6 +21,7 @@ from torch import Tensor
 from mnist_lit import CNN, FastCNN, Logistic, MNISTDataModule
 
 CHECKPOINTS = Path("lightning_logs/version_0/checkpoints")
+BEST = CHECKPOINTS / "best.ckpt"
 
 
 def exported(path: Path) -> tuple[Callable[[Tensor], Tensor], dict]:
@@ -41,6 +42,24 @@ def assert_agrees(model: torch.nn.Module, predict: Callable[[Tensor], Tensor], i
         torch.testing.assert_close(predict(images), expected, rtol=0, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def fitted(cli_in: Run, small: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Makes the run of a config and an exported file, once: the folder, the file, and what export printed."""
+    made = {}
+
+    def make(config: str, suffix: str) -> tuple[Path, Path, str]:
+        if (config, suffix) not in made:
+            folder = tmp_path_factory.mktemp(config)
+            settings = ("--config", CONFIGS / f"{config}.yaml", "--data.dataset", small, "--trainer.max_epochs=1")
+            cli_in(folder, "fit", *settings)
+            done = cli_in(folder, "export", "--ckpt_path", BEST, "--format", suffix)  # with the config.yaml of the run
+            made[config, suffix] = folder, (folder / BEST).with_suffix(f".{suffix}"), done.stdout
+        return made[config, suffix]
+
+    return make
+
+
+@pytest.mark.xdist_group("export")
 @pytest.mark.parametrize(
     ("config", "suffix"),
     [
@@ -50,18 +69,14 @@ def assert_agrees(model: torch.nn.Module, predict: Callable[[Tensor], Tensor], i
         *(pytest.param(config, "pt2", marks=pytest.mark.slow) for config in ("cnn", "fast", "logistic")),
     ],
 )
-def test_file_agrees_with_the_checkpoint(cli: Run, small: Path, tmp_path: Path, config: str, suffix: str) -> None:
-    settings = ("--config", CONFIGS / f"{config}.yaml", "--data.dataset", small, "--trainer.max_epochs=1")
-    cli("fit", *settings)
-    checkpoint = CHECKPOINTS / "best.ckpt"
-    done = cli("export", "--ckpt_path", checkpoint, "--format", suffix)  # with the config.yaml of the run
-    path = (tmp_path / checkpoint).with_suffix(f".{suffix}")
-    assert f"Wrote {checkpoint.with_suffix(f'.{suffix}')}: images of" in done.stdout
+def test_file_agrees_with_the_checkpoint(cli_in: Run, fitted, small: Path, config: str, suffix: str) -> None:
+    folder, path, printed = fitted(config, suffix)
+    assert f"Wrote {BEST.with_suffix(f'.{suffix}')}: images of" in printed
     assert not list(path.parent.glob(".part*"))
 
     predict, metadata = exported(path)
     model = {"cnn": CNN, "fast": FastCNN, "logistic": Logistic}[config]
-    model = model.load_from_checkpoint(tmp_path / checkpoint, weights_only=True).eval()
+    model = model.load_from_checkpoint(folder / BEST, weights_only=True).eval()
     with np.load(small) as arrays:
         images, labels = torch.from_numpy(arrays["x_test"]), torch.from_numpy(arrays["y_test"])
     for batch in (images, images[:1], images.repeat(4, 1, 1)[:1000]):
@@ -81,7 +96,7 @@ def test_file_agrees_with_the_checkpoint(cli: Run, small: Path, tmp_path: Path, 
     assert metadata["versions"]["torch"] == torch.__version__
     right = (predict(images).argmax(1) == labels).float().mean().item()
     assert metadata["metrics"]["test/acc"] == pytest.approx(right, abs=1e-6)
-    tested = cli("test", "--ckpt_path", checkpoint)
+    tested = cli_in(folder, "test", "--ckpt_path", BEST)
     loss = re.search(r"test/loss\W+([\d.]+)", tested.stdout)
     assert loss is not None
     assert metadata["metrics"]["test/loss"] == pytest.approx(float(loss[1]), abs=1e-5)
@@ -107,19 +122,19 @@ def test_whole_test_split_of_mnist(cli: Run, mnist_dir: Path, tmp_path: Path, su
     assert metadata["dataset"] == "mnist"
 
 
-def test_example_in_the_readme_needs_onnxruntime_alone(cli: Run, small: Path, tmp_path: Path) -> None:
-    cli("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset", small)
-    cli("export", "--ckpt_path", CHECKPOINTS / "best.ckpt")
+@pytest.mark.xdist_group("export")
+def test_example_in_the_readme_needs_onnxruntime_alone(fitted, small: Path) -> None:
+    folder, _, _ = fitted("fast", "onnx")
     example = re.search(r"```python\n(.*?onnxruntime.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert example is not None
     assert len([line for line in example[1].splitlines() if line]) == 5
     with np.load(small) as arrays:
         pixels = arrays["x_test"][0]
-    Image.fromarray(pixels).save(tmp_path / "seven.png")
-    model = FastCNN.load_from_checkpoint(tmp_path / CHECKPOINTS / "best.ckpt", weights_only=True).eval()
+    Image.fromarray(pixels).save(folder / "seven.png")
+    model = FastCNN.load_from_checkpoint(folder / BEST, weights_only=True).eval()
     expected = model(torch.from_numpy(pixels)[None, None] / 256).argmax().item()
     example_run = example[1] + "import sys\nassert not {'torch', 'mnist_lit', 'onnx'} & sys.modules.keys()\n"
-    done = subprocess.run([sys.executable, "-c", example_run], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", example_run], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected}\n"
 
 

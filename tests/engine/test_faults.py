@@ -8,10 +8,8 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +28,10 @@ QUICK = ("fit", "--config", CONFIGS / "logistic.yaml", "--trainer.log_every_n_st
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
+def saved(cli_in: Run, tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
     """The last checkpoint of a run of logistic.yaml."""
     folder = tmp_path_factory.mktemp("saved")
-    command = [sys.executable, "-m", "mnist_lit", *map(str, QUICK), f"--data.dataset={small}"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    cli_in(folder, *QUICK, "--data.dataset", small)
     return folder / LAST
 
 
@@ -95,7 +92,6 @@ def hostile_checkpoints(whole: bytes, marker: Path) -> dict[str, bytes]:
         **{f"the pickle {name}": with_pickle(whole, data) for name, data in hostile(marker).items()},
         "a bare pickle": pickle.dumps(Calls(os.system, touch)),
         "the old format": pickle.dumps(0x1950A86A20F9469CFC6C) + pickle.dumps(Calls(os.system, touch)),
-        "a bomb": with_pickle(whole, bytes(1 << 28), zipfile.ZIP_DEFLATED),
         "other things": as_checkpoint({"weights": torch.zeros(3)}),
         "a list": as_checkpoint([1, 2, 3]),
         "a text": b"no checkpoint",
@@ -115,6 +111,7 @@ def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Pa
     whole, chance = saved.read_bytes(), random.Random(1)
     original, marker, path = checkpoint(saved), tmp_path / "executed", tmp_path / "bad.ckpt"
     bad = hostile_checkpoints(whole, marker)
+    bad["a bomb"] = with_pickle(whole, bytes(1 << 28), zipfile.ZIP_DEFLATED)
     while len(bad) < 200:
         place, damaged = chance.randrange(len(whole)), bytearray(whole)
         kind = chance.choice(["cut", "flipped", "spliced"])
@@ -229,22 +226,48 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_full_disk_loses_no_checkpoint(cli: Run, saved: Path, small: Path, tiny_disk: Path) -> None:
-    """The checkpoint to go on from stays whole when the next one does not fit."""
+@pytest.fixture
+def nearly_full(saved: Path, small: Path, tiny_disk: Path):
+    """A command that resumes a run on a disk with so many bytes left, and the folder of its checkpoints."""
     folder = tiny_disk / LAST.parent
     shutil.copytree(saved.parent, folder)
+
+    def resume(room: int) -> tuple:
+        free = shutil.disk_usage(tiny_disk).free
+        (tiny_disk / "filler").write_bytes(bytes(free - room))
+        resume = (*QUICK, "--data.dataset", small, f"--trainer.default_root_dir={tiny_disk}", "--ckpt_path=last")
+        return (*resume, "--trainer.max_epochs=3")
+
+    return resume, folder
+
+
+def test_full_disk_loses_no_checkpoint(cli: Run, nearly_full, tiny_disk: Path) -> None:
+    """The checkpoint to resume from stays whole when the next one does not fit."""
+    resume, folder = nearly_full
     before = (folder / "last.ckpt").read_bytes()
-    room = shutil.disk_usage(tiny_disk).free
-    (tiny_disk / "filler").write_bytes(bytes(room - 16384 - 4096))  # for the event file and config
-    resume = (*QUICK, "--data.dataset", small, f"--trainer.default_root_dir={tiny_disk}", "--ckpt_path=last")
-    done = cli(*resume, "--trainer.max_epochs=3", ok=False)
+    # Room for config and curves. Pictures would not fit, and a thread writes them: the first file to fail would vary.
+    arguments = resume(16384 + 4096)
+    done = cli(*arguments, "--dashboard.every_n_epochs=0", ok=False)
     assert_one_message(done, "cannot write the checkpoint", "No space left on device", "--ckpt_path=last")
+    assert re.search(r"/(last\.pending|best\.ckpt) \(No space", done.stderr)
     assert (folder / "last.ckpt").read_bytes() == before
     assert not [path for path in folder.iterdir() if "part" in path.name]
 
     (tiny_disk / "filler").unlink()
-    cli(*resume, "--trainer.max_epochs=3")
+    cli(*arguments)
     assert checkpoint(folder / "last.ckpt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("first", ["config", "pictures", "checkpoint, then the logger"])
+def test_full_disk_is_one_message_whatever_fails_first(cli: Run, nearly_full, tiny_disk: Path, first: str) -> None:
+    resume, folder = nearly_full
+    before = (folder / "last.ckpt").read_bytes()
+    logger = ("--trainer.logger=returns.FullDisk",) if first.startswith("checkpoint") else ()
+    done = cli(*resume(4096 if first == "config" else 16384 + 4096), *logger, ok=False)
+    assert_one_message(done, "No space left on device", "make room", "--ckpt_path=last")
+    assert first == "config" or "cannot write the checkpoint" in done.stderr
+    assert (folder / "last.ckpt").read_bytes() == before
+    assert not [path for path in folder.iterdir() if "part" in path.name]
 
 
 def test_full_disk_leaves_no_fast_copy(cli: Run, small: Path, tiny_disk: Path) -> None:
@@ -262,16 +285,9 @@ def test_full_disk_leaves_no_download(cli: Run, mnist_archive: Path, tiny_disk: 
     assert [path.name for path in tiny_disk.rglob("*") if path.is_file()] == [".lock"]
 
 
-def test_file_size_limit_during_a_checkpoint(saved: Path, small: Path, tmp_path: Path) -> None:
+def test_file_size_limit_during_a_checkpoint(cli: Run, small: Path, tmp_path: Path) -> None:
     """The same without a file system of its own: no file may be longer than 32 KiB."""
-    shutil.copytree(saved.parents[3] / "data", tmp_path / "data")
-    done = subprocess.run(
-        [sys.executable, "-m", "mnist_lit", *map(str, QUICK), f"--data.dataset={small}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15)),
-    )
+    done = cli(*QUICK, "--data.dataset", small, "--trainer.callbacks+=interrupt.FileSizeLimit", ok=False)
     assert_one_message(done, "cannot write the checkpoint", "File too large")
     assert not list(tmp_path.rglob("*.ckpt*"))
 

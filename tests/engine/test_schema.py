@@ -10,22 +10,18 @@ import pytest
 import yaml
 from common import CONFIGS, Run
 
+pytestmark = pytest.mark.xdist_group("schema")  # which takes seconds to make
+
 
 @pytest.fixture(scope="module")
-def printed() -> dict:
-    return {}
-
-
-@pytest.fixture
-def validator(cli: Run, printed: dict) -> jsonschema.Draft202012Validator:
-    if not printed:
-        printed.update(json.loads(cli("fit", "--print_schema").stdout))
+def validator(cli_in: Run, tmp_path_factory: pytest.TempPathFactory) -> jsonschema.Draft202012Validator:
+    printed = json.loads(cli_in(tmp_path_factory.mktemp("schema"), "fit", "--print_schema").stdout)
     jsonschema.Draft202012Validator.check_schema(printed)
     return jsonschema.Draft202012Validator(printed)
 
 
 def test_every_config_is_valid(validator, cli: Run) -> None:
-    for path in CONFIGS.glob("*.yaml"):
+    for path in CONFIGS.rglob("*.yaml"):
         if path.stem != "sweep":
             assert list(validator.iter_errors(yaml.safe_load(path.read_text()))) == [], path
     complete = yaml.safe_load(cli("fit", "--config", CONFIGS / "cnn.yaml", "--print_config").stdout)

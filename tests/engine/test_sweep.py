@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -69,26 +67,24 @@ def test_sweep_leaves_runs_the_best_config_and_plots(cli: Run, arguments: tuple,
     assert score == expected
     assert score.item() == best.value
 
-    # As many trials again are none; more are the missing ones; another space is another study.
-    cli(*arguments, "--trials=3")
-    assert len(trials(tmp_path)) == 3
-    cli(*arguments, "--trials=4")
-    assert len(trials(tmp_path)) == 4
     (tmp_path / "space.yaml").write_text("model.init_args.lr: {low: 0.1, high: 1.0}")
     assert "name a new one with --study" in cli(*arguments, "--trials=5", ok=False).stderr
 
 
 @pytest.mark.slow
+def test_same_command_again_makes_the_missing_trials(cli: Run, arguments: tuple, tmp_path: Path) -> None:
+    """As many again are none."""
+    for number in (2, 2, 3):
+        cli(*arguments, f"--trials={number}")
+        assert len(trials(tmp_path)) == number
+
+
+@pytest.mark.slow
 def test_killed_sweep_goes_on(arguments: tuple, cli: Run, tmp_path: Path) -> None:
-    process = start(tmp_path, *arguments, "--trials=8")
-    run = tmp_path / "lightning_logs" / "sweep-3" / "config.yaml"
-    deadline = time.monotonic() + 240
-    while not run.exists():
-        assert process.poll() is None, (tmp_path / "output").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill = {"signum": "SIGKILL", "hook": "on_train_batch_end", "step": 8, "run": "sweep-3"}
+    killed = ("--trainer.callbacks+=interrupt.SignalAt", *(f"--trainer.callbacks.{k}={v}" for k, v in kill.items()))
+    assert cli(*arguments, "--trials=8", *killed, ok=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "lightning_logs" / "sweep-3" / "config.yaml").exists()
     assert Counter(trial.state.name for trial in trials(tmp_path))["RUNNING"] == 1
     cli(*arguments, "--trials=8")
     states = Counter(trial.state.name for trial in trials(tmp_path))

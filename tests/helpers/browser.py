@@ -6,8 +6,8 @@ cnn.yaml and fast.yaml, and of a test of the last.
 
 from __future__ import annotations
 
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,25 +33,17 @@ PAGES = {
 @contextmanager
 def tensorboard(logdir: Path, runs: int) -> Iterator[str]:
     """The address of a server that has loaded so many runs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    arguments = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
-    arguments += ["--port", str(port), "--load_fast=false"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(arguments, stdout=log, stderr=log)
+    arguments = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port=0", "--load_fast=false"]
+    arguments += ["--reload_task=blocking", "--reload_interval=0"]  # it answers when it has read everything
+    with tempfile.NamedTemporaryFile() as file:
+        log, process = Path(file.name), subprocess.Popen(arguments, stdout=file, stderr=file)
         try:
-            for _ in range(300):
+            while (found := re.search(r" at (http://\S+?)/? ", log.read_text())) is None:
                 if process.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(log.read())
-                try:
-                    if len(requests.get(f"{address}/data/runs", timeout=5).json()) >= runs:
-                        break
-                except requests.ConnectionError:
-                    pass
-                time.sleep(0.2)
+                    raise RuntimeError(log.read_text())
+                time.sleep(0.1)
+            address = found[1].replace("localhost", "127.0.0.1")
+            assert len(requests.get(f"{address}/data/runs", timeout=60).json()) == runs
             yield address
         finally:
             process.terminate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+
+from mnist_lit.engine.runs import Run
 
 
 class Chance(nn.Module):
@@ -43,16 +46,17 @@ class SignalAt(Callback):
         hook: where.
         step: how many optimizer steps have been made by then.
         rank: of several processes the one, or all.
+        run: of several runs in one process the one, by name, or all.
     """
 
-    def __init__(self, signum: str, hook: str, step: int, rank: int | None = None) -> None:
-        self.signum, self.step, self.rank = signum, step, rank
+    def __init__(self, signum: str, hook: str, step: int, rank: int | None = None, run: str | None = None) -> None:
+        self.signum, self.step, self.rank, self.run = signum, step, rank, run
         setattr(self, hook, self.send)
 
     def send(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.sanity_checking or trainer.global_step != self.step:
             return
-        if self.rank in (None, trainer.global_rank):
+        if self.rank in (None, trainer.global_rank) and self.run in (None, Run.of(trainer).name):
             self.step = -1
             os.kill(os.getpid(), getattr(signal, self.signum))
 
@@ -87,8 +91,16 @@ class DeleteRun(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == 10:
-            assert trainer.log_dir
-            shutil.rmtree(trainer.log_dir)
+            for writer in trainer.loggers:
+                writer.experiment.flush()  # so that its thread makes no file while the folder is deleted
+            shutil.rmtree(Run.of(trainer).folder)
+
+
+class FileSizeLimit(Callback):
+    """Lets no file become longer than 32 KiB."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))
 
 
 class Fail(Callback):

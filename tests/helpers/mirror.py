@@ -35,7 +35,7 @@ def server(behaviour: str, body: bytes = b"", failures: int = 0) -> Iterator[tup
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{httpd.server_port}/mnist.pkl.gz", requests

@@ -115,8 +115,9 @@ def test_thousand_good_and_twenty_broken_files(cli: Run, small: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("images", ["nothing/*.png", "missing.png"])
-def test_pattern_that_nothing_fits(cli: Run, images: str) -> None:
-    done = cli("predict", "--config", CONFIGS / "cnn.yaml", "--data.images", images, ok=False)
+def test_pattern_that_nothing_fits(cli: Run, small: Path, images: str) -> None:
+    config = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small)
+    done = cli("predict", *config, "--data.images", images, ok=False)
     assert f"--data.images={images}: no such image" in done.stderr
     assert "Traceback" not in done.stderr
 
