@@ -100,6 +100,8 @@ class CLI(LightningCLI):
     """``LightningCLI`` that keeps the best and the last checkpoint, finds mistakes early and ends with a table."""
 
     default_data_module = ""
+    commands = ("fit", "validate", "test", "predict", "export")
+    command = ""  # of this process; only its options are collected, because those of each take 0.1 s
     more_commands: tuple[str, ...] = ("sweep",)  # that are no subcommands of LightningCLI
     run = Run()  # that the command makes or resumes
     ckpt_path: str | None = None
@@ -109,10 +111,11 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, and ``Trainer.export``."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        skipped = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        return {command: skipped[command] for command in CLI.commands if CLI.command in (command, "")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        completion = partial(print_completion, commands=[*self.subcommands(), *self.more_commands])
+        completion = partial(print_completion, commands=[*self.commands, *self.more_commands])
         for name, printed, what in (
             ("print_schema", print_schema, "a JSON schema of configs"),
             ("print_completion", completion, "bash completion"),
@@ -413,6 +416,7 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
         callbacks: in addition to those of the config.
     """
     sys.argv[1:] = args  # from which Lightning starts further processes
+    CLI.command = args[0] if args and args[0] in CLI.commands else ""
     return CLI(
         LightningModule,
         LightningDataModule,

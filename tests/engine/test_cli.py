@@ -136,7 +136,13 @@ def test_dataset_really_used_is_on_record_and_another_one_is_refused(
     cli: Run, small: Path, tmp_path: Path, digits_dir: Path
 ) -> None:
     offline = ("--data.url=http://127.0.0.1:9/mnist.pkl.gz", "--data.data_dir", digits_dir)
-    quick = ("fit", "--config", CONFIGS / "logistic.yaml", "--trainer.limit_train_batches=60")
+    quick = (
+        "fit",
+        "--config",
+        CONFIGS / "logistic.yaml",
+        "--trainer.limit_train_batches=20",
+        "--trainer.limit_val_batches=3",
+    )
     fitted = cli(*quick, *offline)
     assert "NOT MNIST" in fitted.stderr
     assert "--data.dataset=digits" in fitted.stderr

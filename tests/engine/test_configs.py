@@ -15,6 +15,9 @@ import yaml
 from common import CONFIGS, OVERLAYS, Run, checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+# Of many epochs they would take most of the time.
+NO_PICTURES = ("--dashboard.confusion_matrix=false", "--dashboard.mistakes=0", "--dashboard.filters=false")
+
 
 @pytest.fixture
 def fit(cli: Run, small: Path):
@@ -36,9 +39,9 @@ def last(folder: Path) -> dict:
 
 
 def test_overfit_drives_the_loss_of_ten_batches_to_zero(fit, tmp_path: Path) -> None:
-    quick = ("--model.lr=0.03", "--data.batch_size=16", "--trainer.max_epochs=30", "--dashboard.every_n_epochs=0")
+    quick = ("--model.lr=0.03", "--data.batch_size=16", "--trainer.max_epochs=20", "--dashboard.every_n_epochs=0")
     fit("cnn", "overfit", settings=("--model=FastCNN", *quick))
-    assert last(tmp_path)["global_step"] == 30 * 10
+    assert last(tmp_path)["global_step"] == 20 * 10
     losses = [event.value for event in run_of(tmp_path).Scalars("train/loss_epoch")]
     assert losses[-1] < 0.01 < losses[0]
 
@@ -71,14 +74,14 @@ def test_overlays_of_callbacks_add_up(fit, tmp_path: Path) -> None:
 
 
 def test_cosine_falls_to_zero(fit, tmp_path: Path) -> None:
-    fit("logistic", "cosine")
+    fit("logistic", "cosine", settings=NO_PICTURES)
     (schedule,) = last(tmp_path)["lr_schedulers"]
     assert schedule["last_epoch"] == 10
     assert schedule["_last_lr"] == [pytest.approx(0)]
 
 
 def test_plateau_cuts_the_learning_rate(fit, tmp_path: Path) -> None:
-    settings = ("--optimizer.init_args.lr=3", "--lr_scheduler.init_args.patience=0")
+    settings = ("--optimizer.init_args.lr=3", "--lr_scheduler.init_args.patience=0", *NO_PICTURES)
     fit("logistic", "plateau", settings=settings)
     rates = [event.value for event in run_of(tmp_path).Scalars("train/lr")]
     assert rates[0] == 3

@@ -23,10 +23,10 @@ EIGHT = ("--config", OVERLAYS / "speed.yaml")
     "settings",
     [
         ("--config", CONFIGS / "cnn.yaml"),
-        ("--config", CONFIGS / "logistic.yaml", "--trainer.max_epochs=-1", "--trainer.max_steps=21"),
         *(
             pytest.param(settings, marks=pytest.mark.slow)
             for settings in (
+                ("--config", CONFIGS / "logistic.yaml", "--trainer.max_epochs=-1", "--trainer.max_steps=21"),
                 ("--config", CONFIGS / "logistic.yaml", "--data.batch_size=48", "--trainer.max_epochs=3"),
                 ("--config", CONFIGS / "cnn.yaml", *SCHEDULED),
                 ("--config", CONFIGS / "cnn.yaml", "--trainer.precision=bf16-mixed"),

@@ -59,7 +59,6 @@ def fitted(cli_in: Run, small: Path, tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-@pytest.mark.xdist_group("export")
 @pytest.mark.parametrize(
     ("config", "suffix"),
     [
@@ -122,7 +121,6 @@ def test_whole_test_split_of_mnist(cli: Run, mnist_dir: Path, tmp_path: Path, su
     assert metadata["dataset"] == "mnist"
 
 
-@pytest.mark.xdist_group("export")
 def test_example_in_the_readme_needs_onnxruntime_alone(fitted, small: Path) -> None:
     folder, _, _ = fitted("fast", "onnx")
     example = re.search(r"```python\n(.*?onnxruntime.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -31,9 +31,10 @@ def predicted(folder: Path, name: str) -> Path:
     [
         ("Scalars", "Pairs"),
         ("Values", "Dicts"),
-        ("Columns", "Triples"),
-        ("Maps", "Pairs"),
-        ("Nothing", "Dicts"),
+        ("Nothing", "Triples"),
+        pytest.param("Columns", "Triples", marks=pytest.mark.slow),
+        pytest.param("Maps", "Pairs", marks=pytest.mark.slow),
+        pytest.param("Nothing", "Dicts", marks=pytest.mark.slow),
     ],
 )
 def test_whatever_steps_return_and_batches_are(cli: Run, tmp_path: Path, model: str, data: str) -> None:
@@ -131,26 +132,32 @@ def test_label_smoothing(cli: Run, small: Path, tmp_path: Path) -> None:
     assert abs(smoothed - plain) > 0.01 * plain  # they can be told apart
 
 
+NAMES = "zero one two three four five six seven eight nine".split()
+NAMED = ("--config", CONFIGS / "logistic.yaml")
+
+
 def test_names_of_the_classes_are_everywhere(cli: Run, small: Path, tmp_path: Path) -> None:
-    """In the checkpoint, and from there in tables and exported files, whoever predicts."""
-    names = "zero one two three four five six seven eight nine".split()
-    named = f"--data.class_names=[{', '.join(names)}]"
-    cli("fit", "--config", CONFIGS / "logistic.yaml", "--data.dataset", small, named, *QUICK)
-    assert checkpoint(tmp_path / CHECKPOINTS / "best.ckpt")["class_names"] == names
-    assert {f"val_acc_of_class/{name}" for name in names} <= curves(tmp_path / RUN).keys()
+    """In the checkpoint, and from there in tables, whoever predicts."""
+    cli("fit", *NAMED, "--data.dataset", small, f"--data.class_names=[{', '.join(NAMES)}]", *QUICK)
+    assert checkpoint(tmp_path / CHECKPOINTS / "best.ckpt")["class_names"] == NAMES
+    assert {f"val_acc_of_class/{name}" for name in NAMES} <= curves(tmp_path / RUN).keys()
 
     # Not from the config of the run, which has them, too.
-    other = ("--config", CONFIGS / "logistic.yaml", "--data.dataset", small)
-    done = cli("predict", *other, "--ckpt_path", CHECKPOINTS / "best.ckpt")
+    done = cli("predict", *NAMED, "--data.dataset", small, "--ckpt_path", CHECKPOINTS / "best.ckpt")
     with predicted(tmp_path, "csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["index", "class", "confidence", *(f"p_{name}" for name in names)]
+    assert list(rows[0]) == ["index", "class", "confidence", *(f"p_{name}" for name in NAMES)]
     for row in rows:
-        assert row["confidence"] == row[f"p_{row['class']}"] == max(row[f"p_{name}"] for name in names)
+        assert row["confidence"] == row[f"p_{row['class']}"] == max(row[f"p_{name}"] for name in NAMES)
     assert rows[0]["class"] in done.stdout
-    cli("export", *other, "--ckpt_path", CHECKPOINTS / "best.ckpt")
+
+
+@pytest.mark.slow
+def test_names_of_the_classes_are_exported(cli: Run, small: Path, tmp_path: Path) -> None:
+    cli("fit", *NAMED, "--data.dataset", small, f"--data.class_names=[{', '.join(NAMES)}]", *QUICK)
+    cli("export", *NAMED, "--data.dataset", small, "--ckpt_path", CHECKPOINTS / "best.ckpt")
     session = onnxruntime.InferenceSession(tmp_path / CHECKPOINTS / "best.onnx")
-    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == names
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == NAMES
 
 
 # ---------------------------------------------------------------------------------------------- mistakes
@@ -172,7 +179,7 @@ def test_error_of_lightnings_in_an_option_is_one_message(cli: Run) -> None:
 # ----------------------------------------------------------------------------------------------- loggers
 
 
-@pytest.mark.parametrize("logger", ["returns.Remote", "CSVLogger", "false"])
+@pytest.mark.parametrize("logger", ["returns.Remote", "false", pytest.param("CSVLogger", marks=pytest.mark.slow)])
 def test_run_has_a_folder_whatever_its_logger(cli: Run, small: Path, tmp_path: Path, logger: str) -> None:
     """With its config and checkpoints, from which it is tested, predicted and resumed."""
     fit = ("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.log_every_n_steps=4")

@@ -89,12 +89,12 @@ slow = pytest.mark.slow
 
 STOPS = [
     (("SIGKILL", "on_train_batch_end", 8), ()),
-    (("SIGKILL", "on_validation_batch_start", 32), ()),
     (("SIGTERM", "on_train_batch_start", 20), ()),
     (("SIGINT", "on_validation_batch_start", 16), ()),
     *(
         pytest.param(stop, settings, marks=slow)
         for stop, settings in [
+            (("SIGKILL", "on_validation_batch_start", 32), ()),
             (("SIGKILL", "on_train_batch_end", 2), ()),
             (("SIGKILL", "on_train_batch_end", 5), ()),
             (("SIGKILL", "on_train_batch_start", 5), ()),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from common import CONFIGS, Run
 
-pytestmark = pytest.mark.xdist_group("schema")  # which takes seconds to make
+pytestmark = pytest.mark.slow  # jsonargparse takes ten seconds to describe every option
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -14,9 +15,14 @@ from typing import Any
 
 def serve() -> None:
     """Per line of stdin: forks a run, prints its pid and then its exit code. Returns in the forks only."""
-    from mnist_lit import __main__, data, models  # noqa: F401, imported here once for all runs
-    from mnist_lit.engine import cli  # noqa: F401
+    # ruff: noqa: F401, imported here once for all runs
+    import onnxscript
+    import torch.onnx._internal.exporter._core  # takes a second and a half
 
+    from mnist_lit import __main__, data, models
+    from mnist_lit.engine import cli, sweep
+
+    gc.freeze()  # what is imported is neither searched for garbage nor copied by any fork
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

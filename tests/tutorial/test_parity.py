@@ -142,7 +142,6 @@ ROUNDED = {
 FIRST = (tutorial.rung_1, tutorial.rung_10)
 
 
-@pytest.mark.xdist_group("ladder")
 @pytest.mark.parametrize(("model", "rung"), RUNGS, ids=lambda value: getattr(value, "__name__", value))
 def test_rung_changes_nothing(ladders, data: MNISTDataModule, model: str, rung, record_property) -> None:
     ladder: Ladder = ladders(model)
@@ -174,7 +173,6 @@ def test_rung_changes_nothing(ladders, data: MNISTDataModule, model: str, rung, 
         assert outcome.valid_losses == below.valid_losses
 
 
-@pytest.mark.xdist_group("ladder")
 @pytest.mark.parametrize(("model", "oracle"), [("logistic", tutorial.rung_9), ("cnn", tutorial.rung_13)])
 def test_rung_14_lightning_is_the_tutorial_bit_for_bit(
     ladders, data: MNISTDataModule, model: str, oracle, record_property
