@@ -241,6 +241,7 @@ def test_commit_does_not_land_in_another_repository(tmp_path: Path, git: Path, m
     assert shell("git log --format=%an", tmp_path / "derived", GIT_CONFIG_GLOBAL=str(git)) == "derived\n"
 
 
+@pytest.mark.slow
 def test_encoding_of_the_terminal_and_brackets_do_no_harm(tmp_path: Path) -> None:
     new(tmp_path / "expected", "derived")
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}

@@ -132,6 +132,7 @@ def test_any_network_trains_in_the_classifier(cli: Run, small: Path, tmp_path: P
     assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 0.2
 
 
+@pytest.mark.slow
 def test_dataset_really_used_is_on_record_and_another_one_is_refused(
     cli: Run, small: Path, tmp_path: Path, digits_dir: Path
 ) -> None:
@@ -174,7 +175,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+VARIANTS = {"unknown key of the model", "negative batch size", "missing config", "unknown model", "missing dataset"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in VARIANTS else []) for case in WRONG]
+)
 def test_wrong_input_is_one_clear_message(cli: Run, tmp_path: Path, case: str) -> None:
     arguments, message = WRONG[case]
     (tmp_path / "file").touch()

@@ -38,6 +38,7 @@ def last(folder: Path) -> dict:
     return checkpoint(folder / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_overfit_drives_the_loss_of_ten_batches_to_zero(fit, tmp_path: Path) -> None:
     quick = ("--model.lr=0.03", "--data.batch_size=16", "--trainer.max_epochs=20", "--dashboard.every_n_epochs=0")
     fit("cnn", "overfit", settings=("--model=FastCNN", *quick))
@@ -52,6 +53,7 @@ def test_debug_leaves_no_run(fit, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("lightning_logs/*"))
 
 
+@pytest.mark.slow
 def test_profile_prints_a_table(fit) -> None:
     printed = fit("cnn", "profile").stderr
     assert re.search(r"run_training_batch\s+\|", printed)
@@ -73,6 +75,7 @@ def test_overlays_of_callbacks_add_up(fit, tmp_path: Path) -> None:
     assert names == ["EarlyStopping", "LearningRateFinder"]
 
 
+@pytest.mark.slow
 def test_cosine_falls_to_zero(fit, tmp_path: Path) -> None:
     fit("logistic", "cosine", settings=NO_PICTURES)
     (schedule,) = last(tmp_path)["lr_schedulers"]
@@ -80,6 +83,7 @@ def test_cosine_falls_to_zero(fit, tmp_path: Path) -> None:
     assert schedule["_last_lr"] == [pytest.approx(0)]
 
 
+@pytest.mark.slow
 def test_plateau_cuts_the_learning_rate(fit, tmp_path: Path) -> None:
     settings = ("--optimizer.init_args.lr=3", "--lr_scheduler.init_args.patience=0", *NO_PICTURES)
     fit("logistic", "plateau", settings=settings)
@@ -89,6 +93,7 @@ def test_plateau_cuts_the_learning_rate(fit, tmp_path: Path) -> None:
     assert {round(after / before, 3) for before, after in pairwise(rates)} == {1, 0.3}
 
 
+@pytest.mark.slow
 def test_learning_rate_is_found_and_used(fit, tmp_path: Path) -> None:
     done = fit("cnn", "find_lr")
     found = re.search(r"Learning rate set to ([\d.e-]+)", done.stderr)
@@ -99,6 +104,7 @@ def test_learning_rate_is_found_and_used(fit, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".lr_find*"))
 
 
+@pytest.mark.slow
 def test_batch_size_is_found_and_used(fit, tmp_path: Path) -> None:
     done = fit("cnn", "find_batch_size")
     assert "will continue with full run using batch size 1024" in done.stderr
@@ -106,7 +112,7 @@ def test_batch_size_is_found_and_used(fit, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".scale_batch_size*"))
 
 
-@pytest.mark.parametrize("overlay", ["gpu", "fsdp"])
+@pytest.mark.parametrize("overlay", ["gpu", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_gpu_needs_one(fit, overlay: str) -> None:
     if torch.cuda.is_available():
         fit("fast", overlay)
@@ -124,6 +130,7 @@ def test_gpu_overlay_compiles(fit, tmp_path: Path) -> None:
     assert "net.0.weight" in last(tmp_path)["state_dict"]
 
 
+@pytest.mark.slow
 def test_metrics_of_each_class_are_logged(fit, tmp_path: Path) -> None:
     fit("cnn", "per_class", settings=("--trainer.max_epochs=1", "--data.class_names=[a,b,c,d,e,f,g,h,i,j]"))
     expected = {"val/acc", "val/f1", *(f"val/recall/{name}" for name in "abcdefghij")}
@@ -133,8 +140,9 @@ def test_metrics_of_each_class_are_logged(fit, tmp_path: Path) -> None:
     assert recall == [pytest.approx(events.Scalars(f"val_acc_of_class/{name}")[0].value) for name in "abcdefghij"]
 
 
-def test_regression_learns_values(cli: Run, small: Path, tmp_path: Path) -> None:
-    """The brightness of an image, by configuration alone; tested, predicted and exported."""
+@pytest.fixture
+def bright(cli: Run, small: Path, tmp_path: Path) -> dict[str, np.ndarray]:
+    """A regression by configuration alone, on the brightness of an image."""
     arrays = dict(np.load(small))
     for split in ("train", "valid", "test"):
         arrays[f"y_{split}"] = arrays[f"x_{split}"].mean((1, 2), dtype=np.float32) / 128
@@ -142,8 +150,16 @@ def test_regression_learns_values(cli: Run, small: Path, tmp_path: Path) -> None
     configs = (f"--config={CONFIGS / 'fast.yaml'}", f"--config={OVERLAYS / 'regression.yaml'}")
     fitted = cli("fit", *configs, "--data.dataset=bright.npz", "--trainer.max_epochs=4", "--optimizer.lr=0.01")
     assert "no confusion matrix" not in fitted.stderr
+    return arrays
+
+
+def test_regression_learns_values(bright, tmp_path: Path) -> None:
     losses = [event.value for event in run_of(tmp_path).Scalars("val/mse")]
     assert losses[-1] < 0.05 < losses[0]
+
+
+@pytest.mark.slow
+def test_regression_is_tested_predicted_and_exported(cli: Run, bright, tmp_path: Path) -> None:
     best = "lightning_logs/version_0/checkpoints/best.ckpt"
     assert "test/mae" in cli("test", "--ckpt_path", best).stdout
     cli("predict", "--ckpt_path", best)
@@ -151,10 +167,11 @@ def test_regression_learns_values(cli: Run, small: Path, tmp_path: Path) -> None
         rows = list(csv.DictReader(file))
     assert rows[0].keys() == {"index", "prediction"}
     predicted = np.array([float(row["prediction"]) for row in rows])
-    assert np.mean((predicted - arrays["y_test"]) ** 2) < 0.05
+    assert np.mean((predicted - bright["y_test"]) ** 2) < 0.05
     assert "Wrote" in cli("export", "--ckpt_path", best, "--format=pt2").stdout
 
 
+@pytest.mark.slow
 def test_table_beside_tensorboard_in_the_folder_of_the_run(fit, tmp_path: Path) -> None:
     """And when the run is resumed, and when another run is started from its config."""
     fit("cnn", "csv", settings=("--trainer.max_epochs=1",))

@@ -62,8 +62,8 @@ def test_eight_steps_in_one_are_eight_steps(cli: Run, small: Path, tmp_path: Pat
     [
         "--trainer.limit_train_batches=3",
         "--trainer.val_check_interval=0.5",
-        "--trainer.accumulate_grad_batches=2",
-        "--trainer.gradient_clip_val=1.0",
+        pytest.param("--trainer.accumulate_grad_batches=2", marks=pytest.mark.slow),
+        pytest.param("--trainer.gradient_clip_val=1.0", marks=pytest.mark.slow),
     ],
 )
 def test_what_eight_steps_in_one_cannot_honour_is_refused(cli: Run, small: Path, setting: str) -> None:
@@ -81,6 +81,7 @@ def test_plateau_scheduler_is_refused(cli: Run, small: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_resumed_in_the_middle_of_an_epoch(cli: Run, small: Path, tmp_path: Path) -> None:
     common = ("fit", "--config", CONFIGS / "cnn.yaml", *EIGHT, "--data.dataset", small)
     common += ("--data.batch_size=20", "--trainer.log_every_n_steps=3")  # 50 steps an epoch
@@ -99,6 +100,7 @@ def test_resumed_in_the_middle_of_an_epoch(cli: Run, small: Path, tmp_path: Path
     assert curves(resumed) == curves(whole)
 
 
+@pytest.mark.slow
 def test_resuming_with_other_steps_per_execution_is_refused(cli: Run, small: Path, tmp_path: Path) -> None:
     common = ("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small)
     cli(*common, *EIGHT)
@@ -107,6 +109,7 @@ def test_resuming_with_other_steps_per_execution_is_refused(cli: Run, small: Pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_step_of_divergence_is_named(cli: Run, small: Path) -> None:
     """The same step, whether one by one or eight in one."""
     common = ("fit", "--config", CONFIGS / "logistic.yaml", "--data.dataset", small, "--model.lr=1e38")

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from mnist_lit import CNN, FastCNN, Logistic, MNISTDataModule
 
+pytestmark = pytest.mark.slow  # tests/project exports every config and compares, too
+
 CHECKPOINTS = Path("lightning_logs/version_0/checkpoints")
 BEST = CHECKPOINTS / "best.ckpt"
 
@@ -59,15 +61,8 @@ def fitted(cli_in: Run, small: Path, tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-@pytest.mark.parametrize(
-    ("config", "suffix"),
-    [
-        ("fast", "onnx"),
-        pytest.param("cnn", "onnx", marks=pytest.mark.slow),
-        pytest.param("logistic", "onnx", marks=pytest.mark.slow),
-        *(pytest.param(config, "pt2", marks=pytest.mark.slow) for config in ("cnn", "fast", "logistic")),
-    ],
-)
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+@pytest.mark.parametrize("config", ["cnn", "fast", "logistic"])
 def test_file_agrees_with_the_checkpoint(cli_in: Run, fitted, small: Path, config: str, suffix: str) -> None:
     folder, path, printed = fitted(config, suffix)
     assert f"Wrote {BEST.with_suffix(f'.{suffix}')}: images of" in printed
@@ -103,7 +98,6 @@ def test_file_agrees_with_the_checkpoint(cli_in: Run, fitted, small: Path, confi
         onnx.checker.check_model(path, full_check=True)
 
 
-@pytest.mark.slow
 @pytest.mark.mnist
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_whole_test_split_of_mnist(cli: Run, mnist_dir: Path, tmp_path: Path, suffix: str) -> None:

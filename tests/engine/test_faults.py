@@ -105,6 +105,7 @@ def peak_memory() -> int:
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does")
 def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Path) -> None:
     """200 of them: cut, flipped, spliced, and made to harm. Memory grows by less than 64 MiB."""
@@ -258,7 +259,9 @@ def test_full_disk_loses_no_checkpoint(cli: Run, nearly_full, tiny_disk: Path) -
     assert checkpoint(folder / "last.ckpt")["epoch"] == 2
 
 
-@pytest.mark.parametrize("first", ["config", "pictures", "checkpoint, then the logger"])
+@pytest.mark.parametrize(
+    "first", ["checkpoint, then the logger", *(pytest.param(f, marks=pytest.mark.slow) for f in ("config", "pictures"))]
+)
 def test_full_disk_is_one_message_whatever_fails_first(cli: Run, nearly_full, tiny_disk: Path, first: str) -> None:
     resume, folder = nearly_full
     before = (folder / "last.ckpt").read_bytes()
@@ -270,12 +273,14 @@ def test_full_disk_is_one_message_whatever_fails_first(cli: Run, nearly_full, ti
     assert not [path for path in folder.iterdir() if "part" in path.name]
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_no_fast_copy(cli: Run, small: Path, tiny_disk: Path) -> None:
     done = cli(*QUICK, "--data.dataset", small, f"--data.data_dir={tiny_disk}/data", ok=False)
     assert_one_message(done, "cannot write in the data folder", "No space left on device", "--data.data_dir")
     assert [path.name for path in (tiny_disk / "data").rglob("*") if path.is_file()] == [".lock"]
 
 
+@pytest.mark.slow
 @pytest.mark.mnist
 def test_full_disk_leaves_no_download(cli: Run, mnist_archive: Path, tiny_disk: Path) -> None:
     with server("whole", mnist_archive.read_bytes()) as (url, _):
@@ -292,6 +297,7 @@ def test_file_size_limit_during_a_checkpoint(cli: Run, small: Path, tmp_path: Pa
     assert not list(tmp_path.rglob("*.ckpt*"))
 
 
+@pytest.mark.slow
 def test_run_folder_deleted_while_training(cli: Run, small: Path, tmp_path: Path) -> None:
     """One message, and the weights of that moment are written where the folder was."""
     deletes = ("--trainer.callbacks+=interrupt.DeleteRun",)

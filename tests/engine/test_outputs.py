@@ -30,8 +30,8 @@ def predicted(folder: Path, name: str) -> Path:
     ("model", "data"),
     [
         ("Scalars", "Pairs"),
-        ("Values", "Dicts"),
         ("Nothing", "Triples"),
+        pytest.param("Values", "Dicts", marks=pytest.mark.slow),
         pytest.param("Columns", "Triples", marks=pytest.mark.slow),
         pytest.param("Maps", "Pairs", marks=pytest.mark.slow),
         pytest.param("Nothing", "Dicts", marks=pytest.mark.slow),
@@ -179,7 +179,9 @@ def test_error_of_lightnings_in_an_option_is_one_message(cli: Run) -> None:
 # ----------------------------------------------------------------------------------------------- loggers
 
 
-@pytest.mark.parametrize("logger", ["returns.Remote", "false", pytest.param("CSVLogger", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "logger", ["false", *(pytest.param(n, marks=pytest.mark.slow) for n in ("returns.Remote", "CSVLogger"))]
+)
 def test_run_has_a_folder_whatever_its_logger(cli: Run, small: Path, tmp_path: Path, logger: str) -> None:
     """With its config and checkpoints, from which it is tested, predicted and resumed."""
     fit = ("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.log_every_n_steps=4")

@@ -89,11 +89,11 @@ slow = pytest.mark.slow
 
 STOPS = [
     (("SIGKILL", "on_train_batch_end", 8), ()),
-    (("SIGTERM", "on_train_batch_start", 20), ()),
-    (("SIGINT", "on_validation_batch_start", 16), ()),
     *(
         pytest.param(stop, settings, marks=slow)
         for stop, settings in [
+            (("SIGTERM", "on_train_batch_start", 20), ()),
+            (("SIGINT", "on_validation_batch_start", 16), ()),
             (("SIGKILL", "on_validation_batch_start", 32), ()),
             (("SIGKILL", "on_train_batch_end", 2), ()),
             (("SIGKILL", "on_train_batch_end", 5), ()),

@@ -54,7 +54,14 @@ def test_sweep_leaves_runs_the_best_config_and_plots(cli: Run, arguments: tuple,
         with Image.open(tmp_path / "lightning_logs" / "sweep" / f"{name}.png") as plot:
             assert len(plot.convert("L").getcolors()) > 2
 
-    # The best config, as the sweep has printed it, is the best trial again.
+    (tmp_path / "space.yaml").write_text("model.init_args.lr: {low: 0.1, high: 1.0}")
+    assert "name a new one with --study" in cli(*arguments, "--trials=5", ok=False).stderr
+
+
+@pytest.mark.slow
+def test_best_config_is_the_best_trial_again(cli: Run, arguments: tuple, tmp_path: Path) -> None:
+    cli(*arguments, "--trials=3")
+    best = min(trials(tmp_path), key=lambda trial: trial.value)
     cli("fit", "--config=lightning_logs/sweep/best.yaml", "--run_name=again")
     again, original = (
         checkpoint(tmp_path / run / "checkpoints" / "best.ckpt")["callbacks"]
@@ -66,9 +73,6 @@ def test_sweep_leaves_runs_the_best_config_and_plots(cli: Run, arguments: tuple,
     )
     assert score == expected
     assert score.item() == best.value
-
-    (tmp_path / "space.yaml").write_text("model.init_args.lr: {low: 0.1, high: 1.0}")
-    assert "name a new one with --study" in cli(*arguments, "--trials=5", ok=False).stderr
 
 
 @pytest.mark.slow
@@ -108,6 +112,7 @@ def test_two_processes_share_a_study(arguments: tuple, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("lightning_logs/version_*"))
 
 
+@pytest.mark.slow
 def test_hopeless_trial_is_pruned_after_an_epoch(cli: Run, arguments: tuple, tmp_path: Path) -> None:
     """After five trials that nobody can match."""
     folder = tmp_path / "lightning_logs" / "sweep"
@@ -131,6 +136,7 @@ def test_hopeless_trial_is_pruned_after_an_epoch(cli: Run, arguments: tuple, tmp
     assert (folder / "best.yaml").read_text() == "model: Logistic\n"
 
 
+@pytest.mark.slow
 def test_sweep_in_which_all_diverge_says_so(cli: Run, arguments: tuple, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text("model.init_args.lr: {choices: [1.0e+38]}")
     done = cli(*arguments, "--trials=2", ok=False)

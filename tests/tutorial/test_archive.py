@@ -288,7 +288,7 @@ FAILURES = {
 TIMEOUTS = {"silent": 0.5, "stalls": 1.0}  # of the others none may pass, however busy the machine is
 
 
-@pytest.mark.parametrize("case", FAILURES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c == "stalls" else []) for c in FAILURES])
 def test_failed_download_says_why_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -313,6 +313,7 @@ def test_refused_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         mnist.download_mnist("mnist.pkl.gz", tmp_path / "mnist.pkl.gz", timeout=1)
 
 
+@pytest.mark.slow
 @pytest.mark.mnist
 def test_download_survives_a_busy_server_and_arrives_whole(mnist_archive: Path, tmp_path: Path) -> None:
     path = tmp_path / "data" / "mnist.pkl.gz"

@@ -87,6 +87,7 @@ def test_mnist_images_in_every_form_are_predicted_as_the_tensors(
         assert abs(found - expected) <= 0.01
 
 
+@pytest.mark.slow
 def test_thousand_good_and_twenty_broken_files(cli: Run, small: Path, tmp_path: Path) -> None:
     cli(*FIT, "--data.dataset", small)
     folder = tmp_path / "mixed"
