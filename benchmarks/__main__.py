@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,10 @@ def main() -> None:
     archive = Path(args.archive).resolve()
     if not archive.exists():
         parser.error(f"{archive}: no such file; name the tutorial's archive with --archive")
+    if find_spec("matplotlib") is None:
+        parser.error("no matplotlib for results.png: pip install -e '.[sweep]'")
     output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     results: dict[str, Any] = {"device": device, "torch": torch.__version__, "repeats": REPEATS}
     console = Console()
@@ -179,8 +183,7 @@ def main() -> None:
             return {name: medians(measured) for name, measured in each.items()}
 
         def write() -> None:
-            (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            plot(results, output / "results.png")
+            (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
         loading = {"tutorial": [], "cold": [], "warm": []}
         for _ in track(range(REPEATS), "data", console=console, transient=True):
@@ -206,7 +209,7 @@ def main() -> None:
             names = [name for name in CONTENDERS if model == "cnn" or "channels_last" not in name]
             results["epochs"][model] = interleaved(model, names, archive, 50_000, 2, 64)
             table(f"{model}, batches of 64, 2 epochs, {device}", results["epochs"][model], console)
-        write()
+            write()
         if not args.quick:
             files = {images: folder / f"{images}.npz" for images in IMAGES}
             splits = read_dataset(archive)
@@ -222,7 +225,8 @@ def main() -> None:
                     for size, setting in sizes.items():
                         rows = results[panel][model][size] = interleaved(model, GROWING, *setting)
                         table(f"{model}, {panel} {size:,}", rows, console)
-            write()
+                        write()
+        plot(results, output / "results.png")
     console.print(f"Wrote {output / 'results.json'} and {output / 'results.png'}")
 
 

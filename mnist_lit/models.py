@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from mnist_lit.engine.errors import ConfigurationError
 from mnist_lit.engine.execution import StepsPerExecution
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.outputs import Outputs
@@ -191,9 +192,13 @@ class FastCNN(Classifier):
         optimizer = torch.optim.SGD(
             self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=True
         )
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ConfigurationError(
+                "a one-cycle schedule has an end: give --trainer.max_epochs or --trainer.max_steps"
+            )
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.lr, total_steps=steps, cycle_momentum=False
+            optimizer, max_lr=self.lr, total_steps=int(steps), cycle_momentum=False
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

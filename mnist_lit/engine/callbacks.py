@@ -89,11 +89,23 @@ class Compile(Callback):
 
 
 class NoProfiler(PassThroughProfiler):
-    """Lightning's default profiler, without the generator that it makes for every hook of every callback:
-    those took a tenth of an epoch of the logistic model.
+    """Lightning's default profiler, without the generator that it makes for every hook of every callback, and
+    without calls of hooks that are empty: together a quarter of an epoch of the logistic model.
     """
 
+    # Those of every step.
+    HOOKS = """on_train_batch_start on_before_zero_grad on_before_backward on_after_backward
+    on_before_optimizer_step on_train_batch_end""".split()
+
     NOTHING: nullcontext[None] = nullcontext()
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Have Lightning pass over empty hooks, as it does over attributes that cannot be called."""
+        module = getattr(self, "_lightning_module", None)  # which Lightning sets before
+        for callback in module.trainer.callbacks if module else ():
+            for hook in self.HOOKS:
+                if getattr(getattr(callback, hook), "__func__", None) is getattr(Callback, hook):
+                    setattr(callback, hook, None)
 
     def profile(self, action_name: str) -> Any:
         """Measure nothing."""

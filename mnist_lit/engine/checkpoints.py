@@ -33,6 +33,7 @@ from mnist_lit.engine.runs import LOGS, Run, relative
 from mnist_lit.engine.storage import atomic_save
 
 DEFAULT_MONITOR = "val/loss"
+EXCEPTION = "exception.ckpt"
 
 # -------------------------------------------------------------------------------------------- files
 
@@ -126,14 +127,15 @@ def _unusable(path: str | Path, reason: str) -> str:
     return f"{path} is no checkpoint that can be used ({reason})"
 
 
-def newest_checkpoint(root_dir: Path) -> Path | None:
+def newest_checkpoint(root_dir: Path, model: str | None = None) -> Path | None:
     """Find the checkpoint to resume from after an interruption.
 
     It is the last one of the run that wrote one most recently, else that run's best, else those of the run
-    before. Warns of each that is passed over because it does not load.
+    before. Warns of each that is passed over because it does not load or is of another model.
 
     Args:
         root_dir: parent of ``lightning_logs``.
+        model: class path of the model, or None for any.
     """
 
     def newest(folder: Path) -> int:
@@ -142,12 +144,18 @@ def newest_checkpoint(root_dir: Path) -> Path | None:
     folders = sorted(root_dir.glob(f"{LOGS}/*/checkpoints"), key=newest, reverse=True)
     for folder in folders:
         for path in sorted(folder.glob("*.ckpt"), key=lambda path: (path.name != "last.ckpt", path.name)):
+            if path.name == EXCEPTION:  # of a step that was broken off
+                continue
             try:
-                read_checkpoint(path)
+                checkpoint = read_checkpoint(path)
             except CheckpointError as error:
                 rank_zero_warn(f"{error}: passed over")
-            else:
+                continue
+            other = checkpoint.get("options", {}).get("model", {}).get("class_path", model)
+            if model is None or other == model:
                 return path
+            rank_zero_warn(f"{path} is of {other} and not of {model}: passed over")
+            break
     return None
 
 
@@ -249,31 +257,36 @@ class LastCheckpoint(Checkpoint):
     """Keep ``last.ckpt``: after every epoch, every ``every_n_train_steps`` and when the run is asked to stop.
 
     Ctrl-C or SIGTERM ends the run after the current step (a validation that follows is finished first), with
-    a checkpoint and exit code 130 or 143. A second one ends it at once.
+    a checkpoint and exit code 130 or 143. A second one ends it at once. Several processes agree every
+    ``AGREE_EVERY`` batches whether one of them was asked, because to agree is to wait for each other.
 
     The uninterrupted run passes through every state that is saved here, and what it has logged until then is
     on disk before the checkpoint replaces the one before, so that a resumed run leaves the same curves.
 
     Args:
         every_n_train_steps: optimizer steps that may be lost.
-        dirpath: the folder, by default ``checkpoints`` in the run's.
+
+    Example:
+        >>> Trainer(callbacks=[LastCheckpoint(every_n_train_steps=100)])
     """
 
     PENDING = "last.pending"
+    AGREE_EVERY = 16
 
-    def __init__(self, every_n_train_steps: PositiveInt = 500, dirpath: str | None = None) -> None:
-        self.every_n_train_steps, self.dirpath = every_n_train_steps, dirpath
+    def __init__(self, every_n_train_steps: PositiveInt = 500) -> None:
+        self.every_n_train_steps = every_n_train_steps
         self._run = Run()
         self._folder = Path()
         self._pending, self._saved_step = False, 0
-        self._signal = 0
+        self._asked = 0  # this process, by a signal
+        self._signal = 0  # that all processes stop for
         self._handlers: dict[int, Any] = {}
         self._metrics: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._run = Run.of(trainer)
         if self._run.exists:
-            self._folder = Path(self.dirpath or self._run.checkpoints)
+            self._folder = self._run.checkpoints
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop = trainer.fit_loop
@@ -299,7 +312,7 @@ class LastCheckpoint(Checkpoint):
             signal.signal(*self._handlers.popitem())
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
-        self._signal = signum
+        self._asked = signum
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         rank_zero_info(f"{signal.Signals(signum).name}: stopping after this step; once more stops at once")
@@ -307,8 +320,10 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.world_size > 1:  # all processes save together, whichever was asked to stop
-            asked = torch.tensor(self._signal, device=pl_module.device)
+        if trainer.world_size == 1:
+            self._signal = self._asked
+        elif (batch_idx + 1) % self.AGREE_EVERY == 0 or trainer.is_last_batch:  # all save together
+            asked = torch.tensor(self._asked, device=pl_module.device)
             self._signal = int(trainer.strategy.reduce(asked, reduce_op="max"))
         due = trainer.global_step // self.every_n_train_steps > self._saved_step // self.every_n_train_steps
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
@@ -389,7 +404,7 @@ class LastCheckpoint(Checkpoint):
         if not started or trainer.world_size > 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         vanished = not self._run.folder.exists()
-        path = self._folder / "exception.ckpt"
+        path = self._folder / EXCEPTION
         trainer.save_checkpoint(path)
         cause = exception.__cause__ or exception  # Lightning's logger makes a ValueError of whatever it meets
         if isinstance(cause, OSError) and (vanished or cause.errno == errno.ENOSPC):

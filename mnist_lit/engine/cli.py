@@ -16,7 +16,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal
 
 import jsonargparse._typehints as typehints
@@ -27,19 +27,21 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from mnist_lit.engine import PROJECT
 from mnist_lit.engine.callbacks import NoProfiler, ProgressBar, StopOnNonFinite
 from mnist_lit.engine.checkpoints import (
     DEFAULT_MONITOR,
+    EXCEPTION,
     BestCheckpoint,
     CheckpointFiles,
     LastCheckpoint,
@@ -52,12 +54,13 @@ from mnist_lit.engine.errors import CheckpointError, ConfigurationError, UserErr
 from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.predictions import PredictionsFile
-from mnist_lit.engine.runs import LOGS, Run, RunConfig, relative
+from mnist_lit.engine.provenance import Provenance
+from mnist_lit.engine.resume import ResumeGuard, is_finished, restored_options
+from mnist_lit.engine.runs import LOGS, Run, RunConfig, loggers_of, relative
 from mnist_lit.engine.schema import Print, print_completion, print_schema
 
 # Warnings that a user can do nothing about: they tell one library's authors about another's.
 NOISE = (
-    r"'set_vital' is deprecated",  # torchdata 0.11 on torch 2.13
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning 2.6 on torch 2.13
     r".*does not have many workers",  # the data is in memory, workers would only slow it down
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
@@ -107,6 +110,7 @@ class CLI(LightningCLI):
     ckpt_path: str | None = None
     checkpoint: dict[str, Any] | None = None  # its content
     _automatic: Sequence[tuple[Namespace, str | None]] = ()  # options with monitor: auto, and their mode
+    _restored: Mapping[str, Any] = MappingProxyType({})  # options that a resumed run takes from its checkpoint
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -122,6 +126,20 @@ class CLI(LightningCLI):
         ):
             parser.add_argument(f"--{name}", action=Print, const=printed, help=f"Print {what}.")
         parser.add_argument("--run_name", type=str | None, help="Name the run's folder, instead of version_N.")
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            help="Start a new run from the weights of this checkpoint, and nothing else.",
+        )
+        parser.add_argument(
+            "--init_strict",
+            type=bool,
+            default=True,
+            help="Whether all weights must fit; those that do not are listed and left as they are.",
+        )
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=False, help="After fit, test the best checkpoint, or else the last."
+        )
         parser.add_argument(
             "--monitor",
             type=str,
@@ -158,19 +176,21 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             config.best_checkpoint.mode = infer_mode(config.monitor, config.mode)
             self._fill_in_monitor(config)
+            self._restored = restored_options(config)
         self._read_checkpoint(config)
-        resumed = self.subcommand == "fit" and self.checkpoint is not None
+        resumed = self.checkpoint if self.subcommand == "fit" else None
         run = Run.of_checkpoint(self.ckpt_path) if resumed and self.ckpt_path else None
         # Not in the run's config.yaml, from which other runs are started.
         name, config.run_name = config.run_name, None
         if run is None and self.subcommand != "export" and not config.trainer.fast_dev_run:
             run = Run.create(Path(config.trainer.default_root_dir or "."), name)
         self.run = run or Run()
-        for logger in _as_list(config.trainer.logger):
-            if isinstance(logger, Namespace):
-                self.run.direct(logger, self.checkpoint["global_step"] if resumed and self.checkpoint else None)
+        if self.subcommand == "fit":
+            self.run.lock()
+        if self.run.exists:
+            self.run.direct(loggers_of(config), resumed)
         # A run's config.yaml is what it was started with; what it was resumed with is kept beside it.
-        step = f"-from-step-{self.checkpoint['global_step']}" if resumed and self.checkpoint else ""
+        step = f"-from-step-{resumed['global_step']}" if resumed else ""
         self.save_config_kwargs = {"config_filename": f"config{step}.yaml", "save_to_log_dir": False}
 
     def _fill_in_monitor(self, config: Namespace) -> None:
@@ -200,10 +220,27 @@ class CLI(LightningCLI):
                 )
             self.checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
             self._take_num_classes(config)
+            if self.subcommand == "fit":
+                self._check_resumable(config, self.checkpoint)
         config.ckpt_path = self.ckpt_path
 
+    def _check_resumable(self, config: Namespace, checkpoint: dict[str, Any]) -> None:
+        path = Path(self.ckpt_path or "")
+        if path.name == EXCEPTION:
+            raise CheckpointError(
+                f"{path} is of a step that was broken off by an error, which is no state to resume from; resume with "
+                f"--ckpt_path=last, or start a new run from its weights with --init_from={path}"
+            )
+        if is_finished(checkpoint, config.trainer.max_epochs, config.trainer.max_steps):
+            longer = "max_steps" if config.trainer.max_steps != -1 else "max_epochs"
+            rank_zero_info(
+                f"{path} is of a finished run, with {checkpoint['global_step']} steps: there is nothing left to do; "
+                f"raise --trainer.{longer} to train longer"
+            )
+            sys.exit(0)
+
     def _last_checkpoint(self, config: Namespace) -> str | None:
-        path = newest_checkpoint(Path(config.trainer.default_root_dir or "."))
+        path = newest_checkpoint(Path(config.trainer.default_root_dir or "."), config.model.class_path)
         if path is None:
             rank_zero_info("--ckpt_path=last: there is no checkpoint yet, this run starts from scratch")
             return None
@@ -252,9 +289,11 @@ class CLI(LightningCLI):
             kwargs["profiler"] = NoProfiler()
         if self.subcommand == "predict":
             callbacks = [*callbacks, PredictionsFile()]
+        if self.subcommand == "fit":
+            callbacks = [*callbacks, ResumeGuard(self._restored)]
         if not any(isinstance(callback, Metrics) for callback in _as_list(self.model.configure_callbacks())):
             callbacks = [*callbacks, Metrics()]  # for steps that return the outputs it needs
-        return super().instantiate_trainer(**kwargs, callbacks=[self.run, *callbacks])
+        return super().instantiate_trainer(**kwargs, callbacks=[self.run, Provenance(), *callbacks])
 
     def after_instantiate_classes(self) -> None:
         """Compare the checkpoint with the model, before anything takes time.
@@ -262,7 +301,10 @@ class CLI(LightningCLI):
         Raises:
             CheckpointError: naming what differs.
         """
-        if self.checkpoint is None or not self.model.strict_loading:
+        if self.checkpoint is None:
+            self._init_weights()
+            return
+        if not self.model.strict_loading:
             return
         if self.subcommand == "fit":
             name = "steps_per_execution"
@@ -272,18 +314,43 @@ class CLI(LightningCLI):
                     f"{self.ckpt_path} is of a run with {name}={steps}, which counts batches differently; "
                     f"resume with --model.{name}={steps}"
                 )
-        ours, theirs = self.model.state_dict(), self.checkpoint["state_dict"]
-        self.checkpoint = None
-        for name in sorted(ours.keys() | theirs.keys()):
-            if name in ours and name in theirs and is_lazy(ours[name]):
-                continue
-            here, there = (tuple(w[name].shape) if name in w else None for w in (ours, theirs))
-            if here != there:
-                raise CheckpointError(
-                    f"{self.ckpt_path} is not of this model: {name} has the shape {there} there "
-                    f"and {here} in {type(self.model).__name__}; the config.yaml in the folder of "
-                    "its run is the one that fits"
-                )
+        misfits, self.checkpoint = self._misfits(self.checkpoint["state_dict"]), None
+        for name, there, here in misfits:
+            raise CheckpointError(
+                f"{self.ckpt_path} is not of this model: {name} has the shape {there} there "
+                f"and {here} in {type(self.model).__name__}; the config.yaml in the folder of "
+                "its run is the one that fits"
+            )
+
+    def _misfits(self, theirs: Mapping[str, Tensor]) -> list[tuple[str, Any, Any]]:
+        """Names of weights whose shapes differ, with the shape there and here; None where there is none."""
+        ours = self.model.state_dict()
+        shapes = {
+            name: tuple(tuple(w[name].shape) if name in w else None for w in (theirs, ours))
+            for name in sorted(ours.keys() | theirs.keys())
+            if not (name in ours and name in theirs and is_lazy(ours[name]))
+        }
+        return [(name, there, here) for name, (there, here) in shapes.items() if there != here]
+
+    def _init_weights(self) -> None:
+        """Start from the weights of another run, if asked to."""
+        config = self.config[self.subcommand]
+        path = config.init_from
+        if self.subcommand != "fit" or path is None:
+            return
+        if not Path(path).exists():
+            raise CheckpointError(f"--init_from={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints")
+        weights = read_checkpoint(path)["state_dict"]
+        misfits = self._misfits(weights)
+        listed = ", ".join(f"{name} ({there} there, {here} here)" for name, there, here in misfits)
+        if misfits and config.init_strict:
+            raise CheckpointError(
+                f"--init_from={path} does not fit {type(self.model).__name__}: {listed}; "
+                "--init_strict=false starts from those weights that do"
+            )
+        left_out = {name for name, _, _ in misfits}
+        self.model.load_state_dict({k: v for k, v in weights.items() if k not in left_out}, strict=False)
+        rank_zero_info(f"Started from the weights of {path}" + (f", without {listed}" if misfits else ""))
 
     def after_predict(self) -> None:
         """Name the files that could not be read.
@@ -300,25 +367,29 @@ class CLI(LightningCLI):
         total = len(broken) + len(self.datamodule.files)
         sys.exit(f"{PROJECT}: error: {len(broken)} of {total} files could not be predicted")
 
+    def _best_or_last(self) -> str:
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        last = self.run.checkpoints / "last.ckpt" if self.run.exists else Path()
+        return best or (str(last) if last.is_file() else "")
+
     def after_fit(self) -> None:
-        """Print the final metrics and the commands that come next."""
+        """Test, if asked to; print the final metrics and the commands that come next."""
         trainer, run, console = self.trainer, self.run, Console()
+        best, epochs, metrics = self._best_or_last(), trainer.current_epoch, dict(trainer.callback_metrics)
+        if best and self.config.fit.test_after_fit:
+            trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+            metrics |= trainer.callback_metrics
         if not trainer.is_global_zero:
             return
         dataset = getattr(self.datamodule, "dataset_used", type(self.datamodule).__name__)
-        title = f"{type(self.model).__name__} on {dataset} after {trainer.current_epoch} epochs"
+        title = f"{type(self.model).__name__} on {dataset} after {epochs} epochs"
         table = Table("metric", Column("value", justify="right"), title=escape(title), min_width=len(title) + 2)
-        for name, value in sorted(trainer.callback_metrics.items()):
+        for name, value in sorted(metrics.items()):
             table.add_row(escape(name), f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}")
         console.print(table)
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if not best and run.exists and (run.checkpoints / "last.ckpt").exists():
-            best = run.checkpoints / "last.ckpt"
         if not best:
             return
-        commands = []
-        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            commands.append(["tensorboard", "--logdir", relative(run.folder.parent)])
+        commands = [command for logger in trainer.loggers if (command := _viewer(logger))]
         test = [
             "python",
             "-m",
@@ -332,6 +403,17 @@ class CLI(LightningCLI):
         console.print("What comes next:")
         for command in (*commands, test):
             console.print(f"  {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _viewer(logger: Logger) -> list[str]:
+    """The command that shows what a logger has logged; none for one that shows it by itself."""
+    if isinstance(logger, TensorBoardLogger):
+        return ["tensorboard", "--logdir", relative(logger.root_dir)]
+    if isinstance(logger, MLFlowLogger):
+        return ["mlflow", "ui", "--backend-store-uri", str(logger._tracking_uri)]
+    if isinstance(logger, WandbLogger) and logger._offline:
+        return ["wandb", "sync", relative(Path(logger.experiment.dir).parent)]
+    return []
 
 
 def _as_list(chosen: Any) -> list[Any]:
@@ -466,10 +548,11 @@ def main(data_module: str = "", commands: Mapping[str, str] | None = None) -> No
             import_module(modules[command]).main(args)
         else:
             run(with_config_of_run(sys.argv[1:]))
-    except (UserError, MisconfigurationException) as error:
-        if isinstance(error, MisconfigurationException) and not _raised_by_lightning(error.__traceback__):
+    except (UserError, MisconfigurationException, ModuleNotFoundError) as error:
+        if not isinstance(error, UserError) and not _raised_by_lightning(error.__traceback__):
             raise
-        sys.exit(f"{PROJECT}: error: {error}")
+        way_out = "; `pip install` what is missing" if isinstance(error, ModuleNotFoundError) else ""
+        sys.exit(f"{PROJECT}: error: {error}{way_out}")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -12,7 +12,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -238,10 +238,12 @@ def _log_scalars(trainer: Trainer, scalars: dict[str, float], step: int) -> None
 
 
 def log_image(trainer: Trainer, name: str, sheet: Image.Image, step: int) -> None:
-    """Log a picture to every logger that takes pictures: TensorBoard, and those with a ``log_image``."""
+    """Log a picture to every logger that takes pictures: TensorBoard, MLflow, and those with a ``log_image``."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             _add_image(logger.experiment, name, sheet, step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_image(logger.run_id, sheet, key=name, step=step)
         elif callable(log := getattr(logger, "log_image", None)):
             log(key=name, images=[sheet], step=step)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import TensorDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, TensorDataset
 
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import ConfigurationError, DatasetError
 
 
 class BatchTensorDataset(TensorDataset):
@@ -33,18 +33,83 @@ def identity_collate(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return batch
 
 
+class ResumableSampler(DistributedSampler):
+    """A ``DistributedSampler`` that leaves out the first samples of an epoch."""
+
+    skip = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.skip, None)
+
+
+class ResumableLoader(DataLoader):
+    """A ``DataLoader`` whose position in the epoch is part of the checkpoint.
+
+    The order follows from seed and epoch, so the position is the number of samples taken, whatever workers
+    have prefetched. A run may be resumed with another number of workers.
+
+    Args:
+        dataset: of samples by index.
+        sampler: of this process.
+        options: as in ``DataLoader``.
+
+    Raises:
+        ConfigurationError: when resumed within an epoch with another batch size or number of processes.
+    """
+
+    sampler: ResumableSampler
+    generator: torch.Generator
+
+    def __init__(self, dataset: Dataset, sampler: ResumableSampler, **options: Any) -> None:
+        super().__init__(dataset, sampler=sampler, **options)
+        self._taken = 0  # samples of this epoch
+        self._resumed: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.sampler.skip = self._taken = self._position()
+        # What workers draw at random follows from seed and epoch, too.
+        self.generator.manual_seed(self.sampler.seed + self.sampler.epoch)
+        for batch in super().__iter__():
+            self._taken = min(self._taken + (self.batch_size or 0), len(self.sampler))
+            yield batch
+
+    def _position(self) -> int:
+        resumed, self._resumed = self._resumed, {}
+        if not resumed or resumed["epoch"] != self.sampler.epoch:
+            return 0
+        for name, ours in self._shares().items():
+            if resumed[name] != ours:
+                raise ConfigurationError(
+                    f"the checkpoint is of the middle of an epoch with a {name} of {resumed[name]}, not {ours}, and "
+                    f"batches are counted; resume with {resumed[name]}, or start a new run from its weights with "
+                    "--init_from"
+                )
+        return resumed["samples"]
+
+    def _shares(self) -> dict[str, int]:
+        return {"batch size": self.batch_size or 0, "number of processes": self.sampler.num_replicas}
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, samples taken of it, and what batches consist of."""
+        return {"epoch": self.sampler.epoch, "samples": self._taken, **self._shares()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Resume in the checkpoint's epoch after the samples taken."""
+        self._resumed = state_dict
+
+
 def train_dataloader(
-    dataset: BatchTensorDataset,
+    dataset: Dataset,
     batch_size: int,
     *,
     seed: int,
     trainer: Trainer | None = None,
     num_workers: int = 0,
-) -> StatefulDataLoader:
+) -> ResumableLoader:
     """Shuffle by seed and epoch. The position in the epoch is part of the checkpoint.
 
     Args:
-        dataset: the training split.
+        dataset: the training split, of any kind that has a length.
         batch_size: samples per step and device.
         seed: of the order.
         trainer: whose processes share the epoch; without one there is one process.
@@ -55,7 +120,7 @@ def train_dataloader(
         steps.
     """
     # For one process, too: its order depends on seed and epoch alone, which Lightning sets.
-    order = StatefulDistributedSampler(
+    order = ResumableSampler(
         dataset,
         num_replicas=trainer.world_size if trainer else 1,
         rank=trainer.global_rank if trainer else 0,
@@ -64,14 +129,14 @@ def train_dataloader(
     if trainer:
         order.set_epoch(trainer.current_epoch)  # workers prefetch before Lightning sets it
     steps = getattr(trainer.lightning_module, "steps_per_execution", 1) if trainer else 1
-    loader = _loader(dataset, batch_size * steps, trainer, num_workers, order)
+    loader = ResumableLoader(dataset, order, **_options(dataset, batch_size * steps, trainer, num_workers))
     loader.steps_per_execution = steps  # for StepsPerExecution, which needs such batches
     return loader
 
 
 def eval_dataloader(
     dataset: BatchTensorDataset, batch_size: int, *, trainer: Trainer | None = None, num_workers: int = 0
-) -> StatefulDataLoader:
+) -> DataLoader:
     """Go through the dataset once, in order. Every process gets its share, and no sample is evaluated twice.
 
     Lightning's own sampler would repeat samples to make the shares equal.
@@ -85,7 +150,7 @@ def eval_dataloader(
     Raises:
         DatasetError: if there are fewer samples than processes.
     """
-    order = None
+    order: Sampler | None = None
     if trainer and (world_size := trainer.world_size) > 1:
         n = len(dataset)
         if n < world_size:
@@ -95,20 +160,16 @@ def eval_dataloader(
         smallest, largest = n // world_size, -(-n // world_size)
         while -(-smallest // batch_size) != -(-largest // batch_size):
             batch_size += 1
-        order = StatefulDistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False)
-    return _loader(dataset, batch_size, trainer, num_workers, order)
+        order = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False)  # which Lightning leaves alone
+    return DataLoader(dataset, sampler=order, **_options(dataset, batch_size, trainer, num_workers))
 
 
-def _loader(
-    dataset: BatchTensorDataset, batch_size: int, trainer: Trainer | None, num_workers: int, order: Any
-) -> StatefulDataLoader:
-    return StatefulDataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=order,
-        generator=torch.Generator(),  # otherwise every loader draws from the model's random numbers
-        collate_fn=identity_collate,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
-    )
+def _options(dataset: Dataset, batch_size: int, trainer: Trainer | None, num_workers: int) -> dict[str, Any]:
+    return {
+        "batch_size": batch_size,
+        "generator": torch.Generator(),  # otherwise every loader draws from the model's random numbers
+        "collate_fn": identity_collate if isinstance(dataset, BatchTensorDataset) else None,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": trainer is not None and trainer.strategy.root_device.type == "cuda",
+    }

@@ -7,11 +7,14 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mnist_lit.engine.errors import ConfigurationError
@@ -28,7 +31,12 @@ def relative(path: str | Path) -> str:
         return str(path)
 
 
-LOCAL_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # those that write into a run's folder
+# Loggers that keep runs of their own, and the options that name such a run and choose one to resume.
+REMOTE_LOGGERS = {"WandbLogger": ("name", "id"), "MLFlowLogger": ("run_name", "run_id")}
+LOCK_TIMEOUT = 15.0  # s: the workers of a killed process hold its lock until they notice that it is gone
+
+
+_held: list[FileLock] = []  # of this process's run; a callback is copied to other processes, a lock is not
 
 
 class Run(Callback):
@@ -46,6 +54,7 @@ class Run(Callback):
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
+        self._chosen: list[dict[str, Any]] = []  # options of loggers as the config has them
 
     @classmethod
     def create(cls, root: Path, name: str | None = None) -> Run:
@@ -103,6 +112,28 @@ class Run(Callback):
                 return callback
         return cls(Path(trainer.log_dir or trainer.default_root_dir))
 
+    def lock(self) -> None:
+        """Keep every other process from training in this folder, until this one ends or trains in another one.
+
+        Raises:
+            ConfigurationError: if one does.
+        """
+        if rank_zero_only.rank or not self.exists:  # type: ignore[attr-defined]
+            return
+        while _held:
+            _held.pop().release()
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=LOCK_TIMEOUT)
+        except Timeout:
+            raise ConfigurationError(
+                f"{relative(self.folder)} is being trained by another process; wait until it has ended, or start "
+                "a new run without --ckpt_path"
+            ) from None
+        except OSError as error:
+            raise ConfigurationError(_unwritable(self.root, error)) from error
+        _held.append(lock)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = trainer.strategy.broadcast(str(self._folder or ""))
         self._folder = Path(folder) if folder else None
@@ -148,31 +179,52 @@ class Run(Callback):
         """The folder of best.ckpt and last.ckpt."""
         return self.folder / "checkpoints"
 
-    def direct(self, logger: Namespace, resumed_step: int | None = None) -> None:
-        """Make a logger of the config write into this folder, unless the config names another place.
+    def direct(self, loggers: list[Namespace], checkpoint: dict[str, Any] | None = None) -> None:
+        """Make the loggers of a config write into this run's folder, unless the config names another place.
 
         Args:
-            logger: with ``class_path`` and ``init_args``.
-            resumed_step: of the checkpoint that the run is resumed from.
+            loggers: each with ``class_path`` and ``init_args``.
+            checkpoint: that the run is resumed from, with the names of the loggers' own runs.
         """
-        options = logger.get("init_args") or {}
-        local = str(logger.get("class_path", "")).rpartition(".")[2] in LOCAL_LOGGERS
-        if not (local and self.exists and options.get("version") is None and options.get("name") == LOGS):
+        for logger in loggers:
+            options, kind = logger.get("init_args") or Namespace(), logger.class_path.rpartition(".")[2]
+            self._chosen.append(options.as_dict())
+            if kind in ("TensorBoardLogger", "CSVLogger"):
+                self._direct_local(options, checkpoint)
+            if kind in REMOTE_LOGGERS:
+                name, key = REMOTE_LOGGERS[kind]
+                options[name] = options.get(name) or self.name
+                options[key] = options.get(key) or (checkpoint or {}).get("loggers", {}).get(kind)
+            if kind == "WandbLogger" and options.get("save_dir") in (None, "."):
+                options["save_dir"] = str(self.folder)
+
+    def _direct_local(self, options: Namespace, checkpoint: dict[str, Any] | None) -> None:
+        if options.get("version") is not None or options.get("name") != LOGS:
             return
         options["save_dir"], options["version"] = str(self.root), self.name
-        if resumed_step is not None and "purge_step" in options:
-            options["purge_step"] = resumed_step
-        table = self.folder / "metrics.csv"  # which CSVLogger starts again
-        if resumed_step is not None and table.exists():
-            table.replace(table.with_name(f"metrics-to-step-{resumed_step}.csv"))
+        if checkpoint is None:
+            return
+        step, table = checkpoint["global_step"], self.folder / "metrics.csv"
+        if "purge_step" in options:
+            options["purge_step"] = step
+        if table.exists():  # CSVLogger starts it again
+            table.replace(table.with_name(f"metrics-to-step-{step}.csv"))
 
-    def release(self, logger: Namespace) -> None:
+    def release(self, loggers: list[Namespace]) -> None:
         """Undo ``direct``, for a config from which other runs are started."""
-        options = logger.get("init_args") or {}
-        if options.get("version") == self.name and options.get("name") == LOGS:
-            options["save_dir"], options["version"] = ".", None
-            if "purge_step" in options:
-                options["purge_step"] = None
+        for logger, chosen in zip(loggers, self._chosen, strict=bool(self._chosen)):
+            logger["init_args"] = Namespace(chosen)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the names of the loggers' own runs, which a resumed run continues."""
+        kinds = {type(logger).__name__: logger for logger in trainer.loggers}
+        checkpoint["loggers"] = {kind: str(kinds[kind].version) for kind in REMOTE_LOGGERS if kind in kinds}
+
+
+def loggers_of(config: Namespace) -> list[Namespace]:
+    """The loggers that a config describes, one or several."""
+    chosen = config.trainer.logger
+    return [logger for logger in (chosen if isinstance(chosen, list) else [chosen]) if isinstance(logger, Namespace)]
 
 
 def _unwritable(root: Path, error: OSError) -> str:
@@ -184,19 +236,21 @@ def _unwritable(root: Path, error: OSError) -> str:
 
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
         folder.rmdir()
 
 
 class RunConfig(SaveConfigCallback):
-    """Save the complete config in the run's folder. A resumed run keeps the first one."""
+    """Save the complete config in the run's folder, and log it. A resumed run keeps the first one."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         run, config = Run.of(trainer), self.config.clone()
-        loggers = config.trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            if isinstance(logger, Namespace):
-                run.release(logger)
+        run.release(loggers_of(config))
         folder = run.folder
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / self.config_filename) as part:
             part.write_text(self.parser.dump(config, skip_none=False), encoding="utf-8")
+        for logger in trainer.loggers:
+            if not (trainer.ckpt_path or isinstance(logger, (TensorBoardLogger, CSVLogger))):  # which have the file
+                logger.log_hyperparams({"config": config.as_dict()})

@@ -7,6 +7,8 @@ import random
 import resource
 import shutil
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,6 +96,18 @@ class DeleteRun(Callback):
             for writer in trainer.loggers:
                 writer.experiment.flush()  # so that its thread makes no file while the folder is deleted
             shutil.rmtree(Run.of(trainer).folder)
+
+
+class WaitFor(Callback):
+    """Waits before training until a file is there, and makes another one that says so."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.path.with_suffix(".waits").touch()
+        while not self.path.exists():
+            time.sleep(0.01)
 
 
 class FileSizeLimit(Callback):

@@ -1,0 +1,145 @@
+"""What made a run, in its folder: command, code, versions, machine, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from mnist_lit.engine import PROJECT
+from mnist_lit.engine.runs import Run
+from mnist_lit.engine.storage import atomic_write
+
+PACKAGES = ("torch", "lightning", "torchmetrics", "jsonargparse", "numpy")
+
+
+class Provenance(Callback):
+    """Write ``provenance.json``, ``git.diff`` and ``metrics.json`` in the run's folder.
+
+    ``provenance.json`` is a list with an object for each start of the run: command, git commit and whether
+    files differ from it, versions, device, host, start and end (UTC), and how it ended; a process that was
+    killed leaves no end. ``git.diff`` holds what differs from the commit, without new files.
+    ``metrics.json`` holds the final metrics, and with which value which checkpoint is the best.
+
+    Example:
+        >>> Trainer(callbacks=[Provenance()])
+    """
+
+    def __init__(self) -> None:
+        self._start: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        run = Run.of(trainer)
+        if self._start or not trainer.is_global_zero or not run.exists or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+        self._start = {
+            "command": shlex.join([PROJECT, *sys.argv[1:]]),
+            "git": {"commit": commit.strip(), "dirty": bool(changes)} if commit else None,
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "device": _device(trainer),
+            "processes": trainer.world_size,
+            "host": socket.gethostname(),
+            "start": _now(),
+            "end": None,
+            "exit": None,
+        }
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if changes and (diff := _git("diff", "HEAD")):
+            with atomic_write(run.folder / "git.diff") as part:
+                part.write_text(diff, encoding="utf-8")
+        self._write(run)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SystemExit) and isinstance(exception.code, int) and exception.code > 128:
+            self._end(trainer, signal.Signals(exception.code - 128).name)
+        else:
+            first = (str(exception).splitlines() or [""])[0]
+            self._end(trainer, f"{type(exception).__name__}: {first}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer, "finished")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._end(trainer, "finished")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer, "finished")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer, "finished")
+
+    def _end(self, trainer: Trainer, reason: str) -> None:
+        run = Run.of(trainer)
+        if not self._start or not run.folder.exists():
+            return
+        self._start |= {"end": _now(), "exit": reason, "epoch": trainer.current_epoch, "step": trainer.global_step}
+        self._write(run)
+        metrics: dict[str, Any] = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+        best = trainer.checkpoint_callback
+        if path := getattr(best, "best_model_path", ""):
+            score = getattr(best, "best_model_score", None)
+            metrics["best"] = {
+                "checkpoint": Path(path).name,
+                str(getattr(best, "monitor", None)): None if score is None else score.item(),
+            }
+        if metrics:
+            _merge(run.folder / "metrics.json", metrics)
+
+    def _write(self, run: Run) -> None:
+        path = run.folder / "provenance.json"
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            starts = []
+        starts = [start for start in starts if start["start"] != self._start["start"]] + [self._start]
+        with atomic_write(path) as part:
+            part.write_text(json.dumps(starts, indent=1), encoding="utf-8")
+
+
+def _merge(path: Path, metrics: dict[str, Any]) -> None:
+    """Those of a test after a fit stand beside the fit's."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    with atomic_write(path) as part:
+        part.write_text(json.dumps({**before, **metrics}, indent=1), encoding="utf-8")
+
+
+def _git(*arguments: str) -> str:
+    """What git prints here; nothing where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("utf-8", "replace")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

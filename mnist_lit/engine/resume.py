@@ -1,0 +1,122 @@
+"""Resuming: what a checkpoint restores, whatever this command asks for, has to be what it asks for."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+
+from mnist_lit.engine.errors import CheckpointError, ConfigurationError
+
+# Options whose effect is in the checkpoint: weights, optimizers, schedulers, random numbers, the best so far.
+RESTORED = ("seed_everything", "model", "optimizer", "lr_scheduler", "monitor", "mode", "best_checkpoint", "init_from")
+# Attributes of schedulers that say when they end.
+HORIZONS = ("total_steps", "T_max", "T_0", "total_iters", "milestones", "_milestones", "step_size_up")
+
+
+def restored_options(config: Namespace) -> dict[str, Any]:
+    """The options of a command that a resumed run takes from its checkpoint, as plain values."""
+    options = {name: config.get(name) for name in RESTORED}
+    callbacks = config.trainer.callbacks or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        kind = pkgutil.resolve_name(callback.class_path)
+        if kind.state_dict is not Callback.state_dict:
+            options[f"trainer.callbacks.{kind.__name__}"] = callback.get("init_args")
+    return json.loads(json.dumps(options, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Namespace) else str(value)
+
+
+def different_options(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What two results of ``restored_options`` disagree in, one line each. A callback may come or go.
+
+    Example:
+        >>> different_options({"model": {"lr": 0.1}}, {"model": {"lr": 0.01}})
+        ['--model.lr=0.01 (0.1 in the checkpoint)']
+    """
+    return [
+        f"--{name.replace('.init_args', '')}={ours} ({theirs} in the checkpoint)"
+        for name, theirs, ours in _differences(there, here)
+    ]
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in there.keys() | here.keys() if name else there.keys() & here.keys():
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif there != here:
+        yield name, there, here
+
+
+def is_finished(checkpoint: Mapping[str, Any], max_epochs: int | None, max_steps: int) -> bool:
+    """Whether a run that ends after so many epochs or steps has nothing left to do."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    enough = max_epochs not in (None, -1) and epochs >= max_epochs
+    return bool(enough or checkpoint["global_step"] >= max_steps >= 0)
+
+
+class ResumeGuard(Callback):
+    """Refuse to resume what the checkpoint would silently change, before training starts.
+
+    Args:
+        options: see ``restored_options``; they are saved in checkpoints.
+
+    Raises:
+        CheckpointError: naming options that differ from the checkpoint's, or a schedule of another length.
+        ConfigurationError: for weight averaging that Lightning does not restore exactly.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = dict(options)
+        self._schedulers: list[dict[str, Any]] = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["options"] = self.options
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        different = different_options(checkpoint.get("options", self.options), self.options)
+        if different:
+            raise CheckpointError(
+                f"{trainer.ckpt_path} resumes with the options of its run, and not with {', '.join(different)}; "
+                f"leave them out, or start a new run from its weights with --init_from={trainer.ckpt_path}"
+            )
+        self._schedulers = checkpoint.get("lr_schedulers", [])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the schedules, which are there by now and not restored yet."""
+        averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.ckpt_path and averages:
+            raise ConfigurationError(
+                "StochasticWeightAveraging cannot be resumed exactly, its average and schedule are restored in part; "
+                "train in one piece, or use EMAWeightAveraging"
+            )
+        for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=False):
+            ours = dict(_horizons(config.scheduler.state_dict()))
+            for name, theirs in _horizons(state):
+                if ours.get(name, theirs) != theirs:
+                    raise CheckpointError(
+                        f"{trainer.ckpt_path} has a {type(config.scheduler).__name__} with {name}={theirs}, and this "
+                        f"run asks for {ours[name]}, such as by another --trainer.max_epochs; resume with the length "
+                        f"that it was started with, or start a new run with --init_from={trainer.ckpt_path}"
+                    )
+        self._schedulers = []
+
+
+def _horizons(state: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Where a scheduler's state says that it ends; those in a sequence or chain have states of their own."""
+    if isinstance(state, Mapping):
+        for name, value in state.items():
+            if name in HORIZONS:
+                yield f"{place}{name}", value
+            elif name == "_schedulers":
+                for index, inner in enumerate(value):
+                    yield from _horizons(inner, f"{place}{index}.")

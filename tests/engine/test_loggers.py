@@ -1,0 +1,111 @@
+"""A run is in its folder whatever logs it: each logger alone, two together, none; killed and resumed."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, checkpoint, curves
+from test_resume import interrupt
+
+pytestmark = pytest.mark.slow
+
+TENSORBOARD = ("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=.")
+MLFLOW = ("--trainer.logger=MLFlowLogger", "--trainer.logger.tracking_uri=sqlite:///mlflow.db")
+LOGGERS: dict[str, tuple[object, ...]] = {
+    "default": (),
+    "none": ("--trainer.logger=false",),
+    "tensorboard": TENSORBOARD,
+    "csv": ("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."),
+    "wandb": ("--trainer.logger=WandbLogger", "--trainer.logger.offline=true"),
+    "mlflow": MLFLOW,
+    "tensorboard+csv": ("--config", OVERLAYS / "csv.yaml"),
+    "tensorboard+wandb": ("--config", OVERLAYS / "wandb.yaml"),
+    "tensorboard+mlflow": ("--config", OVERLAYS / "mlflow.yaml"),
+    "wandb+tensorboard": ("--config", "swapped.yaml"),
+    "own folder": (*TENSORBOARD[:1], "--trainer.logger.save_dir=elsewhere", "--trainer.logger.name=mine"),
+}
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+FIT = ("fit", "--config", CONFIGS / "cnn.yaml", "--trainer.log_every_n_steps=4")
+LEFT = {"lightning_logs", "data", "swapped.yaml"}
+STEPS = [15, 31]  # at which val/loss is logged, of two epochs of 16 steps
+
+
+def wandb_runs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*"))
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_killed_resumed_and_tested(cli: Run, small: Path, tmp_path: Path, name: str) -> None:
+    if "wandb" in name:
+        pytest.importorskip("wandb", reason="needs the extra [trackers]")
+        overlay = yaml.safe_load((OVERLAYS / "wandb.yaml").read_text())
+        overlay["trainer"]["logger"].reverse()
+        (tmp_path / "swapped.yaml").write_text(yaml.dump(overlay))
+    if "mlflow" in name:
+        pytest.importorskip("mlflow", reason="needs the extra [trackers]")
+    command = (*FIT, *LOGGERS[name], "--data.dataset", small)
+    cli(*command, *interrupt("SIGKILL", "on_train_batch_end", 20), ok=False, env=OFFLINE)
+    done = cli(*command, "--ckpt_path=last", env=OFFLINE)
+    printed = next(line for line in done.stdout.splitlines() if "mnist_lit test" in line)
+    assert "test/acc" in cli(*shlex.split(printed)[3:], env=OFFLINE).stdout
+
+    run = tmp_path / RUN
+    assert {path.name for path in (tmp_path / "lightning_logs").iterdir()} == {"version_0", "version_1"}
+    assert checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 32
+    assert {"config.yaml", "config-from-step-16.yaml", "provenance.json", "metrics.json"} <= {
+        path.name for path in run.iterdir()
+    }
+    left = LEFT | {"tensorboard": set(), "own folder": {"elsewhere"}}.get(name, set())
+    left |= {"mlflow.db", "mlruns"} if "mlflow" in name else set()
+    assert {path.name for path in tmp_path.iterdir()} <= left
+    if name in ("default", "tensorboard") or "tensorboard+" in name or "+tensorboard" in name:
+        assert [step for step, _ in curves(run)["val/loss"]] == STEPS
+        assert "tensorboard --logdir lightning_logs\n" in done.stdout
+    if name == "own folder":
+        assert "tensorboard --logdir elsewhere/mine\n" in done.stdout
+    if "csv" in name:
+        with (run / "metrics.csv").open() as file:
+            assert [int(row["step"]) for row in csv.DictReader(file) if row.get("val/loss")] == STEPS[1:]
+    if "wandb" in name:
+        runs = wandb_runs(run)
+        assert len(runs) == 2
+        assert len({path.name.rpartition("-")[2] for path in runs}) == 1  # the name of one run of W&B's
+        assert len(wandb_runs(run.with_name("version_1"))) == 1
+        assert list(runs[0].glob("files/media/images/train/samples*.png"))
+        assert list(runs[1].glob("files/media/images/val/confusion_matrix*.png"))
+    if "mlflow" in name:
+        assert_in_mlflow(tmp_path, small)
+
+
+def assert_in_mlflow(folder: Path, small: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = (found for found in client.search_experiments() if found.name != "Default")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs.keys() == {"version_0", "version_1"}
+    fitted = runs["version_0"]
+    assert {point.step for point in client.get_metric_history(fitted.info.run_id, "val/loss")} == set(STEPS)
+    assert fitted.data.params["config/data/init_args/dataset"] == str(small)
+    assert "train/lr" in fitted.data.metrics
+
+
+def test_missing_library_of_a_logger_is_one_message(cli: Run, small: Path, tmp_path: Path) -> None:
+    done = cli(*FIT, "--trainer.logger=CometLogger", "--data.dataset", small, ok=False)
+    assert_one_message(done, "comet", "pip install")
+
+
+def test_every_logger_is_told_the_whole_config(cli: Run, small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="needs the extra [trackers]")
+    once = ("--trainer.max_steps=1", "--trainer.limit_val_batches=1")
+    cli(*FIT, *LOGGERS["wandb"], *once, "--data.dataset", small, env=OFFLINE)
+    (run,) = wandb_runs(tmp_path / RUN)
+    recorded = b"".join(path.read_bytes() for path in run.glob("*.wandb"))
+    assert b"limit_val_batches" in recorded
+    config = yaml.safe_load((tmp_path / RUN / "config.yaml").read_text())
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "."
+    assert config["trainer"]["logger"]["init_args"]["id"] is None
