@@ -281,7 +281,8 @@ class LastCheckpoint(Checkpoint):
         self._asked = 0  # this process, by a signal
         self._signal = 0  # that all processes stop for
         self._handlers: dict[int, Any] = {}
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}  # of an epoch that ends in the checkpoint
+        self._before: dict[str, float] = {}  # of this epoch, until the checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._run = Run.of(trainer)
@@ -301,11 +302,16 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._handlers[signum] = signal.signal(signum, self._stop)
-        for config in trainer.lr_scheduler_configs:
-            waits = config.reduce_on_plateau and config.interval == "epoch"
-            if self._metrics and waits and trainer.current_epoch % config.frequency == 0:
-                pl_module.lr_scheduler_step(config.scheduler, self._metrics[str(config.monitor)])
+        if self._metrics:
+            self._step_plateaus(trainer, pl_module, trainer.current_epoch, self._metrics)
         self._metrics = {}
+
+    @staticmethod
+    def _step_plateaus(trainer: Trainer, pl_module: LightningModule, epochs: int, metrics: dict[str, float]) -> None:
+        """Step the schedulers that depend on a metric, where Lightning does not."""
+        for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and config.interval == "epoch" and epochs % config.frequency == 0:
+                pl_module.lr_scheduler_step(config.scheduler, metrics[str(config.monitor)])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._handlers:
@@ -342,21 +348,25 @@ class LastCheckpoint(Checkpoint):
         return trainer.is_last_batch or validates
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.max_steps != -1:
-            return  # Lightning would count the epoch twice when it resumes from here
-        # Lightning steps the schedulers that depend on a metric after this hook. The metrics go into the
-        # checkpoint, and a resumed run makes up for that step.
-        self._metrics = {name: metric.item() for name, metric in trainer.callback_metrics.items()}
-        self._save(trainer)
-        self._metrics = {}
+        metrics, self._before = {**self._before, **_values(trainer)}, {}
+        if trainer.max_steps == -1:  # otherwise Lightning would count the epoch twice when it resumes from here
+            # Lightning steps the schedulers that depend on a metric after this hook. The metrics go into the
+            # checkpoint, and a resumed run makes up for that step.
+            self._metrics = metrics
+            self._save(trainer)
+            self._metrics = {}
+        if trainer.fit_loop.restarting:  # in the epoch that it was resumed in Lightning leaves that step out
+            self._step_plateaus(trainer, pl_module, trainer.current_epoch + 1, metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self._metrics}
+        return {"metrics": self._metrics, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._metrics = state_dict["metrics"]
+        self._metrics, self._before = state_dict["metrics"], state_dict["before"]
 
     def _save(self, trainer: Trainer) -> None:
+        if not self._metrics:
+            self._before = {**self._before, **_values(trainer)}
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self._folder / self.PENDING, weights_only=False)
             self._pending, self._saved_step = True, trainer.global_step
@@ -413,6 +423,10 @@ class LastCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{run} {what} while training; the weights after step {trainer.global_step} are in {relative(path)}"
             ) from exception
+
+
+def _values(trainer: Trainer) -> dict[str, float]:
+    return {name: metric.item() for name, metric in trainer.callback_metrics.items()}
 
 
 class RandomState(Callback):

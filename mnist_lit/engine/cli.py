@@ -55,7 +55,7 @@ from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.predictions import PredictionsFile
 from mnist_lit.engine.provenance import Provenance
-from mnist_lit.engine.resume import ResumeGuard, is_finished, restored_options
+from mnist_lit.engine.resume import ResumeGuard, different_options, is_finished, restored_options
 from mnist_lit.engine.runs import LOGS, Run, RunConfig, loggers_of, relative
 from mnist_lit.engine.schema import Print, print_completion, print_schema
 
@@ -314,12 +314,18 @@ class CLI(LightningCLI):
                     f"{self.ckpt_path} is of a run with {name}={steps}, which counts batches differently; "
                     f"resume with --model.{name}={steps}"
                 )
-        misfits, self.checkpoint = self._misfits(self.checkpoint["state_dict"]), None
+        misfits, options = self._misfits(self.checkpoint["state_dict"]), self.checkpoint.get("options", {})
+        self.checkpoint = None  # which may be large
         for name, there, here in misfits:
             raise CheckpointError(
                 f"{self.ckpt_path} is not of this model: {name} has the shape {there} there "
                 f"and {here} in {type(self.model).__name__}; the config.yaml in the folder of "
                 "its run is the one that fits"
+            )
+        if different := different_options(options, self._restored):
+            raise CheckpointError(
+                f"{self.ckpt_path} resumes with the options of its run, and not with {', '.join(different)}; "
+                f"leave them out, or start a new run from its weights with --init_from={self.ckpt_path}"
             )
 
     def _misfits(self, theirs: Mapping[str, Tensor]) -> list[tuple[str, Any, Any]]:

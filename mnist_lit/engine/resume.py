@@ -63,13 +63,13 @@ def is_finished(checkpoint: Mapping[str, Any], max_epochs: int | None, max_steps
 
 
 class ResumeGuard(Callback):
-    """Refuse to resume what the checkpoint would silently change, before training starts.
+    """Save the options in checkpoints, and refuse to resume schedules that the checkpoint would silently change.
 
     Args:
-        options: see ``restored_options``; they are saved in checkpoints.
+        options: see ``restored_options``.
 
     Raises:
-        CheckpointError: naming options that differ from the checkpoint's, or a schedule of another length.
+        CheckpointError: naming a schedule of another length.
         ConfigurationError: for weight averaging that Lightning does not restore exactly.
     """
 
@@ -81,15 +81,8 @@ class ResumeGuard(Callback):
         checkpoint["options"] = self.options
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit":
-            return
-        different = different_options(checkpoint.get("options", self.options), self.options)
-        if different:
-            raise CheckpointError(
-                f"{trainer.ckpt_path} resumes with the options of its run, and not with {', '.join(different)}; "
-                f"leave them out, or start a new run from its weights with --init_from={trainer.ckpt_path}"
-            )
-        self._schedulers = checkpoint.get("lr_schedulers", [])
+        if trainer.state.fn == "fit":
+            self._schedulers = checkpoint.get("lr_schedulers", [])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the schedules, which are there by now and not restored yet."""

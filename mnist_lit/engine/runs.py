@@ -244,6 +244,14 @@ def _remove_if_empty(folder: Path) -> None:
 class RunConfig(SaveConfigCallback):
     """Save the complete config in the run's folder, and log it. A resumed run keeps the first one."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save it now that nothing refuses to train with it any more."""
+        super().setup(trainer, pl_module, "fit")
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         run, config = Run.of(trainer), self.config.clone()
         run.release(loggers_of(config))
