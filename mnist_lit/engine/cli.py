@@ -255,7 +255,13 @@ class CLI(LightningCLI):
             options["num_classes"] = classes
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # What Lightning says of a logger's library; jsonargparse says beside it what else it has tried.
+            if missing := re.search(r"Requirement '.*' not met\..*", str(error)):
+                raise ConfigurationError(missing[0]) from error
+            raise
         # Every model is offered what the data know; its hyperparameters are those that it takes.
         taken = LightningArgumentParser().add_class_arguments(type(self.model), "model", fail_untyped=False)
         for name in LINKED:
@@ -554,11 +560,10 @@ def main(data_module: str = "", commands: Mapping[str, str] | None = None) -> No
             import_module(modules[command]).main(args)
         else:
             run(with_config_of_run(sys.argv[1:]))
-    except (UserError, MisconfigurationException, ModuleNotFoundError) as error:
-        if not isinstance(error, UserError) and not _raised_by_lightning(error.__traceback__):
+    except (UserError, MisconfigurationException) as error:
+        if isinstance(error, MisconfigurationException) and not _raised_by_lightning(error.__traceback__):
             raise
-        way_out = "; `pip install` what is missing" if isinstance(error, ModuleNotFoundError) else ""
-        sys.exit(f"{PROJECT}: error: {error}{way_out}")
+        sys.exit(f"{PROJECT}: error: {error}")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
