@@ -220,24 +220,13 @@ class CLI(LightningCLI):
                 )
             self.checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
             self._take_num_classes(config)
-            if self.subcommand == "fit":
-                self._check_resumable(config, self.checkpoint)
+            if self.subcommand == "fit" and Path(self.ckpt_path).name == EXCEPTION:
+                raise CheckpointError(
+                    f"{self.ckpt_path} is of a step that was broken off by an error, which is no state to resume from; "
+                    "resume with --ckpt_path=last, or start a new run from its weights with "
+                    f"--init_from={self.ckpt_path}"
+                )
         config.ckpt_path = self.ckpt_path
-
-    def _check_resumable(self, config: Namespace, checkpoint: dict[str, Any]) -> None:
-        path = Path(self.ckpt_path or "")
-        if path.name == EXCEPTION:
-            raise CheckpointError(
-                f"{path} is of a step that was broken off by an error, which is no state to resume from; resume with "
-                f"--ckpt_path=last, or start a new run from its weights with --init_from={path}"
-            )
-        if is_finished(checkpoint, config.trainer.max_epochs, config.trainer.max_steps):
-            longer = "max_steps" if config.trainer.max_steps != -1 else "max_epochs"
-            rank_zero_info(
-                f"{path} is of a finished run, with {checkpoint['global_step']} steps: there is nothing left to do; "
-                f"raise --trainer.{longer} to train longer"
-            )
-            sys.exit(0)
 
     def _last_checkpoint(self, config: Namespace) -> str | None:
         path = newest_checkpoint(Path(config.trainer.default_root_dir or "."), config.model.class_path)
@@ -320,19 +309,27 @@ class CLI(LightningCLI):
                     f"{self.ckpt_path} is of a run with {name}={steps}, which counts batches differently; "
                     f"resume with --model.{name}={steps}"
                 )
-        misfits, options = self._misfits(self.checkpoint["state_dict"]), self.checkpoint.get("options", {})
-        self.checkpoint = None  # which may be large
+        checkpoint, self.checkpoint = self.checkpoint, None
+        misfits = self._misfits(checkpoint["state_dict"])
         for name, there, here in misfits:
             raise CheckpointError(
                 f"{self.ckpt_path} is not of this model: {name} has the shape {there} there "
                 f"and {here} in {type(self.model).__name__}; the config.yaml in the folder of "
                 "its run is the one that fits"
             )
-        if different := different_options(options, self._restored):
+        if different := different_options(checkpoint.get("options", {}), self._restored):
             raise CheckpointError(
                 f"{self.ckpt_path} resumes with the options of its run, and not with {', '.join(different)}; "
                 f"leave them out, or start a new run from its weights with --init_from={self.ckpt_path}"
             )
+        trainer = self.trainer
+        if self.subcommand == "fit" and is_finished(checkpoint, trainer.max_epochs, trainer.max_steps):
+            longer = "max_steps" if trainer.max_steps != -1 else "max_epochs"
+            rank_zero_info(
+                f"{self.ckpt_path} is of a finished run, with {checkpoint['global_step']} steps: there is nothing left "
+                f"to do; raise --trainer.{longer} to train longer"
+            )
+            sys.exit(0)
 
     def _misfits(self, theirs: Mapping[str, Tensor]) -> list[tuple[str, Any, Any]]:
         """Names of weights whose shapes differ, with the shape there and here; None where there is none."""

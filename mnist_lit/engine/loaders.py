@@ -49,35 +49,33 @@ class ResumableLoader(DataLoader):
     have prefetched. A run may be resumed with another number of workers.
 
     Args:
-        dataset: of samples by index.
-        sampler: of this process.
-        options: as in ``DataLoader``.
+        args: as in ``DataLoader``. Without a ``ResumableSampler`` every epoch starts at its beginning.
+        kwargs: as in ``DataLoader``.
 
     Raises:
         ConfigurationError: when resumed within an epoch with another batch size or number of processes.
     """
 
-    sampler: ResumableSampler
-    generator: torch.Generator
-
-    def __init__(self, dataset: Dataset, sampler: ResumableSampler, **options: Any) -> None:
-        super().__init__(dataset, sampler=sampler, **options)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # of which Lightning makes others, such as to overfit
+        super().__init__(*args, **kwargs)
+        self._order = self.sampler if isinstance(self.sampler, ResumableSampler) else None
         self._taken = 0  # samples of this epoch
         self._resumed: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.sampler.skip = self._taken = self._position()
-        # What workers draw at random follows from seed and epoch, too.
-        self.generator.manual_seed(self.sampler.seed + self.sampler.epoch)
+        if order := self._order:
+            order.skip = self._taken = self._position(order)
+            if self.generator is not None:  # what workers draw at random follows from seed and epoch, too
+                self.generator.manual_seed(order.seed + order.epoch)
         for batch in super().__iter__():
-            self._taken = min(self._taken + (self.batch_size or 0), len(self.sampler))
+            self._taken += self.batch_size or 0
             yield batch
 
-    def _position(self) -> int:
+    def _position(self, order: ResumableSampler) -> int:
         resumed, self._resumed = self._resumed, {}
-        if not resumed or resumed["epoch"] != self.sampler.epoch:
+        if not resumed or resumed["epoch"] != order.epoch:
             return 0
-        for name, ours in self._shares().items():
+        for name, ours in self._shares(order).items():
             if resumed[name] != ours:
                 raise ConfigurationError(
                     f"the checkpoint is of the middle of an epoch with a {name} of {resumed[name]}, not {ours}, and "
@@ -86,12 +84,13 @@ class ResumableLoader(DataLoader):
                 )
         return resumed["samples"]
 
-    def _shares(self) -> dict[str, int]:
-        return {"batch size": self.batch_size or 0, "number of processes": self.sampler.num_replicas}
+    def _shares(self, order: ResumableSampler) -> dict[str, int]:
+        return {"batch size": self.batch_size or 0, "number of processes": order.num_replicas}
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, samples taken of it, and what batches consist of."""
-        return {"epoch": self.sampler.epoch, "samples": self._taken, **self._shares()}
+        order = self._order
+        return {"epoch": order.epoch, "samples": self._taken, **self._shares(order)} if order else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Resume in the checkpoint's epoch after the samples taken."""
@@ -129,7 +128,7 @@ def train_dataloader(
     if trainer:
         order.set_epoch(trainer.current_epoch)  # workers prefetch before Lightning sets it
     steps = getattr(trainer.lightning_module, "steps_per_execution", 1) if trainer else 1
-    loader = ResumableLoader(dataset, order, **_options(dataset, batch_size * steps, trainer, num_workers))
+    loader = ResumableLoader(dataset, sampler=order, **_options(dataset, batch_size * steps, trainer, num_workers))
     loader.steps_per_execution = steps  # for StepsPerExecution, which needs such batches
     return loader
 

@@ -28,6 +28,9 @@ def test_fit_leaves_a_run_that_can_be_tested_predicted_and_reproduced(cli: Run, 
         "checkpoints",
         "config.yaml",
         "hparams.yaml",
+        "provenance.json",
+        "metrics.json",
+        ".lock",
     }
     assert list(run.glob("events.out.tfevents.*"))
     assert {path.name for path in best.parent.iterdir()} == {"best.ckpt", "last.ckpt"}

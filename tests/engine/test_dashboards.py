@@ -120,6 +120,7 @@ def test_dashboard_is_silent(cli: Run, small: Path, tmp_path: Path, settings) ->
         assert EventAccumulator(str(run)).Reload().Tags()["images"] == []
 
 
+@pytest.mark.slow
 def test_parts_are_chosen(cli: Run, small: Path, tmp_path: Path) -> None:
     off = ("--dashboard.confusion_matrix=false", "--dashboard.graph=false", "--dashboard.gradient_norm=false")
     off += ("--dashboard.mistakes=0", "--dashboard.every_n_epochs=2", "--trainer.log_every_n_steps=4")

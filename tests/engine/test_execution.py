@@ -72,6 +72,7 @@ def test_what_eight_steps_in_one_cannot_honour_is_refused(cli: Run, small: Path,
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_plateau_scheduler_is_refused(cli: Run, small: Path) -> None:
     scheduler = ("--optimizer=SGD", "--optimizer.lr=0.1", "--lr_scheduler=ReduceLROnPlateau")
     monitor = "--lr_scheduler.monitor=val/loss"

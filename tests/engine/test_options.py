@@ -61,6 +61,7 @@ def test_option_that_the_checkpoint_would_override_is_refused(
     cli(*CNN, "--data.dataset", small, *first, "--ckpt_path=last")
 
 
+@pytest.mark.slow
 def test_options_that_count_are_not_refused(cli: Run, small: Path, tmp_path: Path) -> None:
     cli(*CNN, "--data.dataset", small, *STOPPED, ok=False)
     options = ("--trainer.max_epochs=3", "--trainer.log_every_n_steps=2", "--data.num_workers=1")
@@ -70,7 +71,7 @@ def test_options_that_count_are_not_refused(cli: Run, small: Path, tmp_path: Pat
     assert yaml.safe_load(resumed.read_text())["trainer"]["max_epochs"] == 3
 
 
-@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize("size", [32, pytest.param(128, marks=pytest.mark.slow)])
 def test_another_batch_size_is_refused_within_an_epoch(cli: Run, small: Path, tmp_path: Path, size: int) -> None:
     cli(*CNN, "--data.dataset", small, *STOPPED, ok=False)
     refused = cli(*CNN, "--data.dataset", small, f"--data.batch_size={size}", "--ckpt_path=last", ok=False)
@@ -96,6 +97,7 @@ def test_schedule_of_another_length_is_refused(cli: Run, small: Path, tmp_path: 
     assert checkpoint(tmp_path / LAST)["global_step"] == 3 * 16
 
 
+@pytest.mark.slow
 def test_schedule_without_an_end_is_refused(cli: Run, small: Path) -> None:
     endless = ("--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:05")
     assert_one_message(cli(*FAST, "--data.dataset", small, *endless, ok=False), "one-cycle", "--trainer.max_epochs")
@@ -110,6 +112,7 @@ def test_finished_run_has_nothing_left_to_do(cli: Run, small: Path, tmp_path: Pa
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_averaging_that_is_not_restored_is_refused(cli: Run, small: Path) -> None:
     averaging = ("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.05")
     cli(*CNN, "--data.dataset", small, *averaging, *STOPPED, ok=False)
@@ -130,7 +133,8 @@ class Broken(Callback):
 """
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_end", pytest.param("on_validation_end", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
 def test_weights_of_an_error_are_none_to_resume_from(cli: Run, small: Path, tmp_path: Path, hook: str) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     env = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
@@ -162,7 +166,7 @@ def test_new_run_from_old_weights(cli: Run, small: Path, tmp_path: Path) -> None
         torch.testing.assert_close(weight, old["state_dict"][name], rtol=0, atol=1e-20)
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_weights_that_do_not_fit_are_listed(cli: Run, small: Path, tmp_path: Path, strict: bool) -> None:
     cli(*CNN, "--data.dataset", small, "--trainer.max_epochs=1")
     other = (*CNN, "--data.dataset", small, "--data.num_classes=12", f"--init_from={LAST}", "--trainer.max_epochs=1")
@@ -174,6 +178,7 @@ def test_weights_that_do_not_fit_are_listed(cli: Run, small: Path, tmp_path: Pat
         assert listed in done.stderr
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_there(cli: Run, small: Path) -> None:
     assert_one_message(cli(*CNN, "--data.dataset", small, "--init_from=no.ckpt", ok=False), "--init_from=no.ckpt")
 
@@ -200,6 +205,7 @@ def test_run_tells_what_made_it_and_how_it_ended(cli: Run, small: Path, tmp_path
     assert_same({name: metrics[name] for name in table if name != "best"}, {k: table[k] for k in table if k != "best"})
 
 
+@pytest.mark.slow
 def test_commit_and_changes_are_on_record(cli: Run, small: Path, tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")

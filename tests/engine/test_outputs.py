@@ -81,6 +81,7 @@ def test_no_validation_at_all(cli: Run, tmp_path: Path) -> None:
     assert "--ckpt_path lightning_logs/version_0/checkpoints/last.ckpt" in done.stdout
 
 
+@pytest.mark.slow
 def test_metric_of_another_name(cli: Run, tmp_path: Path) -> None:
     """There is a last checkpoint and a warning; with --monitor there is a best one and none."""
     arguments = ("fit", "--model=returns.OtherName", "--data=returns.Pairs", "--dashboard.every_n_epochs=0", *QUICK)
@@ -104,6 +105,7 @@ def test_metric_that_nobody_logs_is_refused_before_training(cli: Run, small: Pat
     assert_one_message(done, "--monitor=val/typo: is lower or higher better?", "--mode=min")
 
 
+@pytest.mark.slow
 def test_three_best_by_another_metric(cli: Run, small: Path, tmp_path: Path) -> None:
     config = ("fit", "--config", CONFIGS / "logistic.yaml", "--data.dataset", small, "--trainer.max_epochs=5")
     cli(*config, "--monitor=val/acc", "--best_checkpoint.save_top_k=3", "--trainer.log_every_n_steps=4")
@@ -132,10 +134,12 @@ def test_label_smoothing(cli: Run, small: Path, tmp_path: Path) -> None:
     assert abs(smoothed - plain) > 0.01 * plain  # they can be told apart
 
 
+FILES = {"config.yaml", "checkpoints", "provenance.json", "metrics.json", ".lock"}
 NAMES = "zero one two three four five six seven eight nine".split()
 NAMED = ("--config", CONFIGS / "logistic.yaml")
 
 
+@pytest.mark.slow
 def test_names_of_the_classes_are_everywhere(cli: Run, small: Path, tmp_path: Path) -> None:
     """In the checkpoint, and from there in tables, whoever predicts."""
     cli("fit", *NAMED, "--data.dataset", small, f"--data.class_names=[{', '.join(NAMES)}]", *QUICK)
@@ -189,7 +193,7 @@ def test_run_has_a_folder_whatever_its_logger(cli: Run, small: Path, tmp_path: P
     done = cli(*fit, f"--trainer.logger={logger}", *where, "--trainer.max_epochs=1")
     run = tmp_path / RUN
     own = {"metrics.csv", "hparams.yaml"} if logger == "CSVLogger" else set()
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "checkpoints"} | own
+    assert {path.name for path in run.iterdir()} == FILES | own
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs", "data"}
     assert "tensorboard" not in done.stdout
