@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from common import Run
 
 from mnist_lit.engine.errors import ConfigurationError
 from mnist_lit.new import new
@@ -162,10 +163,10 @@ def test_nothing_is_written_over(tmp_path: Path, folder: str, package: str | Non
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_command_ends_in_one_message(tmp_path: Path) -> None:
+def test_command_ends_in_one_message(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "a[/b]").mkdir(parents=True)
-    done = command("a[/b]", folder=tmp_path, code=1)
-    assert done.stderr.decode().endswith(f"{OLD}: error: a[/b] exists already; name a folder that does not\n")
+    done = cli("new", "a[/b]", ok=False)
+    assert done.stderr.endswith(f"{OLD}: error: a[/b] exists already; name a folder that does not\n")
 
 
 def test_folders_beside_it_take_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

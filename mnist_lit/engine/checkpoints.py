@@ -250,6 +250,12 @@ class BestCheckpoint(ModelCheckpoint):
             super().load_state_dict({**state_dict, **paths, "dirpath": new, "best_k_models": kept})
 
 
+def best_checkpoint(trainer: Trainer) -> Checkpoint | None:
+    """The callback that keeps the best checkpoint, whatever others there are."""
+    ours = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint)]
+    return ours[0] if ours else trainer.checkpoint_callback
+
+
 # --------------------------------------------------------------------------------------------- last
 
 
@@ -310,8 +316,9 @@ class LastCheckpoint(Checkpoint):
     def _step_plateaus(trainer: Trainer, pl_module: LightningModule, epochs: int, metrics: dict[str, float]) -> None:
         """Step the schedulers that depend on a metric, where Lightning does not."""
         for config in trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau and config.interval == "epoch" and epochs % config.frequency == 0:
-                pl_module.lr_scheduler_step(config.scheduler, metrics[str(config.monitor)])
+            due = config.reduce_on_plateau and config.interval == "epoch" and epochs % config.frequency == 0
+            if due and config.monitor in metrics:
+                pl_module.lr_scheduler_step(config.scheduler, metrics[config.monitor])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._handlers:
@@ -362,7 +369,7 @@ class LastCheckpoint(Checkpoint):
         return {"metrics": self._metrics, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._metrics, self._before = state_dict["metrics"], state_dict["before"]
+        self._metrics, self._before = state_dict["metrics"], state_dict.get("before", {})
 
     def _save(self, trainer: Trainer) -> None:
         if not self._metrics:

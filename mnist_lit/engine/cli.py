@@ -16,7 +16,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Literal
 
 import jsonargparse._typehints as typehints
@@ -31,6 +31,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -46,6 +47,7 @@ from mnist_lit.engine.checkpoints import (
     CheckpointFiles,
     LastCheckpoint,
     RandomState,
+    best_checkpoint,
     newest_checkpoint,
     read_checkpoint,
 )
@@ -110,7 +112,8 @@ class CLI(LightningCLI):
     ckpt_path: str | None = None
     checkpoint: dict[str, Any] | None = None  # its content
     _automatic: Sequence[tuple[Namespace, str | None]] = ()  # options with monitor: auto, and their mode
-    _restored: Mapping[str, Any] = MappingProxyType({})  # options that a resumed run takes from its checkpoint
+    _restored: dict[str, Any]  # options that a resumed run takes from its checkpoint
+    _any_seed = False  # whether the seed is chosen at random
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -168,6 +171,7 @@ class CLI(LightningCLI):
         # an untrusted file included. The config decides what is built, so the path is put back after that.
         config = self.config[self.config.subcommand]
         self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
+        self._restored, self._any_seed = {}, config.seed_everything is True
 
     def before_instantiate_classes(self) -> None:
         config, parser = self.config[self.subcommand], self._parser(self.subcommand)
@@ -177,12 +181,15 @@ class CLI(LightningCLI):
             config.best_checkpoint.mode = infer_mode(config.monitor, config.mode)
             self._fill_in_monitor(config)
             self._restored = restored_options(config)
+            if self._any_seed:
+                self._restored.pop("seed_everything")
         self._read_checkpoint(config)
         resumed = self.checkpoint if self.subcommand == "fit" else None
-        run = Run.of_checkpoint(self.ckpt_path) if resumed and self.ckpt_path else None
+        leaves = self.subcommand != "export" and not config.trainer.fast_dev_run
+        run = Run.of_checkpoint(self.ckpt_path) if leaves and resumed and self.ckpt_path else None
         # Not in the run's config.yaml, from which other runs are started.
         name, config.run_name = config.run_name, None
-        if run is None and self.subcommand != "export" and not config.trainer.fast_dev_run:
+        if run is None and leaves:
             run = Run.create(Path(config.trainer.default_root_dir or "."), name)
         self.run = run or Run()
         if self.subcommand == "fit":
@@ -296,10 +303,12 @@ class CLI(LightningCLI):
         Raises:
             CheckpointError: naming what differs.
         """
+        if self.subcommand == "fit" and self.config.fit.test_after_fit:
+            for name, owner in (("test_step", self.model), ("test_dataloader", self.datamodule)):
+                if not is_overridden(name, owner):
+                    raise ConfigurationError(f"--test_after_fit=true: {type(owner).__name__} has no {name}")
         if self.checkpoint is None:
             self._init_weights()
-            return
-        if not self.model.strict_loading:
             return
         if self.subcommand == "fit":
             name = "steps_per_execution"
@@ -309,8 +318,8 @@ class CLI(LightningCLI):
                     f"{self.ckpt_path} is of a run with {name}={steps}, which counts batches differently; "
                     f"resume with --model.{name}={steps}"
                 )
-        checkpoint, self.checkpoint = self.checkpoint, None
-        misfits = self._misfits(checkpoint["state_dict"])
+        checkpoint, self.checkpoint = self.checkpoint, None  # which may be large
+        misfits = self._misfits(checkpoint["state_dict"]) if self.model.strict_loading else []
         for name, there, here in misfits:
             raise CheckpointError(
                 f"{self.ckpt_path} is not of this model: {name} has the shape {there} there "
@@ -322,14 +331,15 @@ class CLI(LightningCLI):
                 f"{self.ckpt_path} resumes with the options of its run, and not with {', '.join(different)}; "
                 f"leave them out, or start a new run from its weights with --init_from={self.ckpt_path}"
             )
-        trainer = self.trainer
-        if self.subcommand == "fit" and is_finished(checkpoint, trainer.max_epochs, trainer.max_steps):
-            longer = "max_steps" if trainer.max_steps != -1 else "max_epochs"
+        if self.subcommand == "fit" and is_finished(checkpoint, self.trainer):
+            longer = "max_steps" if self.trainer.max_steps != -1 else "max_epochs"
             rank_zero_info(
                 f"{self.ckpt_path} is of a finished run, with {checkpoint['global_step']} steps: there is nothing left "
                 f"to do; raise --trainer.{longer} to train longer"
             )
             sys.exit(0)
+        if self.subcommand == "fit" and self.run.exists:
+            self.run.keep_table(checkpoint["global_step"])
 
     def _misfits(self, theirs: Mapping[str, Tensor]) -> list[tuple[str, Any, Any]]:
         """Names of weights whose shapes differ, with the shape there and here; None where there is none."""
@@ -349,7 +359,7 @@ class CLI(LightningCLI):
             return
         if not Path(path).exists():
             raise CheckpointError(f"--init_from={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints")
-        weights = read_checkpoint(path)["state_dict"]
+        weights = read_checkpoint(path, config.get("weights_only") is not False)["state_dict"]
         misfits = self._misfits(weights)
         listed = ", ".join(f"{name} ({there} there, {here} here)" for name, there, here in misfits)
         if misfits and config.init_strict:
@@ -377,7 +387,7 @@ class CLI(LightningCLI):
         sys.exit(f"{PROJECT}: error: {len(broken)} of {total} files could not be predicted")
 
     def _best_or_last(self) -> str:
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        best = getattr(best_checkpoint(self.trainer), "best_model_path", "")
         last = self.run.checkpoints / "last.ckpt" if self.run.exists else Path()
         return best or (str(last) if last.is_file() else "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import warnings
 from collections.abc import Iterator
@@ -78,9 +79,9 @@ class Dashboard(Callback):
         """Keep an error in a part of the dashboard from ending the run, and warn of it once."""
         try:
             yield
-        except OSError:
-            raise  # of the run's disk, which is not for the dashboard to hide
-        except Exception as error:  # whatever a model and its data can be
+        except Exception as error:  # whatever a model, its data and a server can be
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
+                raise  # of the run's disk, which is not for the dashboard to hide
             reason = (str(error) or type(error).__name__).splitlines()[0]
             self._leave_out(name, switch, reason)
 

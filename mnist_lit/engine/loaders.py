@@ -93,7 +93,16 @@ class ResumableLoader(DataLoader):
         return {"epoch": order.epoch, "samples": self._taken, **self._shares(order)} if order else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume in the checkpoint's epoch after the samples taken."""
+        """Resume in the checkpoint's epoch after the samples taken.
+
+        Raises:
+            ConfigurationError: if the position is that of another kind of loader.
+        """
+        if self._order and state_dict.keys() != self.state_dict().keys():
+            raise ConfigurationError(
+                "the checkpoint's position in the epoch is that of another kind of data loader; start a new run from "
+                "its weights with --init_from"
+            )
         self._resumed = state_dict
 
 

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +19,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from mnist_lit.engine import PROJECT
+from mnist_lit.engine.checkpoints import best_checkpoint
 from mnist_lit.engine.runs import Run
 from mnist_lit.engine.storage import atomic_write
 
@@ -56,15 +60,18 @@ class Provenance(Callback):
             "end": None,
             "exit": None,
         }
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if changes and (diff := _git("diff", "HEAD")):
-            with atomic_write(run.folder / "git.diff") as part:
-                part.write_text(diff, encoding="utf-8")
-        self._write(run)
+        with _looking_on():
+            run.folder.mkdir(parents=True, exist_ok=True)
+            if changes and (diff := _git("diff", "HEAD")):
+                with atomic_write(run.folder / "git.diff") as part:
+                    part.write_text(diff, encoding="utf-8")
+            self._write(run)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SystemExit) and isinstance(exception.code, int) and exception.code > 128:
-            self._end(trainer, signal.Signals(exception.code - 128).name)
+        code = exception.code if isinstance(exception, SystemExit) else None
+        known = {128 + known: known.name for known in signal.Signals}
+        if code in known:
+            self._end(trainer, known[code])
         else:
             first = (str(exception).splitlines() or [""])[0]
             self._end(trainer, f"{type(exception).__name__}: {first}")
@@ -87,14 +94,19 @@ class Provenance(Callback):
         if not self._start or not run.folder.exists():
             return
         self._start |= {"end": _now(), "exit": reason, "epoch": trainer.current_epoch, "step": trainer.global_step}
-        self._write(run)
-        metrics: dict[str, Any] = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-        best = trainer.checkpoint_callback
+        with _looking_on():
+            self._write(run)
+            self._write_metrics(trainer, run)
+
+    @staticmethod
+    def _write_metrics(trainer: Trainer, run: Run) -> None:
+        metrics: dict[str, Any] = {name: _finite(value) for name, value in sorted(trainer.callback_metrics.items())}
+        best = best_checkpoint(trainer)
         if path := getattr(best, "best_model_path", ""):
             score = getattr(best, "best_model_score", None)
             metrics["best"] = {
                 "checkpoint": Path(path).name,
-                str(getattr(best, "monitor", None)): None if score is None else score.item(),
+                str(getattr(best, "monitor", None)): None if score is None else _finite(score),
             }
         if metrics:
             _merge(run.folder / "metrics.json", metrics)
@@ -105,9 +117,25 @@ class Provenance(Callback):
             starts = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             starts = []
-        starts = [start for start in starts if start["start"] != self._start["start"]] + [self._start]
+        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+            starts = []
+        starts = [start for start in starts if start.get("start") != self._start["start"]] + [self._start]
         with atomic_write(path) as part:
             part.write_text(json.dumps(starts, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def _looking_on() -> Iterator[None]:
+    """Keep an error of writing from ending the run."""
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(f"no provenance.json and metrics.json are written: {error}")
+
+
+def _finite(value: torch.Tensor) -> float | None:
+    """For JSON, which knows neither nan nor inf."""
+    return value.item() if value.isfinite() else None
 
 
 def _merge(path: Path, metrics: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from mnist_lit.engine.errors import CheckpointError, ConfigurationError
 # Options whose effect is in the checkpoint: weights, optimizers, schedulers, random numbers, the best so far.
 RESTORED = ("seed_everything", "model", "optimizer", "lr_scheduler", "monitor", "mode", "best_checkpoint", "init_from")
 # Attributes of schedulers that say when they end.
-HORIZONS = ("total_steps", "T_max", "T_0", "total_iters", "milestones", "_milestones", "step_size_up")
+HORIZONS = ("total_steps", "T_max", "T_0", "total_iters", "milestones", "_milestones", "total_size")
 
 
 def restored_options(config: Namespace) -> dict[str, Any]:
@@ -24,18 +25,25 @@ def restored_options(config: Namespace) -> dict[str, Any]:
     options = {name: config.get(name) for name in RESTORED}
     callbacks = config.trainer.callbacks or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        kind = pkgutil.resolve_name(callback.class_path)
-        if kind.state_dict is not Callback.state_dict:
-            options[f"trainer.callbacks.{kind.__name__}"] = callback.get("init_args")
-    return json.loads(json.dumps(options, default=_plain))
+        kind = pkgutil.resolve_name(callback.class_path)  # or a function that makes a callback
+        if getattr(kind, "state_dict", Callback.state_dict) is not Callback.state_dict:
+            monitor = (callback.get("init_args") or {}).get("monitor", "")
+            options[f"trainer.callbacks.{kind.__name__}.{monitor}".rstrip(".")] = callback.get("init_args")
+    return json.loads(json.dumps(options, default=_plain, skipkeys=True))
 
 
 def _plain(value: Any) -> Any:
-    return value.as_dict() if isinstance(value, Namespace) else str(value)
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    # Of anything else its name, because some objects print their address.
+    return str(value) if isinstance(value, os.PathLike) else getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def different_options(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What two results of ``restored_options`` disagree in, one line each. A callback may come or go.
+    """What two results of ``restored_options`` disagree in, one line each. Options that only one has do not count:
+    a callback may come or go, and a model may have got one more option.
 
     Example:
         >>> different_options({"model": {"lr": 0.1}}, {"model": {"lr": 0.01}})
@@ -49,17 +57,22 @@ def different_options(there: Mapping[str, Any], here: Mapping[str, Any]) -> list
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in there.keys() | here.keys() if name else there.keys() & here.keys():
-            yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-    elif there != here:
+        for key in sorted(there.keys() & here.keys()):
+            yield from _differences(there[key], here[key], f"{name}.{key}" if name else key)
+    elif str(there) != str(here):  # nan is no other nan
         yield name, there, here
 
 
-def is_finished(checkpoint: Mapping[str, Any], max_epochs: int | None, max_steps: int) -> bool:
-    """Whether a run that ends after so many epochs or steps has nothing left to do."""
+def is_finished(checkpoint: Mapping[str, Any], trainer: Trainer) -> bool:
+    """Whether a trainer would have nothing left to do: enough epochs or steps are made, or it was stopped early."""
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    enough = max_epochs not in (None, -1) and epochs >= max_epochs
-    return bool(enough or checkpoint["global_step"] >= max_steps >= 0)
+    enough = trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs
+    stopped = [
+        state["wait_count"] >= state["patience"]
+        for key, state in checkpoint.get("callbacks", {}).items()
+        if trainer.early_stopping_callbacks and key.startswith("EarlyStopping")
+    ]
+    return bool(enough or any(stopped) or checkpoint["global_step"] >= trainer.max_steps >= 0)
 
 
 class ResumeGuard(Callback):
@@ -83,6 +96,8 @@ class ResumeGuard(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
             self._schedulers = checkpoint.get("lr_schedulers", [])
+        if trainer.lr_scheduler_configs:  # FSDP loads checkpoints after on_fit_start
+            self._compare(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the schedules, which are there by now and not restored yet."""
@@ -92,6 +107,9 @@ class ResumeGuard(Callback):
                 "StochasticWeightAveraging cannot be resumed exactly, its average and schedule are restored in part; "
                 "train in one piece, or use EMAWeightAveraging"
             )
+        self._compare(trainer)
+
+    def _compare(self, trainer: Trainer) -> None:
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=False):
             ours = dict(_horizons(config.scheduler.state_dict()))
             for name, theirs in _horizons(state):

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mnist_lit.engine.errors import ConfigurationError
 from mnist_lit.engine.storage import atomic_write
@@ -101,7 +101,7 @@ class Run(Callback):
     def of_checkpoint(cls, path: str | Path) -> Run | None:
         """The run that a checkpoint was written by, if it is still in that run's folder."""
         checkpoints = Path(path).absolute().parent
-        found = checkpoints.name == "checkpoints" and checkpoints.parents[1].name == LOGS
+        found = checkpoints.name == "checkpoints" and checkpoints.parent.parent.name == LOGS
         return cls(checkpoints.parent) if found else None
 
     @classmethod
@@ -130,8 +130,8 @@ class Run(Callback):
                 f"{relative(self.folder)} is being trained by another process; wait until it has ended, or start "
                 "a new run without --ckpt_path"
             ) from None
-        except OSError as error:
-            raise ConfigurationError(_unwritable(self.root, error)) from error
+        except OSError as error:  # not every file system has locks
+            rank_zero_warn(f"{relative(self.folder)} is not locked ({error}): train it in one process at a time")
         _held.append(lock)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -186,6 +186,7 @@ class Run(Callback):
             loggers: each with ``class_path`` and ``init_args``.
             checkpoint: that the run is resumed from, with the names of the loggers' own runs.
         """
+        known = list((checkpoint or {}).get("loggers", []))
         for logger in loggers:
             options, kind = logger.get("init_args") or Namespace(), logger.class_path.rpartition(".")[2]
             self._chosen.append(options.as_dict())
@@ -194,7 +195,10 @@ class Run(Callback):
             if kind in REMOTE_LOGGERS:
                 name, key = REMOTE_LOGGERS[kind]
                 options[name] = options.get(name) or self.name
-                options[key] = options.get(key) or (checkpoint or {}).get("loggers", {}).get(kind)
+                same = next((run for run in known if run[0] == kind), None)
+                if same:
+                    known.remove(same)
+                options[key] = options.get(key) or (same and same[1])
             if kind == "WandbLogger" and options.get("save_dir") in (None, "."):
                 options["save_dir"] = str(self.folder)
 
@@ -202,13 +206,18 @@ class Run(Callback):
         if options.get("version") is not None or options.get("name") != LOGS:
             return
         options["save_dir"], options["version"] = str(self.root), self.name
-        if checkpoint is None:
-            return
-        step, table = checkpoint["global_step"], self.folder / "metrics.csv"
-        if "purge_step" in options:
-            options["purge_step"] = step
-        if table.exists():  # CSVLogger starts it again
-            table.replace(table.with_name(f"metrics-to-step-{step}.csv"))
+        if checkpoint is not None and "purge_step" in options:
+            options["purge_step"] = checkpoint["global_step"]
+
+    def keep_table(self, step: int) -> None:
+        """Rename ``metrics.csv``, which CSVLogger starts again in a run that is resumed from this step.
+
+        Where that was done before, the table has only rows after this step, which are logged again.
+        """
+        table = self.folder / "metrics.csv"
+        kept = table.with_name(f"metrics-to-step-{step}.csv")
+        if table.exists() and not kept.exists() and not rank_zero_only.rank:  # type: ignore[attr-defined]
+            table.replace(kept)
 
     def release(self, loggers: list[Namespace]) -> None:
         """Undo ``direct``, for a config from which other runs are started."""
@@ -217,8 +226,8 @@ class Run(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the names of the loggers' own runs, which a resumed run continues."""
-        kinds = {type(logger).__name__: logger for logger in trainer.loggers}
-        checkpoint["loggers"] = {kind: str(kinds[kind].version) for kind in REMOTE_LOGGERS if kind in kinds}
+        named = [(type(logger).__name__, logger) for logger in trainer.loggers]
+        checkpoint["loggers"] = [[kind, str(logger.version)] for kind, logger in named if kind in REMOTE_LOGGERS]
 
 
 def loggers_of(config: Namespace) -> list[Namespace]:

@@ -45,7 +45,7 @@ EDITS: Edits = {
         (r'description = ".*"', 'description = "A PyTorch Lightning project"'),
         (r"(?s)\ntest = \[\n.*?\n\]", f'\ntest = ["{PROJECT}[export]", "pytest>=8,<10", "pytest-xdist>=3.5,<4"]'),
         (rf'"{PROJECT}\[test\]"', f'"{PROJECT}[sweep,test]"'),  # mypy reads what both import
-        (r'    "(mnist|gpu): .*\n', ""),
+        (r'    "(mnist|gpu|matrix): .*\n', ""),
         (r"pythonpath = .*\n", ""),
         (rf" \| {PROJECT}\.new", ""),
     ],

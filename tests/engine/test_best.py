@@ -30,12 +30,13 @@ def kept(run: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("monitor", "mode", "k", "name", "how"),
     [
-        ("val/acc", "auto", 1, None, "resumed"),
+        pytest.param("val/acc", "auto", 1, None, "resumed", marks=pytest.mark.slow),
         *(
-            pytest.param(monitor, mode, k, name, how, marks=pytest.mark.slow)
+            pytest.param(monitor, mode, k, name, how, marks=[pytest.mark.slow, *also])
             for monitor, mode in (("val/acc", "auto"), ("val/acc", "max"), ("val/loss", "auto"), ("val/loss", "max"))
             for k, name in ((1, None), (3, None), (2, "{epoch}-{val/loss:.3f}"), (1, "my/{step}"))
             for how in ("whole", "resumed", "moved")
+            for also in ([] if mode == "auto" and how == "moved" else [pytest.mark.matrix],)
         ),
     ],
 )

@@ -92,6 +92,8 @@ def assert_in_mlflow(folder: Path, small: Path) -> None:
     assert {point.step for point in client.get_metric_history(fitted.info.run_id, "val/loss")} == set(STEPS)
     assert fitted.data.params["config/data/init_args/dataset"] == str(small)
     assert "train/lr" in fitted.data.metrics
+    pictures = [found.path for found in client.list_artifacts(fitted.info.run_id, "images")]
+    assert any("confusion_matrix" in name for name in pictures), pictures
 
 
 def test_missing_library_of_a_logger_is_one_message(cli: Run, small: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
                 (
                     (*STOPPING, "--trainer.callbacks.patience=3"),
                     (*STOPPING, "--trainer.callbacks.patience=9"),
-                    "--trainer.callbacks.EarlyStopping.patience=9 (3",
+                    "--trainer.callbacks.EarlyStopping.val/loss.patience=9 (3",
                 ),
             ]
         ),
@@ -89,6 +89,7 @@ def test_another_batch_size_counts_from_the_next_epoch(cli: Run, small: Path, tm
 FAST = ("fit", "--config", CONFIGS / "fast.yaml", "--data.batch_size=64", "--dashboard.every_n_epochs=0")
 
 
+@pytest.mark.slow
 def test_schedule_of_another_length_is_refused(cli: Run, small: Path, tmp_path: Path) -> None:
     cli(*FAST, "--data.dataset", small, *STOPPED, ok=False)
     refused = cli(*FAST, "--data.dataset", small, "--trainer.max_epochs=4", "--ckpt_path=last", ok=False)

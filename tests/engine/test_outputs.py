@@ -183,9 +183,8 @@ def test_error_of_lightnings_in_an_option_is_one_message(cli: Run) -> None:
 # ----------------------------------------------------------------------------------------------- loggers
 
 
-@pytest.mark.parametrize(
-    "logger", ["false", *(pytest.param(n, marks=pytest.mark.slow) for n in ("returns.Remote", "CSVLogger"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["false", "returns.Remote", "CSVLogger"])
 def test_run_has_a_folder_whatever_its_logger(cli: Run, small: Path, tmp_path: Path, logger: str) -> None:
     """With its config and checkpoints, from which it is tested, predicted and resumed."""
     fit = ("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.log_every_n_steps=4")

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from common import ENVIRONMENT, RUN, Run, assert_same, checkpoint, curves
+from common import CONFIGS, ENVIRONMENT, OVERLAYS, RUN, Run, assert_same, checkpoint, curves
 from forks import Forks
 
 # 16 steps to an epoch; saved every 5, logged every 4. Everything that may go wrong is switched on.
@@ -165,12 +165,24 @@ def test_second_ctrl_c_stops_at_once(cli: Run, small: Path, tmp_path: Path) -> N
     assert checkpoint(tmp_path / RUN / "checkpoints" / "last.ckpt")["global_step"] == 5
 
 
+KILLED = {
+    "chance": ("--config", "settings.yaml"),
+    "one cycle": ("--config", CONFIGS / "fast.yaml", "--data.batch_size=64", "--trainer.log_every_n_steps=4"),
+    "TensorBoard and W&B": ("--config", "settings.yaml", "--config", OVERLAYS / "wandb.yaml"),
+}
+
+
 @slow
-def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["chance", *(pytest.param(kind, marks=pytest.mark.matrix) for kind in list(KILLED)[1:])]
+)
+def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Path, tmp_path: Path, kind: str) -> None:
     """Killed at random moments, up to three times each; every fourth has to make its dataset first, and three
     of eight are met for the first time in a phase that chance may miss.
     """
-    chance = random.Random(1)
+    if "W&B" in kind:
+        pytest.importorskip("wandb", reason="needs the extra [trackers]")
+    chance, environment = random.Random(1), ENVIRONMENT | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     data = {
         "small": ("--data.dataset", small),
         "digits": (
@@ -183,9 +195,9 @@ def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Pat
     def start(folder: Path, name: str, *arguments: object) -> int:
         folder.mkdir(exist_ok=True)
         (folder / "settings.yaml").write_text(SETTINGS)
-        settings = ["fit", "--config", "settings.yaml", *map(str, data[name] + arguments)]
+        settings = ["fit", *map(str, KILLED[kind] + data[name] + arguments)]
         settings += ["--last_checkpoint.every_n_train_steps=3", "--trainer.callbacks+=interrupt.Phase"]
-        return forks.start(folder, settings, ENVIRONMENT, folder / "output", folder / "output")
+        return forks.start(folder, settings, environment, folder / "output", folder / "output")
 
     seconds = {}
     for name in data:
@@ -219,6 +231,6 @@ def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Pat
         assert "Traceback" not in (folder / "output").read_text()
         runs = sorted((folder / "lightning_logs").iterdir())
         assert_same_run(runs[-1], tmp_path / name / RUN)
-    print(f"40 of 40 runs end in the uninterrupted run's bytes, after {kills.total()} kills: {dict(kills)}")
+    print(f"{kind}: 40 of 40 runs end in the uninterrupted run's bytes, after {kills.total()} kills: {dict(kills)}")
     assert kills.total() >= 40
     assert {"data", "training", "validation", "checkpoint"} <= kills.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,16 @@ def assert_resumes(cli_in: Run, folder: Path, small: Path, whole, stop: tuple, *
     assert_same_run(sorted((folder / "lightning_logs").iterdir())[-1], whole(*settings))
 
 
-@pytest.mark.parametrize("signum", ["SIGKILL", "SIGTERM"])
-@pytest.mark.parametrize("point", POINTS, ids=lambda point: f"{point[0]}-{point[1]}")
-@pytest.mark.parametrize("model", MODELS)
+def every(n: int, cases: list[tuple]) -> list:
+    """All of them; but for every n-th they are in the full matrix alone."""
+    return [
+        case if index % n == 0 else pytest.param(*case, marks=pytest.mark.matrix) for index, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "point", "signum"), every(3, list(product(MODELS, POINTS, ("SIGKILL", "SIGTERM")))), ids=str
+)
 def test_stopped_anywhere(
     cli_in: Run, small: Path, tmp_path: Path, whole, model: str, point: tuple[str, int], signum: str
 ) -> None:
@@ -80,8 +88,7 @@ def test_stopped_anywhere(
     assert_resumes(cli_in, tmp_path, small, whole, (signum, *point), *MODELS[model])
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "setting"), every(4, list(product(MODELS, SETTINGS))))
 def test_in_other_settings(cli_in: Run, small: Path, tmp_path: Path, whole, model: str, setting: str) -> None:
     step = 3 if setting != "workers" else 21  # of 6 or 8 to an epoch
     stop = ("SIGKILL" if setting == "workers" else "SIGTERM", "on_train_batch_end", step)

@@ -41,9 +41,9 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen:
 
 
 def test_sweep_leaves_runs_the_best_config_and_plots(cli: Run, arguments: tuple, tmp_path: Path) -> None:
-    done = cli(*arguments, "--trials=3")
+    done = cli(*arguments, "--trials=2")
     found = trials(tmp_path)
-    assert len(found) == 3
+    assert len(found) == 2
     best = min(found, key=lambda trial: trial.value)
     for trial in found:
         config = yaml.safe_load((tmp_path / trial.user_attrs["run"] / "config.yaml").read_text())
