@@ -157,7 +157,8 @@ def test_dataset_really_used_is_on_record_and_another_one_is_refused(
 
     asked_for = cli(*quick, *offline, "--data.dataset=digits")
     assert "NOT MNIST" not in asked_for.stderr
-    refused = cli(*quick, "--data.dataset", small, "--ckpt_path", last, ok=False)
+    longer = (*quick, "--trainer.max_epochs=3")
+    refused = cli(*longer, "--data.dataset", small, "--ckpt_path", last, ok=False)
     assert "trained on digits" in refused.stderr
     assert "Traceback" not in refused.stderr
 

@@ -266,7 +266,7 @@ def test_full_disk_is_one_message_whatever_fails_first(cli: Run, nearly_full, ti
     resume, folder = nearly_full
     before = (folder / "last.ckpt").read_bytes()
     logger = ("--trainer.logger=returns.FullDisk",) if first.startswith("checkpoint") else ()
-    done = cli(*resume(4096 if first == "config" else 16384 + 4096), *logger, ok=False)
+    done = cli(*resume(4096 if first == "config" else 32768), *logger, ok=False)
     assert_one_message(done, "No space left on device", "make room", "--ckpt_path=last")
     assert first == "config" or "cannot write the checkpoint" in done.stderr
     assert (folder / "last.ckpt").read_bytes() == before
@@ -306,7 +306,7 @@ def test_run_folder_deleted_while_training(cli: Run, small: Path, tmp_path: Path
     kept = tmp_path / RUN / "checkpoints" / "exception.ckpt"
     # Deleted after step 10; the thread that writes the curves notices at some time after that.
     assert checkpoint(kept)["global_step"] in range(11, 17)
-    cli(*QUICK, "--data.dataset", small, "--ckpt_path", kept)
+    cli(*QUICK, "--data.dataset", small, "--init_from", kept)
 
 
 def test_error_in_training_keeps_the_weights_and_shows_its_traceback(cli: Run, small: Path, tmp_path: Path) -> None:

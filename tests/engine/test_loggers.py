@@ -38,7 +38,12 @@ def wandb_runs(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*"))
 
 
-@pytest.mark.parametrize("name", LOGGERS)
+ALSO = {"default", "tensorboard", "csv", "tensorboard+mlflow", "wandb+tensorboard"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.matrix] if name in ALSO else []) for name in LOGGERS]
+)
 def test_killed_resumed_and_tested(cli: Run, small: Path, tmp_path: Path, name: str) -> None:
     if "wandb" in name:
         pytest.importorskip("wandb", reason="needs the extra [trackers]")
