@@ -153,6 +153,7 @@ def bright(cli: Run, small: Path, tmp_path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+@pytest.mark.slow
 def test_regression_learns_values(bright, tmp_path: Path) -> None:
     losses = [event.value for event in run_of(tmp_path).Scalars("val/mse")]
     assert losses[-1] < 0.05 < losses[0]

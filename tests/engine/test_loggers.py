@@ -38,7 +38,7 @@ def wandb_runs(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*"))
 
 
-ALSO = {"default", "tensorboard", "csv", "tensorboard+mlflow", "wandb+tensorboard"}
+ALSO = {"default", "tensorboard", "csv", "wandb", "mlflow", "wandb+tensorboard", "own folder"}
 
 
 @pytest.mark.parametrize(

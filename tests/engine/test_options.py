@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ((), ("--model.lr=0.01",), "--model.lr=0.01 (0.1 in the checkpoint)"),
         *(
-            pytest.param(first, then, named, marks=pytest.mark.slow)
+            pytest.param(first, then, named, marks=[pytest.mark.slow, pytest.mark.matrix])
             for first, then, named in [
                 ((), ("--model.momentum=0.5",), "--model.momentum=0.5 (0.9"),
                 ((), ("--seed_everything=99",), "--seed_everything=99"),
@@ -167,7 +167,8 @@ def test_new_run_from_old_weights(cli: Run, small: Path, tmp_path: Path) -> None
         torch.testing.assert_close(weight, old["state_dict"][name], rtol=0, atol=1e-20)
 
 
-@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
 def test_weights_that_do_not_fit_are_listed(cli: Run, small: Path, tmp_path: Path, strict: bool) -> None:
     cli(*CNN, "--data.dataset", small, "--trainer.max_epochs=1")
     other = (*CNN, "--data.dataset", small, "--data.num_classes=12", f"--init_from={LAST}", "--trainer.max_epochs=1")

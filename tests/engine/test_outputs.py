@@ -30,7 +30,7 @@ def predicted(folder: Path, name: str) -> Path:
     ("model", "data"),
     [
         ("Scalars", "Pairs"),
-        ("Nothing", "Triples"),
+        pytest.param("Nothing", "Triples", marks=pytest.mark.slow),
         pytest.param("Values", "Dicts", marks=pytest.mark.slow),
         pytest.param("Columns", "Triples", marks=pytest.mark.slow),
         pytest.param("Maps", "Pairs", marks=pytest.mark.slow),

@@ -40,6 +40,7 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=output)
 
 
+@pytest.mark.slow
 def test_sweep_leaves_runs_the_best_config_and_plots(cli: Run, arguments: tuple, tmp_path: Path) -> None:
     done = cli(*arguments, "--trials=2")
     found = trials(tmp_path)
