@@ -64,7 +64,9 @@ def saved(folder: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["npz", "pkl.gz"])
-@pytest.mark.parametrize("model", ["Logistic", "CNN", "FastCNN"])
+@pytest.mark.parametrize(
+    "model", ["FastCNN", *(pytest.param(m, marks=pytest.mark.matrix) for m in ("CNN", "Logistic"))]
+)
 def test_classes_and_sizes_come_from_the_data(own, tmp_path: Path, model: str, suffix: str) -> None:
     data = f"--data.dataset=seven.{suffix}"
     own("fit", f"--model={model}", data, "--trainer.max_epochs=1")

@@ -23,6 +23,7 @@ def make(root: Path, gate: Any, names: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_eight_starts_at_once_make_eight_folders(tmp_path: Path) -> None:
     """In each of 20 rounds. The gate opens for all of them in the moment before they look for a name."""
     context = multiprocessing.get_context("forkserver")

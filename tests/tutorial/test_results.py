@@ -37,7 +37,7 @@ def test_mnist_ends_in_the_band_of_the_tutorial(
 
 
 @pytest.mark.mnist
-@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.matrix) for seed in (3, 4, 5))])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.matrix) for seed in (2, 3, 4, 5))])
 def test_fast_reaches_99_percent_on_mnist(cli: Run, mnist_dir: Path, seed: int) -> None:
     _, tested = fit_and_test(cli, "fast.yaml", mnist_dir, "--data.dataset=mnist", f"--seed_everything={seed}")
     assert tested["test/acc"] >= 0.99
