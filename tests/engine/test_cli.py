@@ -88,11 +88,13 @@ def test_clean_run_says_nothing_that_a_user_can_do_nothing_about(cli: Run, small
     assert "Tip" not in done.stdout
 
 
+@pytest.mark.slow
 def test_real_warnings_stay(cli: Run, small: Path) -> None:
     done = cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--data.batch_size=128")  # 8 steps
     assert "smaller than the logging interval" in done.stderr
 
 
+@pytest.mark.slow
 def test_settings_can_be_overridden(cli: Run, small: Path, tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("trainer:\n  max_epochs: 3\ndata:\n  batch_size: 100\n")

@@ -60,6 +60,7 @@ def test_profile_prints_a_table(fit) -> None:
     assert re.search(r"\[Strategy\]SingleDeviceStrategy.backward\s+\|", printed)
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_when_nothing_gets_better(fit, tmp_path: Path) -> None:
     fit("logistic", "early_stopping", settings=("--model.lr=2",))
     losses = [event.value for event in run_of(tmp_path).Scalars("val/loss")]
@@ -68,6 +69,7 @@ def test_early_stopping_ends_when_nothing_gets_better(fit, tmp_path: Path) -> No
     assert losses.index(min(losses)) == len(losses) - 4
 
 
+@pytest.mark.slow
 def test_overlays_of_callbacks_add_up(fit, tmp_path: Path) -> None:
     fit("logistic", "early_stopping", "find_lr", settings=("--trainer.max_epochs=1",))
     config = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "config.yaml").read_text())

@@ -94,6 +94,7 @@ def test_own_network_trains_from_a_yaml(own, tmp_path: Path) -> None:
     assert saved(tmp_path)["state_dict"]["net.4.weight"].shape == (7, 16)
 
 
+@pytest.mark.slow
 def test_everything_may_be_ones_own(own, tmp_path: Path) -> None:
     done = own(
         *("fit", "--config=own.yaml", "--model=my_net.Smooth", "--data=my_net.Stripes"),

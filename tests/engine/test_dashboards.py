@@ -113,6 +113,7 @@ def test_browser_shows_charts_images_settings_and_graph(server: str) -> None:
                 assert any("CNN" in text for text in page.locator("svg g.node").all_text_contents())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [("--dashboard.every_n_epochs=0",), ("--trainer.logger=false",)])
 def test_dashboard_is_silent(cli: Run, small: Path, tmp_path: Path, settings) -> None:
     cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, *settings)

@@ -19,6 +19,7 @@ SCHEDULED = ("--optimizer=Adam", "--lr_scheduler=ExponentialLR", "--lr_scheduler
 EIGHT = ("--config", OVERLAYS / "speed.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

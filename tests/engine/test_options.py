@@ -155,6 +155,7 @@ def test_weights_of_an_error_are_none_to_resume_from(cli: Run, small: Path, tmp_
 # ----------------------------------------------------------------------------------------- from old weights
 
 
+@pytest.mark.slow
 def test_new_run_from_old_weights(cli: Run, small: Path, tmp_path: Path) -> None:
     """Of them alone: the first step's momentum, epoch and schedule are those of a new run."""
     cli(*CNN, "--data.dataset", small, *STOPPED, ok=False)
@@ -188,6 +189,7 @@ def test_weights_that_are_not_there(cli: Run, small: Path) -> None:
 # ------------------------------------------------------------------------------------------ what a run tells
 
 
+@pytest.mark.slow
 def test_run_tells_what_made_it_and_how_it_ended(cli: Run, small: Path, tmp_path: Path) -> None:
     cli(*CNN, "--data.dataset", small, *STOPPED, ok=False)
     done = cli(*CNN, "--data.dataset", small, "--ckpt_path=last", "--test_after_fit=true")

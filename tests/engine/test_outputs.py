@@ -61,6 +61,7 @@ def test_whatever_steps_return_and_batches_are(cli: Run, tmp_path: Path, model: 
         assert not predicted(tmp_path, "csv").exists()
 
 
+@pytest.mark.slow
 def test_switches_that_the_warning_names_silence_it(cli: Run) -> None:
     switches = ("--dashboard.confusion_matrix=false", "--dashboard.mistakes=0")
     done = cli("fit", "--model=returns.Scalars", "--data=returns.Triples", *QUICK, *switches)
@@ -120,6 +121,7 @@ def test_three_best_by_another_metric(cli: Run, small: Path, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------- by configuration alone
 
 
+@pytest.mark.slow
 def test_label_smoothing(cli: Run, small: Path, tmp_path: Path) -> None:
     """The loss that is logged is the chosen one."""
     loss = ("--model.loss=torch.nn.CrossEntropyLoss", "--model.loss.label_smoothing=0.1")
