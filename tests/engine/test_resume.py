@@ -90,7 +90,7 @@ slow = pytest.mark.slow
 STOPS = [
     (("SIGKILL", "on_train_batch_end", 8), ()),
     *(
-        pytest.param(stop, settings, marks=slow if WORKERS == settings else [slow, pytest.mark.matrix])
+        pytest.param(stop, settings, marks=slow if settings == WORKERS else [slow, pytest.mark.matrix])
         for stop, settings in [
             (("SIGTERM", "on_train_batch_start", 20), ()),
             (("SIGINT", "on_validation_batch_start", 16), ()),
