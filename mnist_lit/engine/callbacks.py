@@ -90,7 +90,7 @@ class Compile(Callback):
 
 class NoProfiler(PassThroughProfiler):
     """Lightning's default profiler, without the generator that it makes for every hook of every callback, and
-    without calls of hooks that are empty: together a quarter of an epoch of the logistic model.
+    without calls of hooks that are empty.
     """
 
     # Those of every step.

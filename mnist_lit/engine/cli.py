@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jsonargparse._typehints as typehints
 import lightning.pytorch
@@ -58,7 +58,7 @@ from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.predictions import PredictionsFile
 from mnist_lit.engine.provenance import Provenance
 from mnist_lit.engine.resume import ResumeGuard, different_options, is_finished, restored_options
-from mnist_lit.engine.runs import LOGS, Run, RunConfig, loggers_of, relative
+from mnist_lit.engine.runs import LOGS, Run, RunConfig, as_list, loggers_of, relative
 from mnist_lit.engine.schema import Print, print_completion, print_schema
 
 # Warnings that a user can do nothing about: they tell one library's authors about another's.
@@ -105,7 +105,8 @@ class CLI(LightningCLI):
     """``LightningCLI`` that keeps the best and the last checkpoint, finds mistakes early and ends with a table."""
 
     default_data_module = ""
-    commands = ("fit", "validate", "test", "predict", "export")
+    # Lightning's, and Trainer.export; with the arguments of each that are no options.
+    commands: ClassVar = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
     command = ""  # of this process; only its options are collected, because those of each take 0.1 s
     more_commands: tuple[str, ...] = ("sweep",)  # that are no subcommands of LightningCLI
     run = Run()  # that the command makes or resumes
@@ -117,9 +118,8 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and ``Trainer.export``."""
-        skipped = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
-        return {command: skipped[command] for command in CLI.commands if CLI.command in (command, "")}
+        """The command of this process, if it is known, else all."""
+        return {name: skipped for name, skipped in CLI.commands.items() if CLI.command in (name, "")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         completion = partial(print_completion, commands=[*self.commands, *self.more_commands])
@@ -203,7 +203,7 @@ class CLI(LightningCLI):
     def _fill_in_monitor(self, config: Namespace) -> None:
         """Hand the metric that decides to every callback and scheduler with ``monitor: auto``."""
         self._automatic = []
-        for chosen in (*_as_list(config.trainer.callbacks), config.get("lr_scheduler")):
+        for chosen in (*as_list(config.trainer.callbacks), config.get("lr_scheduler")):
             options = chosen.get("init_args") if isinstance(chosen, Namespace) else None
             if options and options.get("monitor") == "auto":
                 self._automatic.append((options, options.get("mode")))
@@ -222,9 +222,7 @@ class CLI(LightningCLI):
             parser.error(f"--ckpt_path={self.ckpt_path}: {self.subcommand} needs the path of a checkpoint")
         elif "://" not in self.ckpt_path and self.ckpt_path != "hpc":
             if not Path(self.ckpt_path).exists():
-                parser.error(
-                    f"--ckpt_path={self.ckpt_path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
-                )
+                parser.error(_no_such_checkpoint("ckpt_path", self.ckpt_path))
             self.checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
             self._take_num_classes(config)
             if self.subcommand == "fit" and Path(self.ckpt_path).name == EXCEPTION:
@@ -280,7 +278,7 @@ class CLI(LightningCLI):
                     purge_step=self.checkpoint["global_step"] if resumes and self.checkpoint else None,
                     default_hp_metric=False,
                 )
-        plugins, callbacks = _as_list(init.plugins), _as_list(init.callbacks)
+        plugins, callbacks = as_list(init.plugins), as_list(init.callbacks)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, CheckpointFiles()]
         if config.enable_progress_bar is not False and not any(
@@ -293,7 +291,7 @@ class CLI(LightningCLI):
             callbacks = [*callbacks, PredictionsFile()]
         if self.subcommand == "fit":
             callbacks = [*callbacks, ResumeGuard(self._restored)]
-        if not any(isinstance(callback, Metrics) for callback in _as_list(self.model.configure_callbacks())):
+        if not any(isinstance(callback, Metrics) for callback in as_list(self.model.configure_callbacks())):
             callbacks = [*callbacks, Metrics()]  # for steps that return the outputs it needs
         return super().instantiate_trainer(**kwargs, callbacks=[self.run, Provenance(), *callbacks])
 
@@ -358,7 +356,7 @@ class CLI(LightningCLI):
         if self.subcommand != "fit" or path is None:
             return
         if not Path(path).exists():
-            raise CheckpointError(f"--init_from={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints")
+            raise CheckpointError(_no_such_checkpoint("init_from", path))
         weights = read_checkpoint(path, config.get("weights_only") is not False)["state_dict"]
         misfits = self._misfits(weights)
         listed = ", ".join(f"{name} ({there} there, {here} here)" for name, there, here in misfits)
@@ -424,6 +422,10 @@ class CLI(LightningCLI):
             console.print(f"  {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
 
 
+def _no_such_checkpoint(option: str, path: str | Path) -> str:
+    return f"--{option}={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
+
+
 def _viewer(logger: Logger) -> list[str]:
     """The command that shows what a logger has logged; none for one that shows it by itself."""
     if isinstance(logger, TensorBoardLogger):
@@ -433,10 +435,6 @@ def _viewer(logger: Logger) -> list[str]:
     if isinstance(logger, WandbLogger) and logger._offline:
         return ["wandb", "sync", relative(Path(logger.experiment.dir).parent)]
     return []
-
-
-def _as_list(chosen: Any) -> list[Any]:
-    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] if chosen else []
 
 
 _keep_accepted = typehints.discard_init_args_on_class_path_change
@@ -497,9 +495,7 @@ def with_config_of_run(args: list[str]) -> list[str]:
         return args
     if not named.ckpt_path.exists():
         if args[0] in ("validate", "test", "predict", "export"):
-            raise ConfigurationError(
-                f"--ckpt_path={named.ckpt_path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
-            )
+            raise ConfigurationError(_no_such_checkpoint("ckpt_path", named.ckpt_path))
         return args
     config = Run(named.ckpt_path.absolute().parents[1]).config
     if not config.is_file():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from mnist_lit.engine.checkpoints import best_checkpoint
 from mnist_lit.engine.metrics import metric_names
 from mnist_lit.engine.outputs import as_outputs, class_names, classification, display, find_classes, find_images
 from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
@@ -286,7 +287,7 @@ def _add_hparams(writer: SummaryWriter, trainer: Trainer, pl_module: LightningMo
     # The tab reads the metrics out of the run's curves; the numbers here only name them.
     assert writer.file_writer is not None
     names = [f"val/{name}" for name in metric_names(trainer)] + ["train/loss"]
-    monitor = getattr(trainer.checkpoint_callback, "monitor", None)
+    monitor = getattr(best_checkpoint(trainer), "monitor", None)
     for summary in hparams(values, dict.fromkeys([monitor, *names] if monitor else names, 0)):
         writer.file_writer.add_summary(summary)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,6 +26,7 @@ from mnist_lit.engine.checkpoints import best_checkpoint
 from mnist_lit.engine.runs import Run
 from mnist_lit.engine.storage import atomic_write
 
+Content = TypeVar("Content", dict, list)
 PACKAGES = ("torch", "lightning", "torchmetrics", "jsonargparse", "numpy")
 
 
@@ -42,7 +43,8 @@ class Provenance(Callback):
     """
 
     def __init__(self) -> None:
-        self._start: dict[str, Any] = {}
+        self._start: dict[str, Any] = {}  # of this process
+        self._earlier: list[Any] = []  # starts of the same run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         run = Run.of(trainer)
@@ -65,7 +67,8 @@ class Provenance(Callback):
             if changes and (diff := _git("diff", "HEAD")):
                 with atomic_write(run.folder / "git.diff") as part:
                     part.write_text(diff, encoding="utf-8")
-            self._write(run)
+            self._earlier = _read(run.folder / "provenance.json", list)
+            _write(run.folder / "provenance.json", [*self._earlier, self._start])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         code = exception.code if isinstance(exception, SystemExit) else None
@@ -95,7 +98,7 @@ class Provenance(Callback):
             return
         self._start |= {"end": _now(), "exit": reason, "epoch": trainer.current_epoch, "step": trainer.global_step}
         with _looking_on():
-            self._write(run)
+            _write(run.folder / "provenance.json", [*self._earlier, self._start])
             self._write_metrics(trainer, run)
 
     @staticmethod
@@ -109,19 +112,8 @@ class Provenance(Callback):
                 str(getattr(best, "monitor", None)): None if score is None else _finite(score),
             }
         if metrics:
-            _merge(run.folder / "metrics.json", metrics)
-
-    def _write(self, run: Run) -> None:
-        path = run.folder / "provenance.json"
-        try:
-            starts = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            starts = []
-        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
-            starts = []
-        starts = [start for start in starts if start.get("start") != self._start["start"]] + [self._start]
-        with atomic_write(path) as part:
-            part.write_text(json.dumps(starts, indent=1), encoding="utf-8")
+            # Those of a test after a fit stand beside the fit's.
+            _write(run.folder / "metrics.json", {**_read(run.folder / "metrics.json", dict), **metrics})
 
 
 @contextmanager
@@ -138,14 +130,18 @@ def _finite(value: torch.Tensor) -> float | None:
     return value.item() if value.isfinite() else None
 
 
-def _merge(path: Path, metrics: dict[str, Any]) -> None:
-    """Those of a test after a fit stand beside the fit's."""
+def _read(path: Path, kind: type[Content]) -> Content:
+    """What a file holds; nothing if there is none, or if it holds something of another kind."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        before = {}
+        return kind()
+    return content if isinstance(content, kind) else kind()
+
+
+def _write(path: Path, content: dict | list) -> None:
     with atomic_write(path) as part:
-        part.write_text(json.dumps({**before, **metrics}, indent=1), encoding="utf-8")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _git(*arguments: str) -> str:

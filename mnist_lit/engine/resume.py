@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 
 from mnist_lit.engine.errors import CheckpointError, ConfigurationError
+from mnist_lit.engine.runs import as_list
 
 # Options whose effect is in the checkpoint: weights, optimizers, schedulers, random numbers, the best so far.
 RESTORED = ("seed_everything", "model", "optimizer", "lr_scheduler", "monitor", "mode", "best_checkpoint", "init_from")
@@ -23,8 +24,7 @@ HORIZONS = ("total_steps", "T_max", "T_0", "total_iters", "milestones", "_milest
 def restored_options(config: Namespace) -> dict[str, Any]:
     """The options of a command that a resumed run takes from its checkpoint, as plain values."""
     options = {name: config.get(name) for name in RESTORED}
-    callbacks = config.trainer.callbacks or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+    for callback in as_list(config.trainer.callbacks):
         kind = pkgutil.resolve_name(callback.class_path)  # or a function that makes a callback
         if getattr(kind, "state_dict", Callback.state_dict) is not Callback.state_dict:
             monitor = (callback.get("init_args") or {}).get("monitor", "")

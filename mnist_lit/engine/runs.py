@@ -35,7 +35,6 @@ def relative(path: str | Path) -> str:
 REMOTE_LOGGERS = {"WandbLogger": ("name", "id"), "MLFlowLogger": ("run_name", "run_id")}
 LOCK_TIMEOUT = 15.0  # s: the workers of a killed process hold its lock until they notice that it is gone
 
-
 _held: list[FileLock] = []  # of this process's run; a callback is copied to other processes, a lock is not
 
 
@@ -230,10 +229,14 @@ class Run(Callback):
         checkpoint["loggers"] = [[kind, str(logger.version)] for kind, logger in named if kind in REMOTE_LOGGERS]
 
 
+def as_list(chosen: Any) -> list[Any]:
+    """An option that may be one thing, several or none, as a list."""
+    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] if chosen else []
+
+
 def loggers_of(config: Namespace) -> list[Namespace]:
     """The loggers that a config describes, one or several."""
-    chosen = config.trainer.logger
-    return [logger for logger in (chosen if isinstance(chosen, list) else [chosen]) if isinstance(logger, Namespace)]
+    return [logger for logger in as_list(config.trainer.logger) if isinstance(logger, Namespace)]
 
 
 def _unwritable(root: Path, error: OSError) -> str:
