@@ -57,7 +57,7 @@ from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.predictions import PredictionsFile
 from mnist_lit.engine.provenance import Provenance
-from mnist_lit.engine.resume import ResumeGuard, different_options, is_finished, restored_options
+from mnist_lit.engine.resume import ResumeGuard, different_options, longer_if_finished, restored_options
 from mnist_lit.engine.runs import LOGS, Run, RunConfig, as_list, loggers_of, relative
 from mnist_lit.engine.schema import Print, print_completion, print_schema
 
@@ -211,6 +211,10 @@ class CLI(LightningCLI):
 
     def _read_checkpoint(self, config: Namespace) -> None:
         parser = self._parser(self.subcommand)
+        if self.subcommand == "fit" and self.ckpt_path and config.trainer.fast_dev_run:
+            raise ConfigurationError(
+                "--trainer.fast_dev_run makes its few steps from the start and resumes nothing; leave out --ckpt_path"
+            )
         if self.subcommand == "fit" and self.ckpt_path == "last":
             self.ckpt_path = self._last_checkpoint(config)
         if self.ckpt_path is None:
@@ -329,11 +333,10 @@ class CLI(LightningCLI):
                 f"{self.ckpt_path} resumes with the options of its run, and not with {', '.join(different)}; "
                 f"leave them out, or start a new run from its weights with --init_from={self.ckpt_path}"
             )
-        if self.subcommand == "fit" and is_finished(checkpoint, self.trainer):
-            longer = "max_steps" if self.trainer.max_steps != -1 else "max_epochs"
+        if self.subcommand == "fit" and (longer := longer_if_finished(checkpoint, self.trainer)):
             rank_zero_info(
                 f"{self.ckpt_path} is of a finished run, with {checkpoint['global_step']} steps: there is nothing left "
-                f"to do; raise --trainer.{longer} to train longer"
+                f"to do; {longer} to train longer"
             )
             sys.exit(0)
         if self.subcommand == "fit" and self.run.exists:

@@ -63,16 +63,19 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, A
         yield name, there, here
 
 
-def is_finished(checkpoint: Mapping[str, Any], trainer: Trainer) -> bool:
-    """Whether a trainer would have nothing left to do: enough epochs or steps are made, or it was stopped early."""
+def longer_if_finished(checkpoint: Mapping[str, Any], trainer: Trainer) -> str:
+    """How to train longer, if a trainer would have nothing left to do; else nothing."""
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    enough = trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs
+    if checkpoint["global_step"] >= trainer.max_steps >= 0:
+        return "raise --trainer.max_steps"
+    if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
+        return "raise --trainer.max_epochs"
     stopped = [
         state["wait_count"] >= state["patience"]
         for key, state in checkpoint.get("callbacks", {}).items()
         if trainer.early_stopping_callbacks and key.startswith("EarlyStopping")
     ]
-    return bool(enough or any(stopped) or checkpoint["global_step"] >= trainer.max_steps >= 0)
+    return "it was stopped early, so leave out EarlyStopping" if any(stopped) else ""
 
 
 class ResumeGuard(Callback):

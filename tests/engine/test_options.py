@@ -114,6 +114,33 @@ def test_finished_run_has_nothing_left_to_do(cli: Run, small: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_run_that_was_stopped_early_is_finished_until_early_stopping_is_left_out(
+    cli: Run, small: Path, tmp_path: Path
+) -> None:
+    command = (*CNN, "--data.dataset", small, "--trainer.max_epochs=4")
+    stopping = (*STOPPING, "--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=10")
+    cli(*command, *stopping)
+    assert checkpoint(tmp_path / LAST)["global_step"] == 2 * 16
+    before = contents(tmp_path)
+    again = cli(*command, *stopping, "--ckpt_path=last")
+    assert "finished run, with 32 steps" in again.stderr
+    assert "leave out EarlyStopping to train longer" in again.stderr
+    assert contents(tmp_path) == before
+    cli(*command, "--ckpt_path=last")
+    assert checkpoint(tmp_path / LAST)["global_step"] == 4 * 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["last", LAST], ids=str)
+def test_run_of_a_few_steps_resumes_nothing(cli: Run, small: Path, tmp_path: Path, path: str | Path) -> None:
+    cli(*CNN, "--data.dataset", small, *STOPPED, ok=False)
+    before = contents(tmp_path)
+    refused = cli(*CNN, "--data.dataset", small, "--trainer.fast_dev_run=3", f"--ckpt_path={path}", ok=False)
+    assert_one_message(refused, "--trainer.fast_dev_run", "leave out --ckpt_path")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
 def test_averaging_that_is_not_restored_is_refused(cli: Run, small: Path) -> None:
     averaging = ("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.05")
     cli(*CNN, "--data.dataset", small, *averaging, *STOPPED, ok=False)
