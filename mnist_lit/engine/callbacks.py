@@ -89,8 +89,8 @@ class Compile(Callback):
 
 
 class NoProfiler(PassThroughProfiler):
-    """Lightning's default profiler, without the generator that it makes for every hook of every callback, and
-    without calls of hooks that are empty.
+    """Lightning's default profiler, without the generator that it makes for every hook, and without calls of
+    hooks that are empty.
     """
 
     # Those of every step.
@@ -102,10 +102,13 @@ class NoProfiler(PassThroughProfiler):
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Have Lightning pass over empty hooks, as it does over attributes that cannot be called."""
         module = getattr(self, "_lightning_module", None)  # which Lightning sets before
-        for callback in module.trainer.callbacks if module else ():
+        if module is None:
+            return
+        for owner in (module, *module.trainer.callbacks):
+            base = LightningModule if owner is module else Callback
             for hook in self.HOOKS:
-                if getattr(getattr(callback, hook), "__func__", None) is getattr(Callback, hook):
-                    setattr(callback, hook, None)
+                if getattr(getattr(owner, hook), "__func__", None) is getattr(base, hook):
+                    setattr(owner, hook, None)
 
     def profile(self, action_name: str) -> Any:
         """Measure nothing."""
