@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import time
 from collections import Counter
@@ -177,7 +178,7 @@ KILLED = {
     "kind", ["chance", *(pytest.param(kind, marks=pytest.mark.matrix) for kind in list(KILLED)[1:])]
 )
 def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Path, tmp_path: Path, kind: str) -> None:
-    """Killed at random moments, up to three times each; every fourth has to make its dataset first, and three
+    """Killed at random moments, one to three times each; every fourth has to make its dataset first, and three
     of eight are met for the first time in a phase that chance may miss.
     """
     if "W&B" in kind:
@@ -208,8 +209,8 @@ def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Pat
 
     kills: Counter[str] = Counter()
     for i in range(40):
-        name, folder = "small" if i % 4 else "digits", tmp_path / f"killed-{i}"
-        for attempt in range(4):
+        name, folder, attempt = "small" if i % 4 else "digits", tmp_path / f"killed-{i}", 0
+        while True:
             pid = start(folder, name, "--ckpt_path=last")
             if attempt < 3 and (attempt == 0 or chance.random() < 0.5):
                 met, phase = {1: "data", 2: "training", 3: "validation"}.get(i % 8), folder / "phase"
@@ -222,12 +223,17 @@ def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Pat
                 with suppress(ProcessLookupError):  # it may be done already
                     os.kill(pid, signal.SIGKILL)
             code = forks.wait()
+            if code == 0 and attempt == 0:  # the machine has become faster
+                seconds[name] *= 0.8
+                shutil.rmtree(folder)
+                continue
             if code == 0:
                 break
             assert code == -signal.SIGKILL, (folder / "output").read_text()
             phase = folder / "phase"
             kills[phase.read_text() if phase.exists() else "start"] += 1
             phase.unlink(missing_ok=True)
+            attempt += 1
         assert "Traceback" not in (folder / "output").read_text()
         runs = sorted((folder / "lightning_logs").iterdir())
         assert_same_run(runs[-1], tmp_path / name / RUN)
