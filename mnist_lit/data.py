@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import track
 from rich.text import Text
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from mnist_lit.datasets import digits
-from mnist_lit.datasets.files import Splits, cached, file_fingerprint, read_dataset
-from mnist_lit.datasets.mnist import URL, download_mnist, read_mnist
-from mnist_lit.datasets.pictures import SIDE, PictureError, find_pictures, read_picture
+from mnist_lit.datasets.folders import ImageError, read_image
+from mnist_lit.datasets.forms import find_digit_form
+from mnist_lit.datasets.mnist import ARCHIVE, URLS, download_mnist, find_mnist
+from mnist_lit.datasets.pictures import DigitForm, find_pictures, read_picture
+from mnist_lit.datasets.sources import FolderOptions, Source, open_dataset
 from mnist_lit.engine.errors import DatasetError, DownloadError
-from mnist_lit.engine.loaders import BatchTensorDataset, eval_dataloader, train_dataloader
+from mnist_lit.engine.loaders import (
+    BatchTensorDataset,
+    augment,
+    available_cpus,
+    eval_dataloader,
+    train_dataloader,
+)
+from mnist_lit.engine.outputs import class_names
 
 Batch = tuple[Tensor, Tensor]
 
@@ -37,51 +46,88 @@ If the digits are what you want, say so with --data.dataset=digits, and this not
 
 
 class MNISTDataModule(LightningDataModule):
-    """MNIST, the embedded digits, or a dataset file.
+    """MNIST, the embedded digits, a dataset file, or a folder of images.
 
-    Batches leave the loaders as uint8 images (B, H, W) and targets (B,), and reach the model as float32
-    images (B, 1, H, W) in 0..1 and the same targets: classes int64, or values float32.
+    Batches leave the loaders as uint8 images (B, C, H, W), C 1 or 3, and targets (B,). They reach the model as
+    float32 images in 0..1 and the same targets: classes int64, or values float32.
 
     Args:
         dataset: ``mnist``; ``digits`` (embedded, needs no network); ``auto``: MNIST if it is on disk or can
-            be downloaded, else the digits; or the path of a ``.pkl.gz`` in the tutorial's layout or an
-            ``.npz`` with ``x_train, y_train, x_valid, y_valid`` and optionally ``x_test, y_test``.
-        data_dir: folder of the archive, ``mnist/mnist.pkl.gz`` in it, and of the fast copies.
-        url: where to download MNIST's archive.
+            be downloaded, else the digits; or a path: of a dataset file or of IDX files (see ``read_dataset``), or of
+            a folder with a folder of images for each class, or with ``train``, ``valid`` and ``test`` above them.
+        data_dir: folder of MNIST, in ``mnist`` in it, and of the fast copies.
+        url: where to download MNIST: the tutorial's archive, or a folder of IDX files, which ends with a slash. Of a
+            list the first that has it.
         timeout: seconds after which a silent server counts as failed.
         batch_size: training images per step and device; evaluation takes twice as many.
-        num_workers: processes that load batches; 0 is fastest for data in memory.
+        num_workers: processes that load batches; by default none for data in memory, which is fastest, and one for
+            each processor for images that are read from files.
+        image_size: height and width to which image files are scaled and cut, or one number for both.
+        channels: 1 for grey, 3 for colour; by default that of the images.
+        valid_fraction: of each class, for a folder without ``valid``.
+        test_fraction: of each class, for a folder without ``train``, ``valid`` and ``test``.
+        split_seed: of the choice of these images.
+        memory_limit: GiB of decoded images; those of a larger folder are read from their files in every epoch.
+        train_transform: images float32 (B, C, H, W) on the device to images, for training only. What it draws at
+            random from torch follows from seed, epoch and batch alone.
+        mean: of each channel, subtracted from images in 0..1; for training, prediction and export.
+        std: of each channel, by which they are divided after that.
         num_classes: number of classes of the model; by default that of the dataset, 1 for values.
-        class_names: names of the classes; by default 0, 1, ...
+        class_names: names of the classes; by default those of the folders, or 0, 1, ...
         images: what ``predict`` reads instead of the test split: image files, folders or patterns such as
             ``digits/*.png``. Files that cannot be read end up in ``broken``, with the reason.
+        digit_form: how single digits lie in the images, as in ``DigitForm``: those to predict are brought into this
+            form. By default it is found out from the training images.
 
     Example:
         >>> Trainer(max_epochs=2).fit(CNN(), datamodule=MNISTDataModule("digits", batch_size=128))
     """
 
-    splits: Splits
+    # Options that a command takes from its checkpoint, unless they are given.
+    from_checkpoint = ("num_classes", "class_names", "image_size", "channels", "mean", "std", "digit_form")
+
+    source: Source
 
     def __init__(
         self,
         dataset: str = "auto",
         data_dir: str = "data",
-        url: str = URL,
+        url: str | list[str] = list(URLS),  # noqa: B006, jsonargparse shows it
         timeout: PositiveFloat = 10.0,
         batch_size: PositiveInt = 64,
-        num_workers: NonNegativeInt = 0,
+        num_workers: NonNegativeInt | None = None,
+        image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None,
+        channels: Literal[1, 3] | None = None,
+        valid_fraction: ClosedUnitInterval = 0.1,
+        test_fraction: ClosedUnitInterval = 0.1,
+        split_seed: int = 0,
+        memory_limit: PositiveFloat = 2.0,
+        train_transform: nn.Module | Callable[..., Any] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         num_classes: PositiveInt | None = None,
         class_names: list[str] | None = None,
         images: str | list[str] | None = None,
+        digit_form: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images", "num_classes", "class_names"])
-        self.dataset, self.data_dir, self.url, self.timeout = dataset, Path(data_dir), url, timeout
+        self.save_hyperparameters(ignore=["images", "train_transform", *self.from_checkpoint])
+        self.dataset, self.data_dir, self.timeout = dataset, Path(data_dir), timeout
+        self.urls = [url] if isinstance(url, str) else url
         # Plain numbers: jsonargparse's types would not load safely from a checkpoint.
-        self.batch_size, self.num_workers = int(batch_size), int(num_workers)
-        self._num_classes, self.class_names = num_classes and int(num_classes), class_names
+        self.batch_size, self.num_workers = int(batch_size), num_workers and int(num_workers)
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._image_size = size and (int(size[0]), int(size[1]))
+        self._channels, self._num_classes = channels, num_classes and int(num_classes)
+        self._folder_options = FolderOptions(
+            channels, self._image_size, valid_fraction, test_fraction, split_seed, memory_limit
+        )
+        self.train_transform, self.mean, self.std = train_transform, mean, std
+        self.class_names, self.digit_form = class_names, digit_form
         self.images = [images] if isinstance(images, str) else images or []
         self.files: list[Path] = []  # that are predicted, in order
+        self.warnings: list[str] = []  # of each of them, "" if there is none
+        self.labels: list[int] = []  # of each of them, if their folders are named like the classes
         self.broken: dict[Path, str] = {}
         self.dataset_used = self.digest = ""
         self.seed = torch.initial_seed()
@@ -90,15 +136,16 @@ class MNISTDataModule(LightningDataModule):
         """Once per node: whatever takes time or the network, so that ``setup`` finds it on disk."""
         if self._predicts_files or self.dataset_used:
             return
-        if self.dataset in ("auto", "mnist") and not self._archive.exists():
+        if self.dataset in ("auto", "mnist") and not find_mnist(self._mnist_dir):
             try:
-                download_mnist(self.url, self._archive, self.timeout)
+                download_mnist(self.urls, self._mnist_dir, self.timeout)
             except DownloadError as error:
+                archive = self._mnist_dir / ARCHIVE
                 if self.dataset == "mnist":
                     raise DatasetError(
-                        f"{error}; put the file at {self._archive}, or name another server with --data.url"
+                        f"{error}; put the file at {archive}, or name another server with --data.url"
                     ) from error
-                text = NOT_MNIST.format(reason=error, archive=self._archive)
+                text = NOT_MNIST.format(reason=error, archive=archive)
                 Console(stderr=True).print(Panel(Text(text), title="NOT MNIST", style="bold yellow"))
         self._open()
 
@@ -109,121 +156,169 @@ class MNISTDataModule(LightningDataModule):
         elif not self.dataset_used:
             self._open()
 
+    def _open(self) -> None:
+        name = self.dataset
+        if name == "auto":
+            name = "mnist" if find_mnist(self._mnist_dir) else "digits"
+        source = open_dataset(name, self.data_dir, self._folder_options)
+        self.source, self.dataset_used, self.digest = source, name, source.digest
+        self.class_names = self.class_names or source.class_names
+        classes = self._classes_of_source()
+        if self._num_classes is not None and classes > self._num_classes:
+            raise DatasetError(
+                f"{name} has labels up to {classes - 1}, the model tells {self._num_classes} classes apart"
+            )
+        if self._channels not in (None, source.channels):
+            raise DatasetError(f"{name} has images of {source.channels} channels, the model takes {self._channels}")
+        for values in (self.mean, self.std):
+            if values is not None and len(values) not in (1, source.channels):
+                raise DatasetError(
+                    f"{name} has images of {source.channels} channels; --data.mean and --data.std "
+                    f"need a number for each, or one for all, not {values}"
+                )
+        if self.digit_form is None:
+            self.digit_form = find_digit_form(source.datasets["train"])
+        self.save_hyperparameters(
+            {
+                "dataset_used": name,
+                "class_names": self.class_names,
+                "channels": source.channels,
+                "image_size": list(source.image_size),
+                "mean": self.mean,
+                "std": self.std,
+                "digit_form": self.digit_form,
+            }
+        )
+
+    def _classes_of_source(self) -> int:
+        targets = self.source.targets
+        if targets["train"].is_floating_point():
+            return 1  # one value to regress on
+        return max(len(self.source.class_names or ()), *(int(t.max()) + 1 for t in targets.values() if len(t)))
+
+    # What the model takes from the data on the command line. Each opens the dataset unless it was given.
+
     @property
     def num_classes(self) -> int:
-        """For the model on the command line. Opens the dataset unless the number was given."""
+        """Number of classes, or 1 for values."""
         if self._num_classes is None:
             self.prepare_data()
-            self._num_classes = self._labelled_classes()
+            self._num_classes = self._classes_of_source()
         return self._num_classes
 
     @property
-    def num_pixels(self) -> int:
-        """H * W of the images, for the model on the command line. Opens the dataset, or ``images``."""
-        if self.images:
-            return SIDE * SIDE
-        self.prepare_data()
-        return self.splits.train[0][0].numel()
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self._shape[0]
 
-    def _labelled_classes(self) -> int:
-        if self.splits.train[1].is_floating_point():
-            return 1  # one value to regress on
-        return max(int(labels.max()) + 1 for _, labels in self.splits if len(labels))
+    @property
+    def num_pixels(self) -> int:
+        """C * H * W of the images."""
+        return math.prod(self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        if self.images and self._image_size:  # of the checkpoint
+            return (self._channels or 1, *self._image_size)
+        if self.images:
+            return (1, DigitForm.side, DigitForm.side)
+        self.prepare_data()
+        return (self.source.channels, *self.source.image_size)
 
     @property
     def _predicts_files(self) -> bool:
         return bool(self.images) and self.trainer is not None and self.trainer.state.fn == "predict"
 
     def _read_files(self) -> None:
-        paths, pictures = find_pictures(self.images), []
-        self.files, self.broken = [], {}
+        paths, self.broken = find_pictures(self.images)
+        channels, height, width = self._shape
+        form = None
+        if self.digit_form or not self._image_size:  # without a checkpoint there is no size either
+            form = DigitForm(**(self.digit_form or {}))
+        pictures, self.files, self.warnings = [], [], []
         for path in track(paths, "Reading images", disable=len(paths) < 100, transient=True):
             try:
-                pictures.append(read_picture(path))
-                self.files.append(path)
-            except PictureError as error:
+                picture, warning = (
+                    read_picture(path, form) if form else (read_image(path, channels, (height, width)), "")
+                )
+            except ImageError as error:
                 self.broken[path] = str(error)
+                continue
+            pictures.append(picture)
+            self.files.append(path)
+            self.warnings.append(warning)
         if not pictures:
             path, reason = next(iter(self.broken.items()))
-            raise DatasetError(f"none of {len(paths)} files can be predicted; {path}: {reason}")
-        images = torch.stack(pictures)  # (n, 28, 28)
-        self.pictures = images, torch.zeros(len(images), dtype=torch.int64)  # not known
+            raise DatasetError(f"none of {len(self.broken)} files can be predicted; {path}: {reason}")
+        names = [path.parent.name for path in self.files]
+        known = {name: label for label, name in enumerate(class_names(self, self._num_classes or 10))}
+        self.labels = [known[name] for name in names] if known.keys() >= set(names) else []
+        self.pictures = torch.stack(pictures)  # (n, C, H, W)
 
     @property
-    def _archive(self) -> Path:
-        return self.data_dir / "mnist" / "mnist.pkl.gz"
-
-    def _open(self) -> None:
-        dataset, data_dir = self.dataset, self.data_dir
-        if dataset == "auto":
-            dataset = "mnist" if self._archive.exists() else "digits"
-        if dataset == "digits":
-            self.splits, _ = cached(data_dir / "digits" / "digits.pt", digits.VERSION, digits.make_digits)
-            self.digest = digits.VERSION  # pixels may differ by a rounding from machine to machine
-        elif dataset == "mnist":
-            self.splits, self.digest = cached(
-                self._archive.with_name("mnist.pt"),
-                file_fingerprint(self._archive),
-                lambda: read_mnist(self._archive),
-            )
-        else:
-            path = Path(dataset).resolve()
-            name = f"{path.name}-{hashlib.sha256(bytes(path)).hexdigest()[:8]}.pt"
-            self.splits, self.digest = cached(
-                data_dir / "copies" / name, file_fingerprint(path), lambda: read_dataset(path)
-            )
-        if self._num_classes is not None and self._labelled_classes() > self._num_classes:
-            raise DatasetError(
-                f"{dataset} has labels up to {self._labelled_classes() - 1}, the model tells "
-                f"{self._num_classes} classes apart"
-            )
-        self.dataset_used = dataset
-        self.save_hyperparameters({"dataset_used": dataset})
+    def _mnist_dir(self) -> Path:
+        return self.data_dir / "mnist"
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches."""
-        dataset = BatchTensorDataset(*self.splits.train)
+        dataset = self.source.datasets["train"]
         return train_dataloader(
-            dataset, self.batch_size, seed=self.seed, trainer=self.trainer, num_workers=self.num_workers
+            dataset, self.batch_size, seed=self.seed, trainer=self.trainer, num_workers=self._workers(dataset)
         )
 
     def val_dataloader(self) -> DataLoader:
         """Validation batches."""
-        return self._eval_dataloader(self.splits.valid)
+        return self._eval_dataloader(self._split("valid"))
 
     def test_dataloader(self) -> DataLoader:
         """Test batches."""
-        return self._eval_dataloader(self._test_split)
+        return self._eval_dataloader(self._split("test"))
 
     def predict_dataloader(self) -> DataLoader:
         """``images``, or else the test split."""
-        split = self.pictures if self._predicts_files else self._test_split
+        if self._predicts_files:
+            labels = torch.tensor(self.labels or [0] * len(self.pictures))
+            dataset: Dataset = BatchTensorDataset(self.pictures, labels)
+        else:
+            dataset = self._split("test")
         # Lightning shares the samples of a prediction, because it has to know their indices.
-        return eval_dataloader(BatchTensorDataset(*split), 2 * self.batch_size, num_workers=self.num_workers)
+        return eval_dataloader(dataset, 2 * self.batch_size, num_workers=self._workers(dataset))
 
-    def _eval_dataloader(self, split: Batch) -> DataLoader:
+    def _eval_dataloader(self, dataset: Dataset) -> DataLoader:
         # Twice the batch size, as in the tutorial: without gradients there is room for it.
-        batch_size, dataset = 2 * self.batch_size, BatchTensorDataset(*split)
-        return eval_dataloader(dataset, batch_size, trainer=self.trainer, num_workers=self.num_workers)
+        return eval_dataloader(dataset, 2 * self.batch_size, trainer=self.trainer, num_workers=self._workers(dataset))
 
-    @property
-    def _test_split(self) -> Batch:
-        if not len(self.splits.test[0]):
-            raise DatasetError(f"{self.dataset_used}: no test split, expected arrays x_test and y_test")
-        return self.splits.test
+    def _workers(self, dataset: Dataset) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        return 0 if isinstance(dataset, BatchTensorDataset) else available_cpus()
+
+    def _split(self, name: str) -> Dataset:
+        if not len(self.source.targets[name]):
+            raise DatasetError(
+                f"{self.dataset_used}: no {name} split, expected arrays x_{name} and y_{name}, or a folder {name}"
+            )
+        return self.source.datasets[name]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """The tutorial's ``preprocess``, on the device, so that bytes are copied there and not floats.
 
         Args:
-            batch: images uint8 (B, H, W), targets (B,).
+            batch: images uint8 (B, C, H, W), targets (B,).
             dataloader_idx: not used.
 
         Returns:
-            images float32 (B, 1, H, W) in 0..1, exactly the tutorial's k/256, and the targets.
+            images float32 (B, C, H, W), in 0..1 exactly the tutorial's k/256, and the targets.
         """
         images, target = batch
-        return images[:, None] / 256, target  # (B, 1, H, W)
+        images = images / 256
+        if self.train_transform is not None and self.trainer is not None and self.trainer.training:
+            images = augment(self.train_transform, images, self.seed, self.trainer)
+        if self.mean is not None:
+            images = images - images.new_tensor(self.mean).view(-1, 1, 1)
+        if self.std is not None:
+            images = images / images.new_tensor(self.std).view(-1, 1, 1)
+        return images, target
 
     def state_dict(self) -> dict[str, Any]:
         """Dataset and seed, which identify the order of the images."""

@@ -136,22 +136,25 @@ class CNN(Classifier):
     Args:
         lr: learning rate of SGD.
         momentum: momentum of SGD.
+        channels: of the images; comes from the data on the command line.
         num_classes: number of classes; comes from the data on the command line.
         options: as in ``Classifier``.
     """
 
-    def __init__(self, lr: float = 0.1, momentum: float = 0.9, num_classes: int = 10, **options: Any) -> None:
-        super().__init__(cnn(num_classes), lr=lr, momentum=momentum, num_classes=num_classes, **options)
+    def __init__(
+        self, lr: float = 0.1, momentum: float = 0.9, channels: int = 1, num_classes: int = 10, **options: Any
+    ) -> None:
+        super().__init__(cnn(num_classes, channels), lr=lr, momentum=momentum, num_classes=num_classes, **options)
 
 
-def cnn(num_classes: int) -> nn.Sequential:
+def cnn(num_classes: int, channels: int = 1) -> nn.Sequential:
     """Three convolutions, each of which halves height and width, for images of any size.
 
     The last ReLU is the tutorial's, too. It cuts a class's logit off below zero, and with it the gradient:
     now and then a class dies in the first steps and never comes back.
     """
     return nn.Sequential(
-        nn.Conv2d(1, 16, kernel_size=3, stride=2, padding=1),  # (B, 16, H/2, W/2)
+        nn.Conv2d(channels, 16, kernel_size=3, stride=2, padding=1),  # (B, 16, H/2, W/2)
         nn.ReLU(),
         nn.Conv2d(16, 16, kernel_size=3, stride=2, padding=1),  # (B, 16, H/4, W/4)
         nn.ReLU(),
@@ -173,6 +176,7 @@ class FastCNN(Classifier):
         lr: peak of the learning rate.
         momentum: Nesterov momentum of SGD.
         weight_decay: L2 penalty of SGD.
+        channels: of the images; comes from the data on the command line.
         num_classes: number of classes; comes from the data on the command line.
         options: as in ``Classifier``.
     """
@@ -182,10 +186,11 @@ class FastCNN(Classifier):
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 1e-3,
+        channels: int = 1,
         num_classes: int = 10,
         **options: Any,
     ) -> None:
-        super().__init__(fast_cnn(num_classes), lr=lr, momentum=momentum, num_classes=num_classes, **options)
+        super().__init__(fast_cnn(num_classes, channels), lr=lr, momentum=momentum, num_classes=num_classes, **options)
         self.weight_decay = weight_decay
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -203,10 +208,10 @@ class FastCNN(Classifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def fast_cnn(num_classes: int) -> nn.Sequential:
+def fast_cnn(num_classes: int, channels: int = 1) -> nn.Sequential:
     """Batch norm, global max pooling, and no ReLU on the logits."""
     return nn.Sequential(
-        *_block(1, 16, kernel_size=5, stride=2),  # (B, 16, H/2, W/2)
+        *_block(channels, 16, kernel_size=5, stride=2),  # (B, 16, H/2, W/2)
         *_block(16, 32, kernel_size=5, stride=2),  # (B, 32, H/4, W/4)
         *_block(32, 64, kernel_size=3, stride=1),  # (B, 64, H/4, W/4)
         nn.AdaptiveMaxPool2d(1),  # (B, 64, 1, 1)

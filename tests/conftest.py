@@ -89,7 +89,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mnist_archive() -> Path:
     """The real archive, for tests marked ``mnist``."""
     assert ARCHIVE is not None

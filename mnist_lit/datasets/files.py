@@ -11,6 +11,7 @@ import io
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,17 +21,22 @@ from rich.console import Console
 from rich.progress import open as open_with_progress
 from torch import Tensor
 
-from mnist_lit.datasets.pickles import unpickle_arrays
+from mnist_lit.datasets import idx
+from mnist_lit.datasets.pickles import to_array, unpickle_arrays
 from mnist_lit.engine.errors import DatasetError
 from mnist_lit.engine.storage import atomic_save, locked_directory
 
 MAX_CLASSES = 1000  # a larger label is damage
-MAX_DECODED_BYTES = 2**30  # MNIST decodes to 220 MB
+MAX_DECODED_BYTES = 1_500_000_000  # MNIST decodes to 220 MB, pickled in protocol 0 to 1.2 GB
+FORM = "images (n, C, H, W)"  # of fast copies; one of another form is made again
+HELD_OUT = 1 / 6  # of the training images to validate on, as in the tutorial: 10,000 of 60,000
+
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 class Splits(NamedTuple):
-    """A dataset. Each split has images uint8 (n, H, W), 0 background and 255 foreground, and targets (n,):
-    classes int64, or values float32.
+    """A dataset. Each split has images uint8 (n, C, H, W), C 1 or 3, and targets (n,): classes int64, or values
+    float32.
     """
 
     train: tuple[Tensor, Tensor]
@@ -50,31 +56,36 @@ def content_digest(splits: Splits) -> str:
 
 
 def read_dataset(path: Path) -> Splits:
-    """Read a dataset file and check what is in it.
+    """Read a dataset file, or the folder of one, and check what is in it. Its kind is told by its content.
 
     Args:
-        path: a ``.pkl.gz`` in the tutorial's layout, a gzipped pickle of ``((x_train, y_train),
-            (x_valid, y_valid), (x_test, y_test))``; or an ``.npz`` with the arrays ``x_train, y_train,
-            x_valid, y_valid`` and optionally ``x_test, y_test``. Images (n, H, W), (n, 1, H, W) or rows
-            (n, H * H), as uint8 or as floats k/256 (the tutorial's) or k/255 with integer k. Targets (n,):
-            integers from 0 are classes; floats, in an ``.npz``, are values to regress on.
+        path: a pickle of ``((x_train, y_train), (x_valid, y_valid), (x_test, y_test))``, gzipped or not (the
+            tutorial's); an ``.npz`` with ``x_train, y_train`` and optionally ``x_valid, y_valid, x_test, y_test``
+            (Keras' has no ``valid``); or MNIST's four IDX files, by the first of them or by their folder
+            (torchvision's). Images (n, H, W), (n, 1 or 3, H, W), (n, H, W, 1 or 3) or rows (n, H * H), as uint8 or
+            as floats k/256 (the tutorial's) or k/255 with integer k. Targets (n,): integers from 0 are classes;
+            floats, in an ``.npz``, are values to regress on.
+
+    Returns:
+        the dataset. Without a validation split it is held out of the training images: the last sixth of them, as
+        in the tutorial, or one of each class's images where the last sixth lacks a class.
 
     Raises:
         DatasetError: naming the file and what is wrong with it.
     """
-    readers = {".gz": _read_pickle, ".npz": _read_npz}
-    if path.suffix not in readers:
-        raise DatasetError(f"{path}: unknown kind of dataset file, expected .pkl.gz or .npz")
     try:
-        arrays = readers[path.suffix](path)
-        kinds = "iuf" if path.suffix == ".npz" else "iu"  # the tutorial's layout has classes
-        splits = [_tensors(name, *pair, kinds) for name, pair in zip(Splits._fields, arrays, strict=True)]
-        if len({targets.dtype for images, targets in splits if len(images)}) > 1:
+        arrays, kinds = _read(path)
+        splits = {name: _tensors(name, *pair, kinds) for name, pair in arrays.items()}
+        if "valid" not in splits:
+            splits["train"], splits["valid"] = _hold_out(*splits["train"])
+        if "test" not in splits:
+            splits["test"] = (splits["train"][0][:0], splits["train"][1][:0])
+        if len({targets.dtype for images, targets in splits.values() if len(images)}) > 1:
             raise ValueError("targets of one type in every split expected, found integers and floats")
-        sizes = {tuple(images.shape[1:]) for images, _ in splits if len(images)}
+        sizes = {tuple(images.shape[1:]) for images, _ in splits.values() if len(images)}
         if len(sizes) > 1:
             raise ValueError(f"images of one size in every split expected, found {sorted(sizes)}")
-        return Splits(*splits)
+        return Splits(**splits)
     except PermissionError as error:
         raise DatasetError(f"{path}: not allowed to read it") from error
     except Exception as error:  # hostile bytes can make gzip, zipfile and pickle raise just about anything
@@ -91,19 +102,53 @@ def _tensors(split: str, x: np.ndarray, y: np.ndarray, kinds: str) -> tuple[Tens
         if side * side != x.shape[1]:
             raise ValueError(f"{split}: rows of {x.shape[1]} pixels are no square images")
         x = x.reshape(-1, side, side)
-    if x.ndim == 4 and x.shape[1] == 1:
-        x = x[:, 0]
-    if x.ndim != 3 or 0 in x.shape[1:]:
-        raise ValueError(f"{split}: images (n, H, W) or rows (n, H * H) expected, found shape {x.shape}")
+    if x.ndim == 3:
+        x = x[:, None]
+    if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        x = np.moveaxis(x, 3, 1)
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape[1:]:
+        raise ValueError(
+            f"{split}: images (n, H, W), (n, H, W, 1 or 3), (n, 1 or 3, H, W) or rows (n, H * H) expected, "
+            f"found shape {x.shape}"
+        )
     if y.shape != (len(x),) or y.dtype.kind not in kinds:
         raise ValueError(f"{split}: {len(x)} whole-number labels expected, found {y.dtype} {y.shape}")
+    images = torch.from_numpy(np.ascontiguousarray(_to_uint8(split, x)))
     if y.dtype.kind == "f":
         if not np.isfinite(y).all():
             raise ValueError(f"{split}: finite targets expected, found infinite ones or NaN")
-        return torch.from_numpy(_to_uint8(split, x)), torch.from_numpy(y.astype(np.float32))
+        return images, torch.from_numpy(y.astype(np.float32))
     if len(y) and not (y.min() >= 0 and y.max() < MAX_CLASSES):
         raise ValueError(f"{split}: labels 0..{MAX_CLASSES - 1} expected, found {y.min()}..{y.max()}")
-    return torch.from_numpy(_to_uint8(split, x)), torch.from_numpy(y.astype(np.int64))
+    return images, torch.from_numpy(y.astype(np.int64))
+
+
+def _hold_out(images: Tensor, targets: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    held_out = torch.zeros(len(targets), dtype=torch.bool)
+    held_out[len(targets) - int(len(targets) * HELD_OUT) :] = True
+    if not targets.is_floating_point() and len(targets[held_out].unique()) < len(targets.unique()):
+        held_out = stratified(targets, HELD_OUT)
+    return (images[~held_out], targets[~held_out]), (images[held_out], targets[held_out])
+
+
+def stratified(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
+    """Choose a fraction of each class at random, and at least one of each class that has two.
+
+    Args:
+        labels: int64 (n,).
+        fraction: of each class.
+        seed: of the choice.
+
+    Returns:
+        bool (n,), True for those chosen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        places = (labels == label).nonzero()[:, 0]
+        number = min(max(round(len(places) * fraction), 1), len(places) - 1)
+        chosen[places[torch.randperm(len(places), generator=generator)[:number]]] = True
+    return chosen
 
 
 def _to_uint8(split: str, x: np.ndarray) -> np.ndarray:
@@ -133,35 +178,83 @@ def _whole_multiples(x: np.ndarray, scale: int, tolerance: float) -> np.ndarray 
     return k
 
 
-def _read_npz(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+# By the first bytes of a file: what it is, where that is no dataset.
+FOREIGN = {
+    b"<": "HTML, not a gzip: the server sent a page",
+    idx.MAGIC: "an IDX file: name it as it was published, with its three siblings beside it, and use "
+    "--data.dataset=FOLDER",
+    b"PK": "a ZIP archive: unpack it, and use --data.dataset=FOLDER",
+    b"\xfd7zXZ": "an XZ archive: unpack it",
+    b"BZh": "a bzip2 archive: unpack it",
+    b"\x93NUMPY": "a single array: put images and labels into one .npz with numpy.savez",
+    b"\x89HDF": "an HDF5 file: put its arrays into an .npz with numpy.savez",
+    b"\x89PNG": "an image: use --data.dataset=FOLDER of one folder of images per class",
+    b"\xff\xd8": "an image: use --data.dataset=FOLDER of one folder of images per class",
+    b"\x1f\x8b": "a gzip of a gzip: unpack it once",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file: git lfs pull",
+}
+
+PICKLES = b"\x80(])c"  # by their first byte; protocol 0 has no mark of its own
+
+
+def _read(path: Path) -> tuple[dict[str, Pair], str]:
+    """The arrays of each split, and the kinds of numbers that its targets may be."""
+    if (train := idx.find_idx(path)) is not None:
+        return dict(zip(("train", "test"), idx.read_idx(train, _content), strict=True)), "iu"
+    if path.is_dir():
+        raise ValueError("a folder with neither MNIST's IDX files nor a folder of images for each class")
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith(b"PK"):
+        return _read_npz(path), "iuf"
+    return _read_pickle(path), "iu"  # the tutorial's layout has classes
+
+
+def _read_npz(path: Path) -> dict[str, Pair]:
     with zipfile.ZipFile(path) as archive:
         size = sum(member.file_size for member in archive.infolist())
+        if not all(member.filename.endswith(".npy") for member in archive.infolist()):
+            raise ValueError(f"this is {FOREIGN[b'PK']}")
     _check_size(size)
     with np.load(path, allow_pickle=False) as arrays:
-        names = [(f"x_{split}", f"y_{split}") for split in Splits._fields]
-        if "x_test" not in arrays and "y_test" not in arrays:
-            names = names[:2]
-        expected = {name for pair in names for name in pair}
-        if set(arrays) != expected:
+        splits = [name for name in Splits._fields if f"x_{name}" in arrays or f"y_{name}" in arrays or name == "train"]
+        expected = [f"{axis}_{name}" for name in splits for axis in "xy"]
+        if set(arrays) != set(expected):
             raise ValueError(f"arrays {sorted(expected)} expected, found {sorted(arrays)}")
-        pairs = [(arrays[x], arrays[y]) for x, y in names]
-    if len(pairs) == 2:
-        pairs.append((pairs[0][0][:0], pairs[0][1][:0]))
-    return pairs
+        return {name: (arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in splits}
 
 
-def _read_pickle(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    stream, console = io.BytesIO(), Console(stderr=True)
-    quiet = not console.is_terminal
-    reading = open_with_progress(path, "rb", description="Decoding", console=console, disable=quiet)
-    with reading as raw, gzip.open(raw) as file:
-        while chunk := file.read(1 << 20):
-            _check_size(stream.tell() + len(chunk))
-            stream.write(chunk)
-    splits = unpickle_arrays(stream)
+def _read_pickle(path: Path) -> dict[str, Pair]:
+    content = _content(path)
+    _check_kind(content[:1024])
+    splits = unpickle_arrays(io.BytesIO(content))
     if [len(pair) for pair in splits] != [2, 2, 2]:
         raise ValueError("((x_train, y_train), (x_valid, y_valid), (x_test, y_test)) expected")
-    return [(x.numpy(), y.numpy()) for x, y in splits]
+    return {name: (to_array(x), to_array(y)) for name, (x, y) in zip(Splits._fields, splits, strict=True)}
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file, decompressed if it is gzipped, with a progress bar if that takes time."""
+    console, content = Console(stderr=True), io.BytesIO()
+    quiet = not console.is_terminal
+    with open_with_progress(path, "rb", description="Decoding", console=console, disable=quiet) as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        with gzip.open(raw) if zipped else nullcontext(raw) as file:
+            while chunk := file.read(1 << 20):
+                _check_size(content.tell() + len(chunk))
+                content.write(chunk)
+    return content.getvalue()
+
+
+def _check_kind(head: bytes) -> None:
+    for magic, kind in FOREIGN.items():
+        if head.lstrip().startswith(magic) if magic == b"<" else head.startswith(magic):
+            raise ValueError(f"this is {kind}")
+    if head[257:262] == b"ustar":
+        raise ValueError("this is a tar archive: unpack it, and use --data.dataset=FOLDER")
+    if head[:1] not in PICKLES:
+        raise ValueError("this is neither a pickle nor an .npz nor an IDX file")
 
 
 def _check_size(size: int) -> None:
@@ -183,6 +276,7 @@ def cached(copy: Path, source: str, make: Callable[[], Splits]) -> tuple[Splits,
     Raises:
         DatasetError: if ``make`` raises it, or if the copy cannot be written.
     """
+    source = f"{FORM} of {source}"
     found = _load(copy, source)
     if found is None:
         with locked_directory(copy.parent):
@@ -222,5 +316,5 @@ def file_fingerprint(path: Path) -> str:
     try:
         status = path.stat()
     except OSError as error:
-        raise DatasetError(f"{path}: no such dataset file ({error.strerror})") from error
+        raise DatasetError(f"{path}: no such dataset ({error.strerror})") from error
     return f"{path} {status.st_size} {status.st_mtime_ns}"

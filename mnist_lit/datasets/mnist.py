@@ -1,18 +1,30 @@
-"""MNIST as the tutorial downloads it: addresses, retries and the digest that proves what arrived."""
+"""MNIST: addresses, retries and the digest that proves what arrived."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from mnist_lit.datasets.files import Splits, content_digest, read_dataset
 from mnist_lit.engine.errors import DatasetError, DownloadError
-from mnist_lit.engine.storage import atomic_write, locked_directory
+from mnist_lit.engine.storage import locked_directory
 
-URL = "https://github.com/pytorch/tutorials/raw/master/_static/mnist.pkl.gz"
+# Tried in turn: the tutorial's, the same on its other branch, and torchvision's mirror of the IDX files. An address
+# that ends with a slash is of a folder of these.
+URLS = (
+    "https://github.com/pytorch/tutorials/raw/master/_static/mnist.pkl.gz",
+    "https://github.com/pytorch/tutorials/raw/main/_static/mnist.pkl.gz",
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+)
+ARCHIVE = "mnist.pkl.gz"
+IDX = [f"{name}-ubyte.gz" for split in ("train", "t10k") for name in (f"{split}-images-idx3", f"{split}-labels-idx1")]
 # SHA-256 over MNIST's 70,000 images as uint8 (train, valid, test), then its labels as uint8: the same for
 # every way in which the tutorial's archive may be compressed.
 DIGEST = "c2069063c1105f2bf96266aef1ff68c6e13bdda7a54e37bf19c16f1db24efc83"
@@ -22,8 +34,13 @@ ATTEMPTS = 3
 BACK_OFF = 0.5  # seconds before the second attempt, doubled before the third
 
 
+def find_mnist(folder: Path) -> Path | None:
+    """Find the tutorial's archive, or else the first IDX file, in a folder; None if neither is there."""
+    return next((path for path in (folder / ARCHIVE, folder / IDX[0]) if path.exists()), None)
+
+
 def read_mnist(archive: Path) -> Splits:
-    """Read the tutorial's archive.
+    """Read the tutorial's archive, or MNIST's IDX files.
 
     Raises:
         DatasetError: if the file is damaged or holds anything but MNIST.
@@ -38,27 +55,48 @@ def read_mnist(archive: Path) -> Splits:
     return splits
 
 
-def download_mnist(url: str, archive: Path, timeout: float) -> None:
-    """Download the tutorial's archive unless it is there already. One of several processes does it.
+def download_mnist(urls: Sequence[str], folder: Path, timeout: float) -> None:
+    """Download MNIST unless it is there already. One of several processes does it.
 
     Args:
-        url: address of the archive.
-        archive: where to put it, once it is complete and known to hold MNIST.
+        urls: addresses of the tutorial's archive, or of folders of IDX files, which end with a slash. The first one
+            that has MNIST is used.
+        folder: where to put the files, once they are complete and known to hold MNIST.
         timeout: seconds to wait for the connection, and then for each chunk of the response.
 
     Raises:
-        DownloadError: if every attempt failed, or the response is not MNIST.
+        DownloadError: if none of the addresses has MNIST.
         DatasetError: if the folder cannot be written.
     """
-    with locked_directory(archive.parent):
-        if archive.exists():
-            return
-        with atomic_write(archive) as part:
-            _download(url, part, timeout)
+    failures: list[str] = []
+    unreachable: set[str] = set()  # hosts
+    with locked_directory(folder):
+        for url in urls:
+            if find_mnist(folder):
+                return
+            if urlsplit(url).netloc in unreachable:
+                continue
             try:
-                read_mnist(part)
-            except DatasetError as error:
-                raise DownloadError(f"what came from {url} is not MNIST: {error.__cause__ or error}") from error
+                _download_from(url, folder, timeout)
+                return
+            except DownloadError as error:
+                failures.append(str(error))
+                if isinstance(error.__cause__, requests.ConnectionError):
+                    unreachable.add(urlsplit(url).netloc)
+    raise DownloadError("; ".join(failures))
+
+
+def _download_from(url: str, folder: Path, timeout: float) -> None:
+    names = IDX if url.endswith("/") else [ARCHIVE]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
+        for name in names:
+            _download(url + name if url.endswith("/") else url, Path(temporary) / name, timeout)
+        try:
+            read_mnist(Path(temporary) / names[0])
+        except DatasetError as error:
+            raise DownloadError(f"what came from {url} is not MNIST: {error.__cause__ or error}") from error
+        for name in reversed(names):  # find_mnist looks for the first
+            os.replace(Path(temporary) / name, folder / name)
 
 
 def _download(url: str, path: Path, timeout: float) -> None:
@@ -76,7 +114,7 @@ def _download(url: str, path: Path, timeout: float) -> None:
             final = status is not None and status < 500 and status not in (408, 429)
             if final or isinstance(error, ValueError):  # ValueError: the address itself is wrong
                 break
-    raise DownloadError(f"{url} could not be downloaded: {_reason(failure)}")
+    raise DownloadError(f"{url} could not be downloaded: {_reason(failure)}") from failure
 
 
 def _write_body(response: requests.Response, path: Path) -> None:

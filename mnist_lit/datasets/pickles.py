@@ -1,4 +1,4 @@
-"""The tutorial's kind of file: gzipped pickles of numpy arrays, read without trusting them."""
+"""The tutorial's kind of file: pickles of numpy arrays, read without trusting them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from typing import Any
 
 import numpy as np
 
-# The opcodes that tuples of numpy arrays are written with. All others are refused before anything is built:
-# those that make containers can nest or repeat until memory or the C stack is exhausted, and one that stores
-# at a large memo index makes the unpickler allocate every index below it.
+# The opcodes that tuples and lists of numpy arrays and of numbers are written with, by protocols 0 to 5. All others
+# are refused before anything is built: those that make other containers can exhaust memory or the C stack, and one
+# that stores at a large memo index makes the unpickler allocate every index below it.
 ALLOWED_OPCODES = frozenset(
-    """PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
+    """PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT LONG LONG1 BININT BININT1 BININT2 FLOAT BINFLOAT
     STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE
     BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
-    GLOBAL STACK_GLOBAL REDUCE BUILD BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET""".split()
+    EMPTY_LIST LIST APPEND APPENDS GLOBAL STACK_GLOBAL REDUCE BUILD
+    PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET""".split()
 )
-MAX_OPCODES = 1000  # the tutorial's archive has 142
+MAX_OPCODES = 1_000_000  # the tutorial's archive has 142; a list has one for each of its numbers
+MAX_NUMBERS = 2**26  # in nested lists; MNIST has 55 million pixels
+MAX_DEPTH = 10  # of lists and tuples: of splits, images, channels, rows
 
 
 def unpickle_arrays(stream: io.BytesIO) -> Any:
-    """Unpickle tuples of numpy arrays without running any code from the pickle.
+    """Unpickle tuples and lists of numpy arrays or numbers without running any code from the pickle.
 
     Only ``ALLOWED_OPCODES`` are accepted, and no global is ever imported: the names that numpy writes for an
     array (``array_reduce`` in https://github.com/numpy/numpy/blob/main/numpy/_core/src/multiarray/methods.c)
@@ -33,16 +36,16 @@ def unpickle_arrays(stream: io.BytesIO) -> Any:
         stream: the pickle, decompressed.
 
     Returns:
-        the tuples, with a stand-in for each array whose method ``numpy()`` builds it.
+        the tuples and lists, with a stand-in for each array; ``to_array`` makes arrays of them.
 
     Raises:
-        ValueError: if the pickle holds anything but numpy arrays of numbers.
+        ValueError: if the pickle holds anything but arrays and numbers.
     """
     stream.seek(0)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if opcode.name not in ALLOWED_OPCODES or count >= MAX_OPCODES:
             raise ValueError("the pickle holds more than numpy arrays")
-        if "BINPUT" in opcode.name and int(argument or 0) >= MAX_OPCODES:
+        if opcode.name.endswith("PUT") and int(argument or 0) >= MAX_OPCODES:
             raise ValueError("the pickle's memo index is out of bounds")
 
     class DType:
@@ -57,7 +60,7 @@ def unpickle_arrays(stream: io.BytesIO) -> Any:
                 raise ValueError(f"the pickle holds an array of type {self.code[:20]!r}")
             return np.dtype(self.order.strip("|=") + self.code)
 
-    class Array:
+    class Array(StandIn):
         def __setstate__(self, state: tuple[Any, ...]) -> None:
             _, self.shape, self.dtype, self.fortran, self.data = state
 
@@ -97,6 +100,51 @@ def unpickle_arrays(stream: io.BytesIO) -> Any:
 
     stream.seek(0)
     return Unpickler(stream, encoding="bytes").load()
+
+
+class StandIn:
+    """In the place of an array that is not built yet."""
+
+    def numpy(self) -> np.ndarray:
+        """Build the array."""
+        raise NotImplementedError
+
+
+def to_array(value: Any) -> np.ndarray:
+    """Make an array of a stand-in, or of nested lists of numbers or stand-ins.
+
+    Raises:
+        ValueError: if it holds anything else, or repeats its parts until they are more than the pickle could hold.
+    """
+    if isinstance(value, StandIn):
+        return value.numpy()
+    if _count(value, {}) > MAX_NUMBERS:
+        raise ValueError(f"the pickle holds lists of more than {MAX_NUMBERS:,} numbers")
+    return np.array(_plain(value))
+
+
+def _count(value: Any, known: dict[int, int], depth: int = 0) -> int:
+    """Number of numbers in nested lists. A part counts as often as it is repeated, and is looked at once."""
+    if isinstance(value, StandIn):
+        return value.numpy().size
+    if not isinstance(value, (list, tuple)):
+        return 1
+    if depth == MAX_DEPTH:
+        raise ValueError("the pickle holds lists that are nested too deeply")
+    if id(value) not in known:
+        known[id(value)] = 1  # of a list in itself
+        known[id(value)] = max(sum(_count(part, known, depth + 1) for part in value), 1)
+    return known[id(value)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, StandIn):
+        return value.numpy()
+    if type(value) not in (bool, int, float):
+        raise ValueError(f"the pickle holds a {type(value).__name__} in the place of a number")
+    return value
 
 
 def _text(value: str | bytes) -> str:

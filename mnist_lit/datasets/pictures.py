@@ -6,6 +6,7 @@ import glob
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mnist_lit.datasets.folders import ImageError
 from mnist_lit.engine.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -21,7 +23,15 @@ NOISE = 0.15  # of the darkest stroke; compression and scanners leave less than 
 MAX_PIXELS = 50_000_000
 
 
-class PictureError(Exception):
+@dataclass(frozen=True)
+class DigitForm:
+    side: int = 28
+    box: int = 20
+    light_on_dark: bool = True
+    centred_by: str = "mass"
+
+
+class PictureError(ImageError):
     """An image file in which no digit can be found; the message tells why."""
 
 
@@ -47,7 +57,7 @@ def find_pictures(patterns: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def read_picture(path: str | os.PathLike[str]) -> Tensor:
+def read_picture(path: str | os.PathLike[str], form: DigitForm = DigitForm()) -> tuple[Tensor, str]:
     """Read one digit into MNIST's form (https://yann.lecun.com/exdb/mnist): it fills a box of 20 x 20 pixels,
     placed in 28 x 28 so that the digit's centre of mass is in the middle.
 
@@ -72,7 +82,7 @@ def read_picture(path: str | os.PathLike[str]) -> Tensor:
         raise PictureError(f"not a readable image ({error or type(error).__name__})") from error
     edge = _edge(grey)
     clean = lossless and edge.min() == edge.max()
-    return _in_mnist_form(_foreground(grey), 0.0 if clean else NOISE)
+    return _in_mnist_form(_foreground(grey), 0.0 if clean else NOISE), ""
 
 
 def _grey(image: Image.Image) -> np.ndarray:

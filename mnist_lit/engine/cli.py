@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import re
 import shlex
@@ -69,7 +70,7 @@ NOISE = (
     r"Experiment logs directory .* exists and is not empty",  # CSVLogger, in the folder of the run
     r".*configure_optimizers` will be overridden by",  # which is what --optimizer asks for
 )
-LINKED = ("num_classes", "num_pixels")  # what a model may take from the data module
+LINKED = ("num_classes", "num_pixels", "channels")  # what a model may take from the data module
 SCRIPT = PROJECT.replace("_", "-")
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
 
@@ -228,7 +229,7 @@ class CLI(LightningCLI):
             if not Path(self.ckpt_path).exists():
                 parser.error(_no_such_checkpoint("ckpt_path", self.ckpt_path))
             self.checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
-            self._take_num_classes(config)
+            self._take_data_options(config)
             if self.subcommand == "fit" and Path(self.ckpt_path).name == EXCEPTION:
                 raise CheckpointError(
                     f"{self.ckpt_path} is of a step that was broken off by an error, which is no state to resume from; "
@@ -245,12 +246,16 @@ class CLI(LightningCLI):
         rank_zero_info(f"--ckpt_path=last: resuming from {path}")
         return str(path)
 
-    def _take_num_classes(self, config: Namespace) -> None:
-        """Take the checkpoint's number of classes: images to predict have no labels to count."""
-        classes = (self.checkpoint or {}).get("hyper_parameters", {}).get("num_classes")
+    def _take_data_options(self, config: Namespace) -> None:
+        """Take from the checkpoint the options of the data that belong to the model: images to predict have no labels
+        to count. A data module names them in ``from_checkpoint``.
+        """
+        checkpoint = self.checkpoint or {}
+        known = {**checkpoint.get("hyper_parameters", {}), **checkpoint.get("datamodule_hyper_parameters", {})}
         options = config.data.get("init_args") or {}
-        if classes is not None and "num_classes" in options and options["num_classes"] is None:
-            options["num_classes"] = classes
+        for name in getattr(typehints.import_object(config.data.class_path), "from_checkpoint", ("num_classes",)):
+            if known.get(name) is not None and name in options and options[name] is None:
+                options[name] = known[name]
 
     def instantiate_classes(self) -> None:
         try:
@@ -467,8 +472,8 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Print the engine's own warnings without the line of code that they come from."""
-    if Path(filename).parent == Path(__file__).parent:
+    """Print the package's own warnings without the line of code that they come from."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
         return f"{PROJECT}: warning: {message}\n"
     return _format_other(message, category, filename, lineno, line)
 
@@ -506,6 +511,25 @@ def with_config_of_run(args: list[str]) -> list[str]:
     rank_zero_info(f"The config is the run's: {relative(config)}")
     command, *options = args
     return [command, "--config", str(config), *options]
+
+
+def join_values(args: list[str]) -> list[str]:
+    """Make a list of several values after an option, such as the files that a shell finds for ``*.png``.
+
+    Example:
+        >>> join_values(["predict", "--data.images", "1.png", "2.png"])
+        ['predict', '--data.images=["1.png", "2.png"]']
+    """
+    joined, rest = args[:1], args[1:]
+    while rest:
+        option, *rest = rest
+        number = next((index for index, value in enumerate(rest) if value.startswith("-")), len(rest))
+        if option.startswith("--") and "=" not in option and number > 1:
+            joined.append(f"{option}={json.dumps(rest[:number])}")
+            rest = rest[number:]
+        else:
+            joined.append(option)
+    return joined
 
 
 def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
@@ -565,7 +589,7 @@ def main(data_module: str = "", commands: Mapping[str, str] | None = None) -> No
         if command in modules:
             import_module(modules[command]).main(args)
         else:
-            run(with_config_of_run(sys.argv[1:]))
+            run(with_config_of_run(join_values(sys.argv[1:])))
     except (UserError, MisconfigurationException) as error:
         if isinstance(error, MisconfigurationException) and not _raised_by_lightning(error.__traceback__):
             raise

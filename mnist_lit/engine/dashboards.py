@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -304,16 +305,22 @@ def _add_graph(writer: SummaryWriter, pl_module: LightningModule, images: Tensor
 
 
 def _filters(pl_module: LightningModule) -> Tensor | None:
-    """Filters of the first layer as uint8 (n, 1, kh, kw), each stretched from its lowest to its highest."""
+    """Filters of the first layer as uint8 (n, C, kh, kw), each stretched from its lowest to its highest; those of
+    three channels in colour, of other numbers of channels their mean.
+    """
     layer = next((m for m in pl_module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
     if layer is None:
         return None
     weights = layer.weight.detach().float().cpu()
-    if weights.ndim == 2:  # (out, H * W)
-        side = round(weights.shape[1] ** 0.5)
-        if side * side != weights.shape[1]:
+    if weights.ndim == 2:  # (out, C * H * W)
+        pixels = weights.shape[1]
+        sides = {channels: math.isqrt(pixels // channels) for channels in (1, 3)}
+        channels = next((c for c, side in sides.items() if c * side * side == pixels), None)
+        if channels is None:
             return None
-        weights = weights.reshape(-1, 1, side, side)
-    weights = weights.mean(1, keepdim=True)[:64]  # (out, 1, kh, kw)
-    low, high = weights.amin((2, 3), keepdim=True), weights.amax((2, 3), keepdim=True)
+        weights = weights.reshape(-1, channels, sides[channels], sides[channels])
+    if weights.shape[1] != 3:
+        weights = weights.mean(1, keepdim=True)
+    weights = weights[:64]  # (out, C, kh, kw)
+    low, high = weights.amin((1, 2, 3), keepdim=True), weights.amax((1, 2, 3), keepdim=True)
     return display((weights - low) / (high - low).clamp(min=1e-12))

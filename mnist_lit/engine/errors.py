@@ -6,6 +6,11 @@ from __future__ import annotations
 class UserError(Exception):
     """A user's mistake. The message names the thing, what was expected and the way out."""
 
+    def __init__(self, message: str) -> None:
+        # The worker of a data loader hands on its traceback, at the end of which the message is.
+        _, worker, traceback = message.partition("\nOriginal Traceback")
+        super().__init__(traceback.rpartition(f"{type(self).__name__}: ")[2].strip() if worker else message)
+
 
 class ConfigurationError(UserError):
     """An option, or a combination of options, that cannot be honoured."""

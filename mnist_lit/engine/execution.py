@@ -25,6 +25,22 @@ NEUTRAL = {
 }
 
 
+def estimated_steps(trainer: Trainer, executions: int | float) -> int | float:
+    """Number of optimizer steps of a run that Lightning has counted in executions.
+
+    Args:
+        trainer: of the run.
+        executions: of the whole run, each of ``model.steps_per_execution`` steps but for the last of an epoch.
+    """
+    steps = getattr(trainer.lightning_module, "steps_per_execution", 1)
+    loader: Any = trainer.train_dataloader
+    if steps == 1 or trainer.max_epochs in (None, -1):
+        return executions
+    per_epoch = -(-len(loader.sampler) // (loader.batch_size // steps))
+    total = per_epoch * trainer.max_epochs
+    return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
+
+
 class StepsPerExecution(Callback):
     """Take ``steps`` optimizer steps in one step of Lightning's, after Keras's ``steps_per_execution``.
 

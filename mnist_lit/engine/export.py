@@ -23,6 +23,7 @@ from torch.export import Dim
 from mnist_lit.engine import PROJECT
 from mnist_lit.engine.checkpoints import read_checkpoint
 from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
+from mnist_lit.engine.execution import estimated_steps
 from mnist_lit.engine.outputs import are_probabilities, class_names, find_classes
 from mnist_lit.engine.storage import atomic_write
 
@@ -33,7 +34,13 @@ Predict = Callable[[Tensor], Tensor]
 
 
 class Trainer(lightning.pytorch.Trainer):
-    """Lightning's, with ``export``."""
+    """Lightning's, with ``export``, and with schedules that know of several steps per execution."""
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Number of optimizer steps of the run, for schedules; Lightning counts executions."""
+        estimated = super().estimated_stepping_batches
+        return estimated_steps(self, estimated) if estimated != float("inf") else estimated
 
     def export(
         self,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, TensorDataset
 
 from mnist_lit.engine.errors import ConfigurationError, DatasetError
 
@@ -106,6 +108,43 @@ class ResumableLoader(DataLoader):
         self._resumed = state_dict
 
 
+def augment(transform: Callable[[Tensor], Tensor], batch: Tensor, seed: int, trainer: Trainer) -> Tensor:
+    """Transform a training batch, so that what is drawn at random follows from seed, epoch and batch alone.
+
+    Then a resumed run draws the same, and so does one that takes several steps per execution; and the model's own
+    random numbers are those of a run without a transform.
+
+    Args:
+        transform: takes the samples of one step.
+        batch: of one step or, with ``steps_per_execution``, of several.
+        seed: of the transform.
+        trainer: that is about to train on the batch.
+
+    Example:
+        >>> def on_after_batch_transfer(self, batch, dataloader_idx):
+        ...     images, target = batch
+        ...     if self.trainer.training:
+        ...         images = augment(self.transform, images, self.seed, self.trainer)
+        ...     return images, target
+    """
+    loader: Any = trainer.train_dataloader
+    steps = getattr(loader, "steps_per_execution", 1)
+    first = trainer.fit_loop.epoch_loop.batch_progress.current.ready * steps
+    devices = [batch.device] if batch.is_cuda else []
+    parts = []
+    with torch.random.fork_rng(devices):
+        for index, part in enumerate(batch.split(loader.batch_size // steps)):
+            place = (seed, trainer.current_epoch, first + index, trainer.global_rank)
+            torch.manual_seed(int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "big"))
+            parts.append(transform(part))
+    return torch.cat(parts)
+
+
+def available_cpus() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def train_dataloader(
     dataset: Dataset,
     batch_size: int,
@@ -143,7 +182,7 @@ def train_dataloader(
 
 
 def eval_dataloader(
-    dataset: BatchTensorDataset, batch_size: int, *, trainer: Trainer | None = None, num_workers: int = 0
+    dataset: Dataset, batch_size: int, *, trainer: Trainer | None = None, num_workers: int = 0
 ) -> DataLoader:
     """Go through the dataset once, in order. Every process gets its share, and no sample is evaluated twice.
 
@@ -160,10 +199,13 @@ def eval_dataloader(
     """
     order: Sampler | None = None
     if trainer and (world_size := trainer.world_size) > 1:
-        n = len(dataset)
+        n = len(dataset)  # type: ignore[arg-type]
         if n < world_size:
             raise DatasetError(f"{n} samples to evaluate are too few for {world_size} processes")
-        dataset = BatchTensorDataset(*(t[trainer.global_rank :: world_size] for t in dataset.tensors))
+        if isinstance(dataset, BatchTensorDataset):
+            dataset = BatchTensorDataset(*(t[trainer.global_rank :: world_size] for t in dataset.tensors))
+        else:
+            dataset = Subset(dataset, range(trainer.global_rank, n, world_size))
         # The same number of batches in every process, because DDP waits for the others at each.
         smallest, largest = n // world_size, -(-n // world_size)
         while -(-smallest // batch_size) != -(-largest // batch_size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from mnist_lit.engine.outputs import are_probabilities, class_names, display, find_images
 from mnist_lit.engine.runs import Run, relative
 from mnist_lit.engine.sheets import contact_sheet
-from mnist_lit.engine.storage import atomic_save, atomic_write
+from mnist_lit.engine.storage import atomic_save, atomic_write, printable
 
 ROWS = 20  # to print
 PICTURES = 200
@@ -31,6 +32,9 @@ class PredictionsFile(BasePredictionWriter):
     and the probability of each class; the sheet shows the images of least confidence. Of values (B,) or (B, K) a row
     has the values. Anything else is saved as it is in ``predictions.pt``. Each process of several writes its share, to
     ``predictions-rank1.csv`` and so on.
+
+    A data module that predicts files lists them in ``files``, in order, and may list for each a warning in
+    ``warnings`` ("" for none) and its class in ``labels``, from which the accuracy is printed.
 
     Example:
         >>> Trainer(callbacks=[PredictionsFile()]).predict(model, datamodule=datamodule)
@@ -54,6 +58,8 @@ class PredictionsFile(BasePredictionWriter):
                 f"{names[index]}  {sure:.0%}"
                 for index, sure in zip(predicted.tolist(), confidence.tolist(), strict=True)
             ]
+            warned = _of_files(trainer, "warnings", trainer.predict_loop.current_batch_indices)
+            captions = [f"! {text}" if warning else text for text, warning in zip_longest(captions, warned)]
             order = confidence.argsort()[:PICTURES].tolist()
         else:
             confidence = torch.zeros(len(values))
@@ -103,6 +109,7 @@ class PredictionsFile(BasePredictionWriter):
                 sheet.save(part)
         if trainer.is_global_zero:
             _print(console, header, rows)
+            _print_accuracy(console, trainer, header, rows)
             console.print(f"Wrote {' and '.join(map(relative, wrote))}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -113,6 +120,14 @@ def _values(outputs: Any) -> Tensor | None:
     if not isinstance(outputs, Tensor) or outputs.ndim not in (1, 2) or not outputs.numel():
         return None
     return outputs.detach()
+
+
+def _of_files(trainer: Trainer, name: str, indices: Sequence[int]) -> list[Any]:
+    """What the data module lists by that name for each file that is predicted; nothing if it has no such list."""
+    listed = getattr(getattr(trainer, "datamodule", None), name, None)
+    if not isinstance(listed, list) or not indices or len(listed) <= max(indices):
+        return []
+    return [listed[index] for index in indices]
 
 
 def _kind(outputs: Any) -> str:
@@ -130,16 +145,23 @@ def _rows(trainer: Trainer, values: Tensor, batch_indices: Sequence[Any]) -> tup
     indices = [index for batches in batch_indices for batch in batches for index in batch]
     if len(indices) != len(values):  # a loader that has no indices
         indices = list(range(len(values)))
-    files = getattr(getattr(trainer, "datamodule", None), "files", None) or []
-    named = len(files) > max(indices)
-    samples = [str(files[index]) if named else str(index) for index in indices]
-    header = ["file" if named else "index"]
+    files = _of_files(trainer, "files", indices)
+    samples = [printable(file) for file in files] or [str(index) for index in indices]
+    header = ["file" if files else "index"]
     if are_probabilities(values):
         names = class_names(trainer, values.shape[1])
         confidence, predicted = values.max(1)
-        header += ["class", "confidence", *(f"p_{name}" for name in names)]
-        columns = zip(samples, predicted.tolist(), confidence.tolist(), values.tolist(), strict=True)
-        return header, [[sample, names[index], sure, *each] for sample, index, sure, each in columns]
+        warned = [[text] for text in _of_files(trainer, "warnings", indices)]
+        header += ["class", "confidence", *(["warning"] if warned else []), *(f"p_{name}" for name in names)]
+        columns = zip(
+            samples,
+            predicted.tolist(),
+            confidence.tolist(),
+            warned or [[]] * len(samples),
+            values.tolist(),
+            strict=True,
+        )
+        return header, [[sample, names[index], sure, *warning, *each] for sample, index, sure, warning, each in columns]
     if values.ndim == 1 or values.shape[1] == 1:
         header.append("prediction")
     else:
@@ -155,9 +177,19 @@ def _sheet(least: list[tuple[float, Tensor, str]]) -> Any:
     return contact_sheet(display(torch.stack([image for _, image, _ in least])), [row[2] for row in least])
 
 
+def _print_accuracy(console: Console, trainer: Trainer, header: list[str], rows: list[list[str | float]]) -> None:
+    """If the data module knows the class of every file."""
+    labels = _of_files(trainer, "labels", range(len(rows)))
+    if labels and "confidence" in header:
+        names = [name.removeprefix("p_") for name in header if name.startswith("p_")]
+        right = sum(row[1] == names[label] for row, label in zip(rows, labels, strict=True))
+        console.print(f"Right: {right:,} of {len(rows):,}, an accuracy of {right / len(rows):.4f}")
+
+
 def _print(console: Console, header: list[str], rows: list[list[str | float]]) -> None:
     shares = "confidence" in header
-    shown = header[:3] if shares else header[:8]
+    warned = "warning" in header and any(row[3] for row in rows)
+    shown = header[: 3 + warned] if shares else header[:8]
     table = Table(*(Column(escape(name), justify="left" if name in header[:1] else "right") for name in shown))
     for row in rows[:ROWS]:
         cells = [cell if isinstance(cell, str) else f"{cell:.1%}" if shares else f"{cell:.4g}" for cell in row]

@@ -16,7 +16,7 @@ def contact_sheet(images: Tensor, captions: Sequence[str], columns: int = 10) ->
     """Draw images with a caption under each.
 
     Args:
-        images: uint8 (n, C, H, W), n > 0. With one channel 0 is drawn white, as on paper; three are colours.
+        images: uint8 (n, C, H, W), n > 0; C is 1 for grey, 3 for colour.
         captions: n texts of up to a dozen letters; longer ones are cut.
         columns: number of images side by side.
 
@@ -30,7 +30,7 @@ def contact_sheet(images: Tensor, captions: Sequence[str], columns: int = 10) ->
     draw = ImageDraw.Draw(sheet)
     for place, (pixels, caption) in enumerate(zip(images.cpu().numpy(), captions, strict=True)):
         left, top = place % columns * SIDE, place // columns * (SIDE + CAPTION)
-        image = Image.fromarray(255 - pixels[0] if mode == "L" else np.moveaxis(pixels, 0, -1).copy())
+        image = Image.fromarray(pixels[0] if mode == "L" else np.moveaxis(pixels, 0, -1).copy())
         scale = (SIDE - 4) / max(image.size)
         width, height = (max(round(length * scale), 1) for length in image.size)
         shrinks = scale < 1

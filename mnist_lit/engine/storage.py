@@ -31,6 +31,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def printable(path: str | Path) -> str:
+    r"""A file's name as text: bytes in it that are no UTF-8 are written as ``\xff``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def atomic_save(content: Any, path: Path) -> None:
     """Write ``torch.save``'s file as a whole, or not at all.
 

@@ -53,7 +53,7 @@ def test_fit_leaves_a_run_that_can_be_tested_predicted_and_reproduced(cli: Run, 
     data.prepare_data()
     data.setup("predict")
     with torch.no_grad():
-        expected = model(data.splits.test[0][:, None] / 256).softmax(1)  # (300, 10)
+        expected = model(data.source.datasets["test"].tensors[0] / 256).softmax(1)  # (300, 10)
     assert [int(row["index"]) for row in rows] == list(range(300))
     assert [int(row["class"]) for row in rows] == expected.argmax(1).tolist()
     found = torch.tensor([[float(row[f"p_{digit}"]) for digit in range(10)] for row in rows])

@@ -31,10 +31,11 @@ EIGHT = ("--config", OVERLAYS / "speed.yaml")
                 ("--config", CONFIGS / "logistic.yaml", "--data.batch_size=48", "--trainer.max_epochs=3"),
                 ("--config", CONFIGS / "cnn.yaml", *SCHEDULED),
                 ("--config", CONFIGS / "cnn.yaml", "--trainer.precision=bf16-mixed"),
+                ("--config", CONFIGS / "fast.yaml", "--trainer.max_epochs=2"),
             )
         ),
     ],
-    ids=["cnn", "max_steps", "logistic", "scheduler", "bf16"],
+    ids=["cnn", "max_steps", "logistic", "scheduler", "bf16", "one cycle"],
 )
 def test_eight_steps_in_one_are_eight_steps(cli: Run, small: Path, tmp_path: Path, settings) -> None:
     """16 or 21 batches an epoch, the last ones shorter: weights, optimizer and curves bit for bit."""

@@ -40,7 +40,7 @@ def exported(path: Path) -> tuple[Callable[[Tensor], Tensor], dict]:
 
 def assert_agrees(model: torch.nn.Module, predict: Callable[[Tensor], Tensor], images: Tensor) -> None:
     with torch.no_grad():
-        expected = model(images[:, None] / 256).softmax(1)  # (B, 10)
+        expected = model(images / 256).softmax(1)  # (B, 10)
         torch.testing.assert_close(predict(images), expected, rtol=0, atol=1e-5)
 
 
@@ -72,12 +72,12 @@ def test_file_agrees_with_the_checkpoint(cli_in: Run, fitted, small: Path, confi
     model = {"cnn": CNN, "fast": FastCNN, "logistic": Logistic}[config]
     model = model.load_from_checkpoint(folder / BEST, weights_only=True).eval()
     with np.load(small) as arrays:
-        images, labels = torch.from_numpy(arrays["x_test"]), torch.from_numpy(arrays["y_test"])
-    for batch in (images, images[:1], images.repeat(4, 1, 1)[:1000]):
+        images, labels = torch.from_numpy(arrays["x_test"])[:, None], torch.from_numpy(arrays["y_test"])
+    for batch in (images, images[:1], images.repeat(4, 1, 1, 1)[:1000]):
         assert_agrees(model, predict, batch)
     generator = torch.Generator().manual_seed(0)
     for n in (1, 1000):
-        other_size = torch.randint(256, (n, 40, 36), dtype=torch.uint8, generator=generator)
+        other_size = torch.randint(256, (n, 1, 40, 36), dtype=torch.uint8, generator=generator)
         if config == "logistic":
             with pytest.raises(Exception, match=r"(?i)size|shape|dimension|28"):
                 predict(other_size)
@@ -111,7 +111,7 @@ def test_whole_test_split_of_mnist(cli: Run, mnist_dir: Path, tmp_path: Path, su
     data = MNISTDataModule("mnist", data_dir=str(mnist_dir))
     data.prepare_data()
     data.setup("test")
-    assert_agrees(model, predict, data.splits.test[0])
+    assert_agrees(model, predict, data.source.datasets["test"].tensors[0])
     assert metadata["dataset"] == "mnist"
 
 

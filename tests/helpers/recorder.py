@@ -45,7 +45,7 @@ class Recorder(Callback):
             self.valid_losses.append(float(trainer.callback_metrics["val/loss"]))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        everything = [image.numpy().tobytes() for image in trainer.datamodule.splits.train[0]]
+        everything = [image.numpy().tobytes() for image in trainer.datamodule.source.datasets["train"].tensors[0]]
         index = {image: i for i, image in enumerate(everything)}
         epochs = [[image.numpy().tobytes() for image in torch.cat(seen)] for seen in self.seen]
         self.order = [[index[image] for image in seen] for seen in epochs]

@@ -52,9 +52,9 @@ def label(data: MNISTDataModule) -> str:
 
 
 def problem_of(data: MNISTDataModule, recorder: Recorder, lr: float, momentum: float = 0.0, **other) -> Problem:
-    (x_train, y_train), (x_valid, y_valid), _ = data.splits
+    (x_train, y_train), (x_valid, y_valid) = (data.source.datasets[name].tensors for name in ("train", "valid"))
     rows = [x.flatten(1) / 256 for x in (x_train, x_valid)]
-    size = tuple(x_train.shape[1:])
+    size = tuple(x_train.shape[2:])
     return Problem(rows[0], y_train, rows[1], y_valid, recorder.order, lr, momentum, size=size, **other)
 
 
@@ -111,7 +111,7 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     module = data_module(dataset, data_dir)
     module.prepare_data()
     module.setup("fit")
-    assert all(len(images) % 64 for images, _ in module.splits)
+    assert all(len(images) % 64 for images in module.source.targets.values())
     return module
 
 

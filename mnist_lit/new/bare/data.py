@@ -17,7 +17,7 @@ class DataModule(LightningDataModule):
     """
 
     class_names = ("left", "middle", "right")  # in tables and dashboards
-    num_classes, num_pixels = 3, 1 * 12 * 16  # for the model
+    num_classes, channels, num_pixels = 3, 1, 1 * 12 * 16  # for the model
 
     def __init__(self, batch_size: int = 64) -> None:
         super().__init__()

@@ -1,0 +1,333 @@
+"""Folders of image files, one for each class."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import ExifTags, Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mnist_lit.datasets.files import MAX_CLASSES, Splits, stratified
+from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.loaders import available_cpus
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+SPLITS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+MAX_PIXELS = 100_000_000  # of one image; more is a bomb
+NAMED = 5  # files in a message
+BLOCK = 500  # files
+
+T = TypeVar("T")
+Size = tuple[int, int]  # height, width
+
+
+@dataclass
+class ImageFolder:
+    """The image files of a folder, by split and class.
+
+    Args:
+        root: with a folder of images for each class, or with ``train`` and ``valid`` (or ``val``) and ``test``
+            above the classes.
+        valid: fraction of each class to validate on, unless there is a folder for that.
+        test: fraction of each class to test on, unless there are folders of splits.
+        seed: of the choice of those images.
+
+    Raises:
+        DatasetError: if there are no images, or the classes of two splits differ.
+
+    Example:
+        >>> ImageFolder(Path("pets")).class_names
+        ['cats', 'dogs']
+    """
+
+    root: Path
+    valid: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+    class_names: list[str] = field(init=False)
+    files: dict[str, list[str]] = field(init=False)  # by split, sorted by class and name
+    labels: dict[str, Tensor] = field(init=False)  # int64 (n,)
+    fingerprint: str = field(init=False)  # of names, sizes and times
+    content: str = field(init=False)  # of names and sizes, which are the same in a copy of the folder
+
+    def __post_init__(self) -> None:
+        folders = {entry.name: entry.path for entry in _entries(self.root) if entry.is_dir()}
+        splits = {SPLITS[name.lower()]: path for name, path in folders.items() if name.lower() in SPLITS}
+        if "train" not in splits:
+            splits = {"train": str(self.root)}
+        listed = {split: dict(_classes(Path(path))) for split, path in splits.items()}
+        self.class_names = list(listed["train"])
+        if not self.class_names:
+            raise DatasetError(
+                f"{self.root}: no images ({', '.join(SUFFIXES)}) in folders of their own for each class, such as "
+                f"{self.root / 'cats' / '1.jpg'}"
+            )
+        if len(self.class_names) > MAX_CLASSES:
+            raise DatasetError(f"{self.root}: {len(self.class_names)} folders of classes are more than {MAX_CLASSES}")
+        names, states, self.files, self.labels = hashlib.sha256(), hashlib.sha256(), {}, {}
+        for split, classes in listed.items():
+            if unknown := classes.keys() - set(self.class_names):
+                raise DatasetError(f"{splits[split]}: {min(unknown)} is no class of {splits['train']}")
+            places = [(self.class_names.index(name), entry) for name, found in classes.items() for entry in found]
+            self.files[split] = [entry.path for _, entry in places]
+            self.labels[split] = torch.tensor([label for label, _ in places], dtype=torch.int64)
+            for _, entry in places:
+                status = entry.stat()
+                name = f"{os.path.relpath(entry.path, self.root)} {status.st_size}"
+                names.update(os.fsencode(f"{name}\n"))
+                states.update(os.fsencode(f"{name} {status.st_mtime_ns}\n"))
+        if splits == {"train": str(self.root)}:
+            self._hold_out("test", self.test)
+        if "valid" not in self.files:
+            self._hold_out("valid", self.valid)
+        settings = f"{self.valid} {self.test} {self.seed}"
+        self.content = f"{names.hexdigest()} {settings}"
+        self.fingerprint = f"{self.root.resolve()} {states.hexdigest()} {settings}"
+
+    def leave_out(self, broken: dict[str, str]) -> None:
+        """Leave files out of all splits, with a warning that names them and why.
+
+        Raises:
+            DatasetError: if nothing is left of a split.
+        """
+        if not broken:
+            return
+        listed = [f"{path}: {reason}" for path, reason in list(broken.items())[:NAMED]]
+        listed += [f"and {len(broken) - NAMED:,} more"] if len(broken) > NAMED else []
+        for split, files in self.files.items():
+            whole = [path not in broken for path in files]
+            self.files[split] = [path for path, kept in zip(files, whole, strict=True) if kept]
+            self.labels[split] = self.labels[split][torch.tensor(whole, dtype=torch.bool)]
+            if files and not any(whole):
+                raise DatasetError(f"{self.root}: no image of the split {split} can be read; {listed[0]}")
+        rank_zero_warn(f"{self.root}: files that cannot be read are left out ({len(broken):,}): {'; '.join(listed)}")
+
+    def _hold_out(self, split: str, fraction: float) -> None:
+        files, labels = self.files["train"], self.labels["train"]
+        # A fraction of all images, of which some are held out already.
+        fraction *= (len(files) + len(self.files.get("test", [])) * (split == "valid")) / max(len(files), 1)
+        chosen = stratified(labels, fraction, self.seed) if fraction else torch.zeros(len(labels), dtype=torch.bool)
+        for name, mask in ((split, chosen), ("train", ~chosen)):
+            self.files[name] = [files[index] for index in mask.nonzero()[:, 0].tolist()]
+            self.labels[name] = labels[mask]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _classes(folder: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    for entry in _entries(folder):
+        if entry.is_dir() and (files := list(_images(Path(entry.path)))):
+            yield entry.name, files
+
+
+def _images(folder: Path) -> Iterator[os.DirEntry[str]]:
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield from _images(Path(entry.path))
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield entry
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+class ImageError(Exception):
+    """An image file that cannot be read; the message tells why."""
+
+
+def read_image(path: str | os.PathLike[str], channels: int, size: Size | None = None) -> Tensor:
+    """Read an image file.
+
+    Args:
+        path: of any format and mode that Pillow reads; of several frames the first.
+        channels: 1 for grey, 3 for colour.
+        size: height and width. The image is scaled to cover it, and what is over is cut off evenly.
+
+    Returns:
+        uint8 (C, H, W). Transparent pixels are white.
+
+    Raises:
+        ImageError: if it is no image.
+    """
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ImageError(f"{opened.width} x {opened.height} pixels are more than {MAX_PIXELS:,}")
+            if size and opened.format == "JPEG":
+                # Decodes 1/2, 1/4 or 1/8 of the pixels where that is still twice what is asked for.
+                opened.draft(None, (2 * max(size), 2 * max(size)))
+            image = _opaque(ImageOps.exif_transpose(opened)).convert("L" if channels == 1 else "RGB")
+            if size and (image.height, image.width) != tuple(size):
+                image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    except ImageError:
+        raise
+    except Exception as error:  # a damaged file can make Pillow's decoders raise just about anything
+        raise ImageError(f"not a readable image ({error or type(error).__name__})") from error
+    return torch.from_numpy(np.array(image)).reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits a pixel
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image
+
+
+def probe(path: str) -> tuple[int, Size]:
+    """Channels, height and width of an image file by its header.
+
+    Raises:
+        ImageError: if it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            # Photos may be turned by a quarter, according to their Exif orientation. Of a PNG it stands at the end.
+            turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+            if image.mode == "P":
+                grey = all(len(set(colour)) == 1 for colour in zip(*[iter(image.getpalette() or [])] * 3, strict=False))
+            size = (image.width, image.height) if turned else (image.height, image.width)
+            return 1 if grey else 3, size
+    except Exception as error:
+        raise ImageError(f"not a readable image ({error or type(error).__name__})") from error
+
+
+class Format(NamedTuple):
+    """The form to which all image files of a folder are brought: channels, height and width."""
+
+    channels: int
+    size: Size
+
+
+def find_format(
+    folder: ImageFolder, channels: int | None = None, size: Size | None = None
+) -> tuple[Format, dict[str, str]]:
+    """Find out channels and size of a folder's images.
+
+    Args:
+        folder: of the images.
+        channels: 1 or 3; by default 1 if all images are grey.
+        size: height and width; by default that of the images.
+
+    Returns:
+        the format, and the files that are no images by their headers, with the reason.
+
+    Raises:
+        DatasetError: if the images are of several sizes and none is given, or none can be read.
+    """
+    sizes: dict[Size, str] = {}
+    grey, broken = True, {}
+    paths = [path for files in folder.files.values() for path in files]
+    for path, found in _each(probe, paths, "Looking at images"):
+        if isinstance(found, ImageError):
+            broken[path] = str(found)
+        else:
+            grey &= found[0] == 1
+            sizes.setdefault(found[1], path)
+    if not sizes:
+        raise DatasetError(f"{folder.root}: no image can be read; {paths[0]}: {broken[paths[0]]}")
+    if not size and len(sizes) > 1:
+        (one, path), (other, path2), *_ = sizes.items()
+        raise DatasetError(
+            f"{folder.root}: images of {len(sizes)} sizes, such as {one[0]} x {one[1]} ({path}) and "
+            f"{other[0]} x {other[1]} ({path2}); choose one with --data.image_size, such as --data.image_size=64"
+        )
+    return Format(channels or (1 if grey else 3), size or next(iter(sizes))), broken
+
+
+def _each(function: Callable[[str], T], paths: Sequence[str], what: str) -> Iterator[tuple[str, T | ImageError]]:
+    """Call a function with each path, on all processors, in order; with what it returns, or its ImageError."""
+
+    def call(path: str) -> T | ImageError:
+        try:
+            return function(path)
+        except ImageError as error:
+            return error
+
+    blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]  # bounds what is decoded ahead
+    with ThreadPoolExecutor(available_cpus()) as threads:
+        results = (
+            (path, result) for block in blocks for path, result in zip(block, threads.map(call, block), strict=True)
+        )
+        console = Console(stderr=True)
+        quiet = not console.is_terminal or len(paths) < BLOCK
+        yield from track(results, what, len(paths), console=console, disable=quiet, transient=True)
+
+
+def decode_folder(folder: ImageFolder, form: Format) -> Splits:
+    """Decode all images of a folder, on all processors.
+
+    Files that cannot be read are left out, with a warning that names them.
+
+    Args:
+        folder: of the images.
+        form: to which they are brought.
+
+    Raises:
+        DatasetError: if no image of a split can be read.
+    """
+    splits, broken = {}, {}
+    for split, paths in folder.files.items():
+        images = torch.empty(len(paths), form.channels, *form.size, dtype=torch.uint8)
+        read = partial(read_image, channels=form.channels, size=form.size)
+        for index, (path, image) in enumerate(_each(read, paths, f"Decoding {split}")):
+            if isinstance(image, ImageError):
+                broken[path] = str(image)
+            else:
+                images[index] = image
+        whole = torch.tensor([path not in broken for path in paths], dtype=torch.bool)
+        splits[split] = images if whole.all() else images[whole]
+    folder.leave_out(broken)
+    empty = torch.empty(0, form.channels, *form.size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    pairs = {split: (images, folder.labels[split]) for split, images in splits.items()}
+    return Splits(*(pairs.get(split, empty) for split in Splits._fields))
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Image files that are read when they are asked for: a data loader's workers decode them.
+
+    Args:
+        folder: of the images.
+        split: ``train``, ``valid`` or ``test``.
+        form: to which they are brought.
+    """
+
+    def __init__(self, folder: ImageFolder, split: str, form: Format) -> None:
+        # Arrays and not lists, whose objects every worker would copy one by one as it looks at them.
+        self.paths = np.array([os.fsencode(path) for path in folder.files.get(split, [])])
+        self.labels = folder.labels.get(split, torch.empty(0, dtype=torch.int64))
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Image uint8 (C, H, W) and label.
+
+        Raises:
+            DatasetError: if the file cannot be read.
+        """
+        path = os.fsdecode(self.paths[index])
+        try:
+            return read_image(path, self.form.channels, self.form.size), int(self.labels[index])
+        except ImageError as error:
+            raise DatasetError(f"{path}: {error}; delete it, or replace it") from error

@@ -1,0 +1,49 @@
+"""Your transforms: what ``data.train_transform`` does to batches of training images."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RandomAffine(nn.Module):
+    """Rotate, scale and shift each image at random, uniformly within bounds.
+
+    Args:
+        degrees: by which an image is rotated at most.
+        scale: fraction by which it is made larger or smaller at most.
+        shift: fraction of height and width by which it is shifted at most.
+        padding: what comes in from outside: ``zeros``, the nearest pixel (``border``) or ``reflection``.
+
+    Example:
+        >>> RandomAffine(degrees=10)(images)  # (B, C, H, W) to (B, C, H, W)
+    """
+
+    def __init__(
+        self,
+        degrees: float = 10.0,
+        scale: float = 0.1,
+        shift: float = 0.1,
+        padding: Literal["zeros", "border", "reflection"] = "zeros",
+    ) -> None:
+        super().__init__()
+        self.degrees, self.scale, self.shift, self.padding = degrees, scale, shift, padding
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to images of the same shape."""
+        n, _, height, width = images.shape
+        angle, zoom, right, down = 2 * torch.rand(4, n, device=images.device) - 1  # each (B,) in -1..1
+        angle = angle * math.radians(self.degrees)
+        zoom = 1 + zoom * self.scale
+        cos, sin = angle.cos() * zoom, angle.sin() * zoom
+        # Where each output pixel comes from, in grid_sample's coordinates of -1..1 from edge to edge.
+        rows = [
+            torch.stack([cos, -sin * height / width, 2 * self.shift * right], -1),
+            torch.stack([sin * width / height, cos, 2 * self.shift * down], -1),
+        ]
+        grid = F.affine_grid(torch.stack(rows, -2).to(images.dtype), list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, padding_mode=self.padding, align_corners=False)

@@ -1,0 +1,292 @@
+"""Folders of images: found, split, decoded, trained on, resumed, predicted and exported, in colour."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, checkpoint, curves
+from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_resume import assert_same_run
+
+from mnist_lit.datasets.folders import ImageFolder, read_image
+from mnist_lit.datasets.sources import FolderOptions, Source, open_dataset
+from mnist_lit.engine.errors import DatasetError
+
+CLASSES = {"blue bar": (50, 60, 210), "green box": (40, 180, 60), "red disc": (200, 40, 40)}
+FORMATS = ("png", "jpg", "bmp", "webp", "tiff", "gif")
+FIT = ("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=pets", "--data.image_size=32", "--data.batch_size=64")
+BEST = RUN / "checkpoints" / "best.ckpt"
+
+
+def draw(number: int, random: np.random.Generator, size: tuple[int, int] | None = None) -> Image.Image:
+    height, width = size or (int(side) for side in random.integers(40, 90, 2))
+    image = Image.fromarray(random.integers(0, 120, (height, width, 3), dtype=np.uint8))
+    left, top = (int(place) for place in random.integers(5, 15, 2))
+    shape = ImageDraw.Draw(image)
+    colour = tuple(
+        int(value) for value in np.clip(list(CLASSES.values())[number] + random.integers(-40, 40, 3), 0, 255)
+    )
+    box = (left, top, left + 20, top + (6 if number == 0 else 20))
+    (shape.ellipse if number == 2 else shape.rectangle)(box, fill=colour)
+    return image
+
+
+def make_pets(folder: Path, n: int = 60, size: tuple[int, int] | None = None) -> Path:
+    """n images of each of three classes, of mixed sizes and formats."""
+    random = np.random.default_rng(0)
+    for number, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for index in range(n):
+            draw(number, random, size).save(folder / name / f"{index:04}.{FORMATS[index % len(FORMATS)]}")
+    return folder
+
+
+def opened(folder: Path, data_dir: Path, **options: object) -> Source:
+    return open_dataset(str(folder), data_dir, FolderOptions(**options))  # type: ignore[arg-type]
+
+
+def tensors(source: Source, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    dataset = source.datasets[split]
+    images = torch.stack([dataset[index][0] for index in range(len(dataset))])  # type: ignore[arg-type]
+    return images, source.targets[split]
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def test_classes_are_split_by_fraction_and_seed(tmp_path: Path) -> None:
+    folder = ImageFolder(make_pets(tmp_path / "pets"), valid=0.2, test=0.1)
+    assert folder.class_names == list(CLASSES)
+    counts = {split: torch.bincount(labels).tolist() for split, labels in folder.labels.items()}
+    assert counts == {"train": [42] * 3, "valid": [12] * 3, "test": [6] * 3}
+    everything = sorted(path for files in folder.files.values() for path in files)
+    assert everything == sorted(str(path) for path in (tmp_path / "pets").rglob("*.*"))
+    again = ImageFolder(tmp_path / "pets", valid=0.2, test=0.1)
+    assert again.files == folder.files
+    assert ImageFolder(tmp_path / "pets", valid=0.2, test=0.1, seed=1).files != folder.files
+
+
+@pytest.mark.parametrize("valid", ["valid", "val", "Validation", None])
+def test_folders_of_splits_are_kept(tmp_path: Path, valid: str | None) -> None:
+    """Where there is no folder to validate on, that is chosen from the training images; the test images stay."""
+    for split, n in (("train", 20), (valid, 10), ("test", 5)):
+        if split:
+            make_pets(tmp_path / "pets" / split, n, (20, 20))
+    folder = ImageFolder(tmp_path / "pets")
+    assert {split: len(files) for split, files in folder.files.items()} == {
+        "train": 60 if valid else 54,
+        "valid": 30 if valid else 6,
+        "test": 15,
+    }
+    assert all("/test/" in path for path in folder.files["test"])
+
+
+def test_what_cannot_be_found_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "cats").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"no images .* in folders of their own for each class"):
+        opened(tmp_path / "empty", tmp_path / "data")
+    make_pets(tmp_path / "pets" / "train", 3, (20, 20))
+    make_pets(tmp_path / "pets" / "test", 3, (20, 20))
+    (tmp_path / "pets" / "test" / "red disc").rename(tmp_path / "pets" / "test" / "purple")
+    with pytest.raises(DatasetError, match=r"test: purple is no class of .*train"):
+        opened(tmp_path / "pets", tmp_path / "data")
+    with pytest.raises(DatasetError, match="no such dataset"):
+        opened(tmp_path / "nothing", tmp_path / "data")
+
+
+def test_several_sizes_need_a_choice(cli: Run, tmp_path: Path) -> None:
+    make_pets(tmp_path / "pets", 4)
+    done = cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset=pets", ok=False)
+    assert_one_message(done, "images of 12 sizes, such as ", "choose one with --data.image_size")
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+def test_one_size_decodes_exactly_and_grey_stays_grey(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (12, 20, 30), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        path = tmp_path / "grey" / "ab"[index % 2] / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    source = opened(tmp_path / "grey", tmp_path / "data", valid_fraction=0.5, test_fraction=0)
+    assert (source.channels, source.image_size) == (1, (20, 30))
+    found = torch.cat([tensors(source, split)[0] for split in ("train", "valid")])
+    assert sorted(image.numpy().tobytes() for image in found) == sorted(image.tobytes() for image in pixels)
+    assert opened(tmp_path / "grey", tmp_path / "data", channels=3).channels == 3
+
+
+def test_every_mode_becomes_what_a_viewer_shows(tmp_path: Path) -> None:
+    colour = np.zeros((10, 20, 3), np.uint8)
+    colour[:, 10:] = (200, 100, 50)
+    shown = Image.fromarray(colour)
+    clear = Image.merge("RGBA", [*shown.split(), Image.fromarray((colour[..., 0] > 0).astype(np.uint8) * 255)])
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a camera held upright
+    for name, image, options in (
+        ("rgb.png", shown, {}),
+        ("palette.gif", shown.convert("P", palette=Image.Palette.ADAPTIVE), {}),
+        ("cmyk.tiff", shown.convert("CMYK"), {}),
+        ("turned.png", shown.rotate(90, expand=True), {"exif": turned}),
+    ):
+        image.save(tmp_path / name, **options)
+        np.testing.assert_allclose(
+            read_image(tmp_path / name, 3).permute(1, 2, 0).numpy(), colour, atol=2, err_msg=name
+        )
+    clear.save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png", 3)[:, 0, 0].tolist() == [255, 255, 255]
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png", 1).unique().tolist() == [40000 // 257]
+    assert read_image(tmp_path / "rgb.png", 3, (8, 8)).shape == (3, 8, 8)
+
+
+def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path: Path) -> None:
+    folder = make_pets(tmp_path / "pets", 6, (20, 20))
+    whole = (folder / "red disc" / "0000.png").read_bytes()
+    (folder / "red disc" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "red disc" / "text.png").write_text("no image")
+    (folder / "red disc" / ".hidden.png").write_text("no image")
+    (folder / "red disc" / "notes.txt").write_text("no image")
+    for lazy in (False, True):
+        limit = 1e-9 if lazy else 2.0
+        with pytest.warns(UserWarning, match=r"files that cannot be read are left out \(1\): .*text\.png"):
+            source = opened(folder, tmp_path / f"data{lazy}", memory_limit=limit)
+        total = sum(map(len, source.targets.values()))
+        assert total == (19 if lazy else 18)  # half an image is found out when it is decoded
+    split = next(s for s, d in source.datasets.items() if any(b"half" in path for path in d.paths))  # type: ignore
+    with pytest.raises(DatasetError, match=r"half\.png: not a readable image"):
+        tensors(source, split)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_that_breaks_off_is_named_where_files_are_read(cli: Run, tmp_path: Path, workers: int) -> None:
+    folder = make_pets(tmp_path / "pets", 6, (32, 32))
+    whole = (folder / "red disc" / "0000.png").read_bytes()
+    for path in (folder / "red disc").iterdir():
+        path.unlink()
+        path.with_suffix(".png").write_bytes(whole[: len(whole) // 2])
+    lazy = ("--data.memory_limit=1e-9", f"--data.num_workers={workers}")
+    assert_one_message(cli(*FIT, *lazy, ok=False), "red disc/000", ".png: not a readable image", "replace it")
+
+
+def test_fast_copy_follows_names_sizes_and_times(tmp_path: Path) -> None:
+    folder, data = make_pets(tmp_path / "pets", 6, (20, 20)), tmp_path / "data"
+    before = opened(folder, data)
+    (copy,) = (data / "copies").glob("*.pt")
+    made = copy.stat().st_mtime_ns
+    assert opened(folder, data).digest == before.digest
+    assert copy.stat().st_mtime_ns == made
+    os.utime(folder / "red disc" / "0000.png", ns=(1, 1))
+    assert opened(folder, data).digest == before.digest  # the same images in another copy
+    assert copy.stat().st_mtime_ns > made
+    (folder / "red disc" / "0000.png").rename(folder / "red disc" / "0006.png")
+    assert opened(folder, data).digest != before.digest
+
+
+# ------------------------------------------------------------------------------------------ from end to end
+
+
+def test_colour_from_training_to_prediction(cli: Run, tmp_path: Path) -> None:
+    make_pets(tmp_path / "pets")
+    cli(*FIT, "--trainer.max_epochs=6", "--test_after_fit=true")
+    saved = checkpoint(tmp_path / BEST)
+    assert saved["state_dict"]["net.0.weight"].shape[1] == 3
+    assert saved["class_names"] == list(CLASSES)
+    assert saved["datamodule_hyper_parameters"]["image_size"] == [32, 32]
+    assert curves(tmp_path / RUN)["val/acc"][-1][1] > 0.9
+    events = EventAccumulator(str(tmp_path / RUN), size_guidance={"images": 0}).Reload()
+    for tag in ("train/samples", "val/filters"):
+        encoded = events.Images(tag)[-1].encoded_image_string
+        (tmp_path / "sheet.png").write_bytes(encoded)
+        assert np.ptp(np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), int), 2).max() > 30, tag
+
+    shutil.rmtree(tmp_path / "data")  # predicting needs nothing of the training data
+    (tmp_path / "new").mkdir()
+    for path in (tmp_path / "pets").iterdir():
+        shutil.copytree(path, tmp_path / "new" / path.name)
+    done = cli("predict", "--ckpt_path", BEST, "--data.images", "new")
+    assert "Right: 1" in done.stdout
+    with (tmp_path / "lightning_logs" / "version_1" / "predictions.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 180
+    right = sum(Path(row["file"]).parent.name == row["class"] for row in rows)
+    assert f"Right: {right} of 180, an accuracy of {right / 180:.4f}" in done.stdout
+    assert right > 160
+    sheet = np.asarray(Image.open(tmp_path / "lightning_logs" / "version_1" / "predictions.png"), int)
+    assert np.ptp(sheet, 2).max() > 60
+
+
+@pytest.mark.slow
+def test_three_hundred_of_each_resume_and_export(cli: Run, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra [export]")
+    make_pets(tmp_path / "pets", 300)
+    options = ("--trainer.max_epochs=3", "--last_checkpoint.every_n_train_steps=3", "--data.num_workers=2")
+    cli(*FIT, *options, "--run_name=whole")
+    kill = ("--trainer.callbacks+=interrupt.SignalAt", "--trainer.callbacks.signum=SIGKILL")
+    kill += ("--trainer.callbacks.hook=on_train_batch_end", "--trainer.callbacks.step=17")
+    assert cli(*FIT, *options, *kill, "--run_name=cut", ok=False).returncode == -9
+    cli(*FIT, *options, "--ckpt_path=lightning_logs/cut/checkpoints/last.ckpt", "--data.num_workers=0")
+    assert_same_run(tmp_path / "lightning_logs" / "cut", tmp_path / "lightning_logs" / "whole")
+    for suffix in ("onnx", "pt2"):
+        done = cli("export", "--ckpt_path", "lightning_logs/cut/checkpoints/best.ckpt", "--format", suffix)
+        assert "on 90 of the test split it differs from the checkpoint by" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "memory", [pytest.param(False, marks=pytest.mark.slow), True], ids=["from memory", "from files"]
+)
+def test_files_are_read_in_the_same_order(cli: Run, tmp_path: Path, memory: bool) -> None:
+    """A run that reads from files is resumed from the middle of an epoch, by workers, and in memory."""
+    make_pets(tmp_path / "pets", 40)
+    options = ("--trainer.max_epochs=2", "--last_checkpoint.every_n_train_steps=1", "--data.batch_size=16")
+    cli(*FIT, *options, "--run_name=whole")
+    lazy = () if memory else ("--data.memory_limit=1e-9", "--data.num_workers=2")
+    kill = ("--trainer.callbacks+=interrupt.SignalAt", "--trainer.callbacks.signum=SIGKILL")
+    kill += ("--trainer.callbacks.hook=on_train_batch_end", "--trainer.callbacks.step=5")
+    first = ("--data.memory_limit=1e-9", "--data.num_workers=0")
+    assert cli(*FIT, *options, *first, *kill, "--run_name=cut", ok=False).returncode == -9
+    cli(*FIT, *options, *lazy, "--ckpt_path=lightning_logs/cut/checkpoints/last.ckpt")
+    assert_same_run(tmp_path / "lightning_logs" / "cut", tmp_path / "lightning_logs" / "whole")
+
+
+# ------------------------------------------------------------------------------------------- augmentation
+
+AUGMENTED = ("--config", CONFIGS / "fast.yaml", "--config", OVERLAYS / "augment.yaml", "--trainer.max_epochs=2")
+
+
+def test_augmented_run_is_the_same_with_steps_workers_and_resumed(cli: Run, small: Path, tmp_path: Path) -> None:
+    options = (*AUGMENTED, "--data.dataset", small, "--last_checkpoint.every_n_train_steps=1")
+    cli("fit", *options, "--run_name=whole")
+    cli("fit", *options, "--run_name=eight", "--model.steps_per_execution=4", "--data.num_workers=1")
+    kill = ("--trainer.callbacks+=interrupt.SignalAt", "--trainer.callbacks.signum=SIGKILL")
+    kill += ("--trainer.callbacks.hook=on_train_batch_end", "--trainer.callbacks.step=5")
+    assert cli("fit", *options, *kill, "--run_name=cut", ok=False).returncode == -9
+    cli("fit", *options, "--ckpt_path=lightning_logs/cut/checkpoints/last.ckpt")
+    logs = tmp_path / "lightning_logs"
+    assert_same_run(logs / "cut", logs / "whole")
+    whole, eight = (checkpoint(logs / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "eight"))
+    assert all(torch.equal(whole[name], eight[name]) for name in whole)
+    cli("fit", "--config", CONFIGS / "fast.yaml", "--trainer.max_epochs=2", "--data.dataset", small, "--run_name=plain")
+    plain = checkpoint(logs / "plain" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert not torch.equal(plain["net.0.weight"], whole["net.0.weight"])
+
+
+def test_normalization_is_part_of_prediction_and_export(cli: Run, small: Path, tmp_path: Path) -> None:
+    normal = ("--data.mean=[0.2]", "--data.std=[0.3]")
+    config = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.max_epochs=1")
+    cli("fit", *config, *normal)
+    tables = []
+    for version, options in ((1, ()), (2, normal)):  # the checkpoint knows
+        cli("predict", *config, *options, "--ckpt_path", BEST)
+        tables.append((tmp_path / "lightning_logs" / f"version_{version}" / "predictions.csv").read_text())
+    assert tables[0] == tables[1]
+    cli("predict", *config, "--data.mean=[0.0]", "--data.std=[1.0]", "--ckpt_path", BEST)
+    assert (tmp_path / "lightning_logs" / "version_3" / "predictions.csv").read_text() != tables[0]
