@@ -84,7 +84,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small") / "small.npz"
     arrays = {}
     for name, (images, labels), n in zip(("train", "valid", "test"), make_digits(), (1000, 300, 300), strict=True):
-        arrays[f"x_{name}"], arrays[f"y_{name}"] = images[:n].numpy(), labels[:n].numpy()
+        arrays[f"x_{name}"], arrays[f"y_{name}"] = images[:n, 0].numpy(), labels[:n].numpy()
     np.savez(path, **arrays)
     return path
 

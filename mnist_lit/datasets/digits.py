@@ -38,7 +38,7 @@ def make_digits() -> Splits:
     image; as they are in the order of their writers, most writers are in one split only.
 
     Returns:
-        train, valid and test, each ``(images, labels)`` with images uint8 (n, 28, 28) and labels
+        train, valid and test, each ``(images, labels)`` with images uint8 (n, 1, 28, 28) and labels
         int64 (n,), n = 50,000 / 10,000 / 10,000.
     """
     with as_file(files(__package__) / "digits.npz") as path, np.load(path) as asset:
@@ -49,7 +49,7 @@ def make_digits() -> Splits:
     for split, originals in ORIGINALS.items():
         picked = torch.arange(IMAGES[split]) % originals + start
         picked = picked[torch.randperm(len(picked), generator=generator)]
-        made[split] = (vary(images[picked], generator), labels[picked])
+        made[split] = (vary(images[picked], generator)[:, None], labels[picked])
         start += originals
     return Splits(**made)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from mnist_lit.datasets.files import MAX_CLASSES, Splits, stratified
 from mnist_lit.engine.errors import DatasetError
@@ -28,10 +28,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 SPLITS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 MAX_PIXELS = 100_000_000  # of one image; more is a bomb
 NAMED = 5  # files in a message
-BLOCK = 500  # files
+BLOCK = 500  # files, fewer than which are quickly read without further processes
 
 T = TypeVar("T")
 Size = tuple[int, int]  # height, width
+File = tuple[str, int, int]  # path, bytes, time of change in nanoseconds
 
 
 @dataclass
@@ -77,25 +78,23 @@ class ImageFolder:
             )
         if len(self.class_names) > MAX_CLASSES:
             raise DatasetError(f"{self.root}: {len(self.class_names)} folders of classes are more than {MAX_CLASSES}")
-        names, states, self.files, self.labels = hashlib.sha256(), hashlib.sha256(), {}, {}
+        names, times, self.files, self.labels = [], [], {}, {}
+        start = len(str(self.root))
         for split, classes in listed.items():
             if unknown := classes.keys() - set(self.class_names):
                 raise DatasetError(f"{splits[split]}: {min(unknown)} is no class of {splits['train']}")
-            places = [(self.class_names.index(name), entry) for name, found in classes.items() for entry in found]
-            self.files[split] = [entry.path for _, entry in places]
-            self.labels[split] = torch.tensor([label for label, _ in places], dtype=torch.int64)
-            for _, entry in places:
-                status = entry.stat()
-                name = f"{os.path.relpath(entry.path, self.root)} {status.st_size}"
-                names.update(os.fsencode(f"{name}\n"))
-                states.update(os.fsencode(f"{name} {status.st_mtime_ns}\n"))
+            self.files[split] = [path for found in classes.values() for path, _, _ in found]
+            counts = torch.tensor([len(classes.get(name, ())) for name in self.class_names])
+            self.labels[split] = torch.arange(len(counts)).repeat_interleave(counts)
+            names += [f"{path[start:]} {size}" for found in classes.values() for path, size, _ in found]
+            times += [str(time) for found in classes.values() for _, _, time in found]
         if splits == {"train": str(self.root)}:
             self._hold_out("test", self.test)
         if "valid" not in self.files:
             self._hold_out("valid", self.valid)
         settings = f"{self.valid} {self.test} {self.seed}"
-        self.content = f"{names.hexdigest()} {settings}"
-        self.fingerprint = f"{self.root.resolve()} {states.hexdigest()} {settings}"
+        self.content = f"{_digest(names)} {settings}"
+        self.fingerprint = f"{self.root.resolve()} {self.content} {_digest(times)}"
 
     def leave_out(self, broken: dict[str, str]) -> None:
         """Leave files out of all splits, with a warning that names them and why.
@@ -109,7 +108,7 @@ class ImageFolder:
         listed += [f"and {len(broken) - NAMED:,} more"] if len(broken) > NAMED else []
         for split, files in self.files.items():
             whole = [path not in broken for path in files]
-            self.files[split] = [path for path, kept in zip(files, whole, strict=True) if kept]
+            self.files[split] = list(compress(files, whole))
             self.labels[split] = self.labels[split][torch.tensor(whole, dtype=torch.bool)]
             if files and not any(whole):
                 raise DatasetError(f"{self.root}: no image of the split {split} can be read; {listed[0]}")
@@ -121,8 +120,12 @@ class ImageFolder:
         fraction *= (len(files) + len(self.files.get("test", [])) * (split == "valid")) / max(len(files), 1)
         chosen = stratified(labels, fraction, self.seed) if fraction else torch.zeros(len(labels), dtype=torch.bool)
         for name, mask in ((split, chosen), ("train", ~chosen)):
-            self.files[name] = [files[index] for index in mask.nonzero()[:, 0].tolist()]
+            self.files[name] = list(compress(files, mask.tolist()))
             self.labels[name] = labels[mask]
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -130,18 +133,23 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def _classes(folder: Path) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+def _classes(folder: Path) -> Iterator[tuple[str, list[File]]]:
     for entry in _entries(folder):
-        if entry.is_dir() and (files := list(_images(Path(entry.path)))):
+        if entry.is_dir() and (files := sorted(_images(entry.path))):
             yield entry.name, files
 
 
-def _images(folder: Path) -> Iterator[os.DirEntry[str]]:
-    for entry in _entries(folder):
-        if entry.is_dir():
-            yield from _images(Path(entry.path))
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield entry
+def _images(folder: str) -> Iterator[File]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES) and entry.is_file():
+                status = entry.stat()
+                yield entry.path, status.st_size, status.st_mtime_ns
+            elif entry.is_dir():
+                yield from _images(entry.path)
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -165,6 +173,10 @@ def read_image(path: str | os.PathLike[str], channels: int, size: Size | None = 
     Raises:
         ImageError: if it is no image.
     """
+    return torch.from_numpy(_read_pixels(path, channels, size))
+
+
+def _read_pixels(path: str | os.PathLike[str], channels: int, size: Size | None = None) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
@@ -179,7 +191,8 @@ def read_image(path: str | os.PathLike[str], channels: int, size: Size | None = 
         raise
     except Exception as error:  # a damaged file can make Pillow's decoders raise just about anything
         raise ImageError(f"not a readable image ({error or type(error).__name__})") from error
-    return torch.from_numpy(np.array(image)).reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+    pixels = np.array(image).reshape(image.height, image.width, channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -254,23 +267,38 @@ def find_format(
     return Format(channels or (1 if grey else 3), size or next(iter(sizes))), broken
 
 
-def _each(function: Callable[[str], T], paths: Sequence[str], what: str) -> Iterator[tuple[str, T | ImageError]]:
-    """Call a function with each path, on all processors, in order; with what it returns, or its ImageError."""
+class _Results(Dataset[Any]):
+    """What a function returns for each path, or its ImageError."""
 
-    def call(path: str) -> T | ImageError:
+    def __init__(self, function: Callable[[str], Any], paths: Sequence[str]) -> None:
+        self.function, self.paths = function, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
         try:
-            return function(path)
+            return self.function(self.paths[index])
         except ImageError as error:
             return error
 
-    blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]  # bounds what is decoded ahead
-    with ThreadPoolExecutor(available_cpus()) as threads:
-        results = (
-            (path, result) for block in blocks for path, result in zip(block, threads.map(call, block), strict=True)
-        )
-        console = Console(stderr=True)
-        quiet = not console.is_terminal or len(paths) < BLOCK
-        yield from track(results, what, len(paths), console=console, disable=quiet, transient=True)
+
+def _each(function: Callable[[str], T], paths: Sequence[str], what: str) -> Iterator[tuple[str, T | ImageError]]:
+    """Call a function with each path, on all processors, in order, with a progress bar where that takes time."""
+    long = len(paths) > BLOCK
+    loader = DataLoader(
+        _Results(function, paths),
+        batch_size=32,
+        collate_fn=list,
+        num_workers=available_cpus() if long else 0,
+        generator=torch.Generator(),  # otherwise it would draw from the model's random numbers
+    )
+    console = Console(stderr=True)
+    results = (result for batch in loader for result in batch)
+    shown = track(
+        results, what, len(paths), console=console, disable=not (long and console.is_terminal), transient=True
+    )
+    yield from zip(paths, shown, strict=True)
 
 
 def decode_folder(folder: ImageFolder, form: Format) -> Splits:
@@ -285,19 +313,20 @@ def decode_folder(folder: ImageFolder, form: Format) -> Splits:
     Raises:
         DatasetError: if no image of a split can be read.
     """
-    splits, broken = {}, {}
-    for split, paths in folder.files.items():
-        images = torch.empty(len(paths), form.channels, *form.size, dtype=torch.uint8)
-        read = partial(read_image, channels=form.channels, size=form.size)
-        for index, (path, image) in enumerate(_each(read, paths, f"Decoding {split}")):
-            if isinstance(image, ImageError):
-                broken[path] = str(image)
-            else:
-                images[index] = image
-        whole = torch.tensor([path not in broken for path in paths], dtype=torch.bool)
-        splits[split] = images if whole.all() else images[whole]
-    folder.leave_out(broken)
-    empty = torch.empty(0, form.channels, *form.size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    paths = [path for files in folder.files.values() for path in files]
+    images, broken = torch.empty(len(paths), form.channels, *form.size, dtype=torch.uint8), {}
+    read = partial(_read_pixels, channels=form.channels, size=form.size)
+    for index, (path, pixels) in enumerate(_each(read, paths, "Decoding images")):
+        if isinstance(pixels, ImageError):
+            broken[path] = str(pixels)
+        else:
+            images[index] = torch.from_numpy(pixels)
+    splits = dict(zip(folder.files, images.split([len(files) for files in folder.files.values()]), strict=True))
+    if broken:
+        for split, files in folder.files.items():
+            splits[split] = splits[split][torch.tensor([path not in broken for path in files])]
+        folder.leave_out(broken)
+    empty = images[:0], torch.empty(0, dtype=torch.int64)
     pairs = {split: (images, folder.labels[split]) for split, images in splits.items()}
     return Splits(*(pairs.get(split, empty) for split in Splits._fields))
 

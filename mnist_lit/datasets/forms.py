@@ -45,7 +45,7 @@ def find_digit_form(dataset: Dataset) -> dict[str, Any] | None:
     sides = torch.maximum(_extent(rows), _extent(columns))
     box = int(sides.median())
     agree = (edge.amax(1) <= EVEN) & ((sides - box).abs() <= max(1, round(TOLERANCE * height)))
-    if agree.float().mean() < SHARE or box >= height:
+    if agree.float().mean() < SHARE or not SMALLEST * height <= box < height:
         return None
     off = {name: (place - height / 2).abs().mean() for name, place in _centres(ink, rows, columns).items()}
     by = min(off, key=lambda name: float(off[name]))
@@ -56,6 +56,7 @@ def find_digit_form(dataset: Dataset) -> dict[str, Any] | None:
 
 THRESHOLD = 0.2  # of the strongest stroke: blurred edges are not counted
 TOLERANCE = 0.06  # of the side, by which the boxes may differ
+SMALLEST = 0.2  # of the side, below which nothing is in the images
 CENTRED = 0.04  # of the side, by which the centres may be off the middle on average
 
 

@@ -51,6 +51,8 @@ EDITS: Edits = {
     ],
 }
 
+# Of the package and of configs: the example's data, and what are options of it.
+BARE_LEFT_OUT = "datasets", "data.py", "transforms.py", "augment.yaml"
 BARE_DROPPED: Paragraphs = {
     f"{PROJECT}/models.py": ["-- the tutorial's", "-- a better one"],
     "LICENSE": ["digits.npz"],
@@ -73,7 +75,7 @@ BARE_EDITS: Edits = {
         ("A better CNN", "A CNN"),
         ("MNISTDataModule", "DataModule"),
     ],
-    "configs/README.md": [(r"(?s)`logistic\.yaml` .*? a better one\.\n", "")],
+    "configs/README.md": [(r"(?s)`logistic\.yaml` .*? a better one\.\n", ""), (r"\| \[augment.*\n", "")],
     "configs/cnn.yaml": [("^#.*", "# A small CNN.")],
     "configs/fast.yaml": [("^#.*", "# A CNN with batch norm, Nesterov momentum and a one-cycle learning rate.")],
     "configs/logistic.yaml": [("^#.*", "# Logistic regression.")],
@@ -84,6 +86,7 @@ BARE_EDITS: Edits = {
         ("# Digits out of image files, and sheets of them;", "# Sheets of images;"),
         (", the example's data beside it, and the engine below both", ", and the engine below"),
         (rf' "{PROJECT}\.datasets",', ""),
+        (rf" \| {PROJECT}\.transforms", ""),
     ],
     "tests/project/test_project.py": [
         (r"(?s)(def data\().*?\).*?(\n    \"\"\".*?\"\"\").*?\n\n\n", r"\1) -> list[str]:\2\n    return []\n\n\n"),
@@ -125,13 +128,14 @@ def write_project(project: Path, package: str, bare: bool) -> None:
 
 def _files(bare: bool) -> Iterator[tuple[Path, str]]:
     """Each file, and its path in the project as long as that still has this one's name."""
-    left_out = [HERE, PACKAGE / "datasets", PACKAGE / "data.py"] if bare else [HERE]
+    left_out = [HERE, *(PACKAGE / name for name in BARE_LEFT_OUT)] if bare else [HERE]
     for path in _walk(PACKAGE.parent, PROJECT):
         if not any(path.is_relative_to(place) for place in left_out):
             yield path, path.relative_to(PACKAGE.parent).as_posix()
     for part in COPIED:
         for path in _walk(ROOT, part):
-            yield path, path.relative_to(ROOT).as_posix()
+            if not (bare and path.name in BARE_LEFT_OUT):
+                yield path, path.relative_to(ROOT).as_posix()
     yield from ((HERE / "project" / source, name) for name, source in WRITTEN.items())
     if bare:
         yield HERE / "bare" / "data.py", f"{PROJECT}/data.py"
