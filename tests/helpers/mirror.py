@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 @contextmanager
@@ -41,4 +43,24 @@ def server(behaviour: str, body: bytes = b"", failures: int = 0) -> Iterator[tup
         yield f"http://127.0.0.1:{httpd.server_port}/mnist.pkl.gz", requests
     finally:
         release.set()
+        httpd.shutdown()
+
+
+@contextmanager
+def folder_server(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A real HTTP server of the files in a folder; yields its address, which ends with a slash, and the requests."""
+    requests: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_request(self, *args: object) -> None:
+            requests.append(self.path)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}/", requests
+    finally:
         httpd.shutdown()

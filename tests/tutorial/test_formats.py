@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from common import CONFIGS, Run
+from mirror import folder_server, server
 from test_archive import Arrays, arrays, assert_holds
 
 from mnist_lit.datasets import idx, mnist
 from mnist_lit.datasets.files import Splits, content_digest, read_dataset
 from mnist_lit.datasets.sources import FolderOptions, open_dataset
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import DatasetError, DownloadError
 
 
 def as_lists(content: object) -> object:
@@ -182,6 +183,42 @@ def test_zip_archive_is_named(cli: Run, tmp_path: Path) -> None:
         archive.writestr("cats/1.jpg", b"")
     done = cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset=images.zip", ok=False)
     assert "images.zip: damaged, or not a dataset (this is a ZIP archive: unpack it" in done.stderr
+
+
+# -------------------------------------------------------------------------------------------- addresses
+
+
+def test_addresses_are_tried_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no file, one that answers with a page, one with another dataset, and one with IDX files."""
+    monkeypatch.setattr(mnist, "BACK_OFF", 0.01)
+    wanted, other = write_idx(tmp_path / "mnist", published(), gz=True), arrays()
+    digest = content_digest(read_dataset(wanted))
+    monkeypatch.setattr(mnist, "DIGEST", digest)
+    page, pickled = b"<!DOCTYPE html>", gzip.compress(pickle.dumps(other))
+    with (
+        server("404") as (missing, _),
+        server("whole", page) as (html, _),
+        server("whole", pickled) as (wrong, _),
+        folder_server(wanted) as (folder, requests),
+    ):
+        mnist.download_mnist([missing, html, wrong, folder], tmp_path / "data", timeout=60)
+        assert sorted(path.lstrip("/") for path in requests) == sorted(mnist.IDX)
+        mnist.download_mnist([missing], tmp_path / "data", timeout=60)  # it is there
+        with pytest.raises(DownloadError, match=r"answered 404.*; .*this is HTML.*; .*but not MNIST"):
+            mnist.download_mnist([missing, html, wrong], tmp_path / "none", timeout=60)
+    found = mnist.find_mnist(tmp_path / "data")
+    assert found is not None
+    assert content_digest(mnist.read_mnist(found)) == digest
+    assert [path.name for path in (tmp_path / "none").iterdir()] == [".lock"]
+
+
+def test_address_of_an_unreachable_host_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tutorial's two addresses are of one host: without a network only one of them waits."""
+    monkeypatch.setattr(mnist, "BACK_OFF", 0.01)
+    with pytest.raises(DownloadError) as caught:
+        mnist.download_mnist(["http://127.0.0.1:9/a", "http://127.0.0.1:9/b"], tmp_path, timeout=60)
+    assert "127.0.0.1:9/a could not be downloaded: no connection" in str(caught.value)
+    assert "127.0.0.1:9/b" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------- real MNIST
