@@ -160,7 +160,7 @@ def test_confusion_matrix_of_any_number_of_classes_is_square(classes: int) -> No
 
 
 def test_contact_sheet_shows_every_image() -> None:
-    sheet = contact_sheet(torch.full((12, 1, 28, 28), 255, dtype=torch.uint8), ["7"] * 12, columns=5)
+    sheet = contact_sheet(torch.zeros(12, 1, 28, 28, dtype=torch.uint8), ["7"] * 12, columns=5)
     assert sheet.size == (420, 300)
     dark = np.asarray(sheet) == 0
     assert dark.mean() == pytest.approx(12 * 80 * 80 / (420 * 300), abs=0.01)
