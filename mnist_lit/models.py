@@ -8,6 +8,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -15,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lit.engine.errors import ConfigurationError
 from mnist_lit.engine.execution import StepsPerExecution
+from mnist_lit.engine.finetuning import adapt
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.outputs import Outputs
 
@@ -25,10 +27,12 @@ class Classifier(LightningModule):
     """Trains a network on images and targets; by default cross-entropy, accuracy and SGD.
 
     Args:
-        net: images (B, C, H, W) to logits (B, num_classes), or to one value (B, 1) for regression.
+        net: images (B, C, H, W) to logits (B, num_classes), or to one value (B, 1) for regression. Where it takes
+            other channels or tells other classes apart, it is adapted, see ``adapt``.
         lr: learning rate of SGD.
         momentum: momentum of SGD.
         num_classes: number of classes; comes from the data on the command line.
+        channels: C of the images; comes from the data on the command line. Without it the network stays as it is.
         loss: outputs and targets to the mean over the batch (); by default ``CrossEntropyLoss``.
         metrics: metrics of torchmetrics by name; by default the accuracy as ``acc``.
         activation: outputs to predictions; by default ``Softmax``. ``Identity`` for regression.
@@ -46,6 +50,7 @@ class Classifier(LightningModule):
         lr: float = 0.1,
         momentum: float = 0.9,
         num_classes: int = 10,
+        channels: int | None = None,
         loss: nn.Module | None = None,
         metrics: dict[str, Metric] | None = None,
         activation: nn.Module | None = None,
@@ -56,6 +61,8 @@ class Classifier(LightningModule):
         steps_per_execution = int(steps_per_execution)  # jsonargparse's type would not load safely
         self.save_hyperparameters(ignore=["net", "loss", "metrics", "activation"])
         self.net = net
+        if channels is not None and (adapted := adapt(net, channels, num_classes)):
+            rank_zero_info(f"{type(net).__name__} was adapted to the data: {', '.join(adapted)}")
         if channels_last:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = loss or nn.CrossEntropyLoss()

@@ -15,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -108,9 +109,46 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
     return checkpoint
 
 
-def _load(path: str | Path, weights_only: bool) -> Any:
+def read_weights(path: str | Path, weights_only: bool = True) -> dict[str, torch.Tensor]:
+    """Read weights onto the CPU: of a checkpoint of Lightning, or a plain file of them.
+
+    Args:
+        path: a file of ``torch.save`` with a state dict, alone or under ``state_dict`` or ``model``; or, where the
+            package safetensors is installed, a ``.safetensors``.
+        weights_only: accept tensors and plain values only, so that no code runs out of the file.
+
+    Raises:
+        CheckpointError: if the file cannot be read, is damaged, holds anything else or asks for code.
+        ConfigurationError: if safetensors is needed and not installed.
+
+    Example:
+        >>> list(read_weights("resnet18-f37072fd.pth"))[:2]
+        ['conv1.weight', 'bn1.running_mean']
+    """
+    if Path(path).suffix == ".safetensors":
+        if find_spec("safetensors") is None:
+            raise ConfigurationError(f"{path} needs the package safetensors: pip install safetensors")
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:  # as below
+            raise CheckpointError(_unusable(path, str(error).splitlines()[0])) from error
+    # torch.save wrote files that are no zip archives until torch 1.6; old weights are still around in them.
+    content = _load(path, weights_only, old=True)
+    weights: Any = None
+    if isinstance(content, dict):
+        weights = next((content[key] for key in ("state_dict", "model") if key in content), content)
+    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise CheckpointError(_unusable(path, "it holds no state dict, which is names and tensors"))
+    return weights
+
+
+def _load(path: str | Path, weights_only: bool, old: bool = False) -> Any:
     """Load a file of ``torch.save`` safely, whatever is in it; Lightning has some without a trainer's state."""
     try:
+        if old and not zipfile.is_zipfile(path):
+            return torch.load(path, map_location="cpu", weights_only=weights_only)
         with zipfile.ZipFile(path) as file:
             # torch.load neither compares checksums nor bounds what a compressed member grows to.
             if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):

@@ -12,10 +12,11 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal
@@ -51,10 +52,12 @@ from mnist_lit.engine.checkpoints import (
     best_checkpoint,
     newest_checkpoint,
     read_checkpoint,
+    read_weights,
 )
 from mnist_lit.engine.dashboards import Dashboard
 from mnist_lit.engine.errors import CheckpointError, ConfigurationError, UserError
 from mnist_lit.engine.export import Trainer
+from mnist_lit.engine.finetuning import first_convolution, rename, to_channels
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.predictions import PredictionsFile
 from mnist_lit.engine.provenance import Provenance
@@ -133,7 +136,7 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--init_from",
             type=str | None,
-            help="Start a new run from the weights of this checkpoint, and nothing else.",
+            help="Start a new run from the weights of this checkpoint, or of a file of weights, and nothing else.",
         )
         parser.add_argument(
             "--init_strict",
@@ -365,17 +368,36 @@ class CLI(LightningCLI):
             return
         if not Path(path).exists():
             raise CheckpointError(_no_such_checkpoint("init_from", path))
-        weights = read_checkpoint(path, config.get("weights_only") is not False)["state_dict"]
+        weights = rename(read_weights(path, config.get("weights_only") is not False), self.model.state_dict())
+        adapted = [] if config.init_strict else self._adapt_channels(weights)
         misfits = self._misfits(weights)
-        listed = ", ".join(f"{name} ({there} there, {here} here)" for name, there, here in misfits)
+        left_out = {name for name, _, _ in misfits}
+        if not weights.keys() & self.model.state_dict().keys() - left_out:
+            raise CheckpointError(
+                f"--init_from={path}: none of its weights fits {type(self.model).__name__}; there are "
+                f"{_briefly(weights, 3)} there and {_briefly(self.model.state_dict(), 3)} here"
+            )
+        listed = _briefly([f"{name} ({there} there, {here} here)" for name, there, here in misfits])
         if misfits and config.init_strict:
             raise CheckpointError(
                 f"--init_from={path} does not fit {type(self.model).__name__}: {listed}; "
                 "--init_strict=false starts from those weights that do"
             )
-        left_out = {name for name, _, _ in misfits}
         self.model.load_state_dict({k: v for k, v in weights.items() if k not in left_out}, strict=False)
-        rank_zero_info(f"Started from the weights of {path}" + (f", without {listed}" if misfits else ""))
+        done = [f"Started from the weights of {path}", *adapted, *([f"without {listed}"] if misfits else [])]
+        rank_zero_info(", ".join(done))
+
+    def _adapt_channels(self, weights: dict[str, Tensor]) -> list[str]:
+        """Adapt weights of the first convolution that are for images of other channels; says which in words."""
+        layer, conv = first_convolution(self.model)
+        theirs = weights.get(name := f"{layer}.weight")
+        if conv is None or theirs is None or theirs.shape == conv.weight.shape or conv.groups > 1:
+            return []
+        adapted = to_channels(theirs, conv.in_channels) if theirs.ndim == 4 else theirs
+        if adapted.shape != conv.weight.shape:
+            return []
+        weights[name] = adapted
+        return [f"{name} from {theirs.shape[1]} to {conv.in_channels} channels"]
 
     def after_predict(self) -> None:
         """Name the files that could not be read.
@@ -432,6 +454,12 @@ class CLI(LightningCLI):
 
 def _no_such_checkpoint(option: str, path: str | Path) -> str:
     return f"--{option}={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
+
+
+def _briefly(names: Collection[str], most: int = 8) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(islice(names, most)) or "none") + more
 
 
 def _viewer(logger: Logger) -> list[str]:

@@ -85,13 +85,14 @@ class ResumeGuard(Callback):
         options: see ``restored_options``.
 
     Raises:
-        CheckpointError: naming a schedule of another length.
+        CheckpointError: naming a schedule of another length, or an optimizer with other groups of parameters.
         ConfigurationError: for weight averaging that Lightning does not restore exactly.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
         self._schedulers: list[dict[str, Any]] = []
+        self._optimizers: list[dict[str, Any]] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["options"] = self.options
@@ -99,6 +100,7 @@ class ResumeGuard(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
             self._schedulers = checkpoint.get("lr_schedulers", [])
+            self._optimizers = checkpoint.get("optimizer_states", [])
         if trainer.lr_scheduler_configs:  # FSDP loads checkpoints after on_fit_start
             self._compare(trainer)
 
@@ -113,6 +115,14 @@ class ResumeGuard(Callback):
         self._compare(trainer)
 
     def _compare(self, trainer: Trainer) -> None:
+        for optimizer, state in zip(trainer.optimizers, self._optimizers, strict=False):
+            there, here = len(state.get("param_groups", optimizer.param_groups)), len(optimizer.param_groups)
+            if there != here:
+                raise CheckpointError(
+                    f"{trainer.ckpt_path} has a {type(optimizer).__name__} with {there} groups of parameters, and this "
+                    f"run has {here}, such as with or without the callback FineTuning; resume with the callbacks that "
+                    f"it was started with, or start a new run with --init_from={trainer.ckpt_path}"
+                )
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=False):
             ours = dict(_horizons(config.scheduler.state_dict()))
             for name, theirs in _horizons(state):
@@ -122,7 +132,7 @@ class ResumeGuard(Callback):
                         f"run asks for {ours[name]}, such as by another --trainer.max_epochs; resume with the length "
                         f"that it was started with, or start a new run with --init_from={trainer.ckpt_path}"
                     )
-        self._schedulers = []
+        self._schedulers, self._optimizers = [], []
 
 
 def _horizons(state: Any, place: str = "") -> Iterator[tuple[str, Any]]:
