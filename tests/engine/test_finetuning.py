@@ -1,0 +1,386 @@
+"""Transfer learning: networks and weights for other images and classes, and a start with the head alone."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, assert_same, checkpoint, curves
+from nets import Wide
+from PIL import Image, ImageDraw, ImageFont
+from test_resume import TWO_PROCESSES, assert_same_run, interrupt
+from torch import nn
+
+from mnist_lit.engine.finetuning import adapt, to_channels
+
+LAST = RUN / "checkpoints" / "last.ckpt"
+QUICK = (
+    *("--dashboard.every_n_epochs=0", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=4"),
+    *("--data.batch_size=64", "--last_checkpoint.every_n_train_steps=5"),
+)
+FAST = ("fit", "--config", CONFIGS / "fast.yaml", *QUICK)
+FINETUNE = ("--config", OVERLAYS / "finetune.yaml")
+CALLBACK = "--trainer.callbacks+=mnist_lit.engine.finetuning.FineTuning"
+WIDE = ("fit", "--config", CONFIGS / "cnn.yaml", "--model=Classifier", "--model.net=nets.wide", *QUICK)
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def five(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images with five classes."""
+    arrays = dict(np.load(small))
+    path = tmp_path_factory.mktemp("five") / "five.npz"
+    np.savez(path, **{name: values // 2 if name[0] == "y" else values for name, values in arrays.items()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def old(cli_in: Run, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of FastCNN for ten classes."""
+    folder = tmp_path_factory.mktemp("old")
+    cli_in(folder, *FAST, "--data.dataset", small, "--trainer.max_epochs=1")
+    return folder / LAST
+
+
+# --------------------------------------------------------------------------------------------------- networks
+
+
+def test_network_is_adapted_in_place() -> None:
+    net = Wide().double().to(memory_format=torch.channels_last)
+    net.conv1.weight.requires_grad_(False)
+    before, images = net.conv1.weight.clone(), torch.rand(2, 1, 28, 28, dtype=torch.double)
+    expected = net.conv1(images.expand(2, 3, 28, 28))
+    assert adapt(net, channels=1, num_classes=5) == ["conv1: 3 -> 1 channels", "fc: 20 -> 5 classes"]
+    torch.testing.assert_close(net.conv1.weight, before.sum(1, keepdim=True))
+    torch.testing.assert_close(net.conv1(images), expected)  # a grey image gets the response that it got
+    assert not net.conv1.weight.requires_grad
+    assert net.fc.weight.requires_grad
+    assert net(images).shape == (2, 5)
+    assert adapt(net, channels=4, num_classes=5) == ["conv1: 1 -> 4 channels"]
+    torch.testing.assert_close(net.conv1(images.expand(2, 4, 28, 28)), expected)
+
+
+def test_channels_last_stays() -> None:
+    net = Wide().to(memory_format=torch.channels_last)
+    adapt(net, channels=5, num_classes=20)
+    assert net.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not net.conv1.weight.is_contiguous()
+
+
+def test_network_that_fits_is_left_alone() -> None:
+    net = Wide()
+    weights, state, random = list(net.parameters()), dict(net.state_dict()), torch.get_rng_state()
+    assert adapt(net, channels=3, num_classes=20) == []
+    assert all(one is other for one, other in zip(net.parameters(), weights, strict=True))
+    assert_same(dict(net.state_dict()), state)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_head_may_be_a_convolution_and_groups_become_one() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 20, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.rand(2, 1, 9, 9)
+    expected = net[0](images.expand(2, 4, 9, 9))
+    assert adapt(net, 1, 3) == ["0: 4 -> 1 channels", "1: 20 -> 3 classes"]
+    torch.testing.assert_close(net[0](images), expected)
+    assert net(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize("net", [nn.Flatten(), nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyLinear(5))])
+def test_nothing_to_adapt(net: nn.Module) -> None:
+    assert adapt(net, 3, 7) == []
+
+
+def test_network_by_function_is_adapted_and_used(cli: Run, five: Path, tmp_path: Path) -> None:
+    done = cli(*WIDE, "--data.dataset", five, "--trainer.max_epochs=1")
+    assert done.stderr.count("Wide was adapted to the data: conv1: 3 -> 1 channels, fc: 20 -> 5 classes") == 1
+    config = yaml.safe_load((tmp_path / RUN / "config.yaml").read_text())
+    assert config["model"]["init_args"]["net"] == {"class_path": "nets.wide", "init_args": {"width": 8}}
+    assert "channels" not in config["model"]["init_args"]
+    for command in ("test", "predict"):
+        cli(command, "--ckpt_path", LAST)
+    assert "Wrote" in cli("export", "--format=pt2", "--ckpt_path", LAST).stdout
+    assert "nets.wide" in cli(*WIDE, "--data.dataset", five, "--print_config").stdout
+
+
+def test_networks_of_the_project_fit(cli: Run, small: Path) -> None:
+    assert "adapted" not in cli(*FAST, "--data.dataset", small, "--trainer.max_epochs=1").stderr
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def save(path: Path, **more: object) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    weights = Wide().state_dict()
+    torch.save(weights, path, **more)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix"), [("pth", ""), ("pth", "module."), ("old", ""), ("nested", "backbone."), ("safetensors", "")]
+)
+def test_plain_file_of_weights(cli: Run, five: Path, tmp_path: Path, kind: str, prefix: str) -> None:
+    path = tmp_path / f"weights.{'safetensors' if kind == 'safetensors' else 'pth'}"
+    weights = save(path)
+    named = {prefix + name: weight for name, weight in weights.items()}
+    if kind == "safetensors":
+        pytest.importorskip("safetensors", reason="needs safetensors").torch.save_file(named, path)
+    else:
+        content = {"state_dict": named} if kind == "nested" else named
+        torch.save(content, path, _use_new_zipfile_serialization=kind != "old")
+    frozen = ("--model.lr=1e-30", "--model.momentum=0", "--trainer.max_epochs=1")
+    done = cli(*WIDE, "--data.dataset", five, f"--init_from={path}", "--init_strict=false", *frozen)
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("Started from the weights of"))
+    assert "net.conv1.weight from 3 to 1 channels" in said
+    assert "net.fc.weight ((20, 128) there, (5, 128) here)" in said
+    assert "bn1" not in said
+    state = checkpoint(tmp_path / LAST)["state_dict"]
+    torch.testing.assert_close(state["net.conv1.weight"], to_channels(weights["conv1.weight"], 1))
+    torch.testing.assert_close(state["net.bn1.weight"], weights["bn1.weight"])
+
+
+def test_weights_that_do_not_fit_are_refused(cli: Run, five: Path, tmp_path: Path) -> None:
+    save(tmp_path / "weights.pth")
+    refused = cli(*WIDE, "--data.dataset", five, "--init_from=weights.pth", ok=False)
+    listed = "net.conv1.weight ((8, 3, 3, 3) there, (8, 1, 3, 3) here)"
+    assert_one_message(refused, "--init_from=weights.pth", listed, "--init_strict=false")
+
+
+@pytest.mark.parametrize("strict", ["true", "false"])
+def test_weights_of_which_none_fits(cli: Run, small: Path, tmp_path: Path, strict: str) -> None:
+    save(tmp_path / "weights.pth")
+    refused = cli(*FAST, "--data.dataset", small, "--init_from=weights.pth", f"--init_strict={strict}", ok=False)
+    assert_one_message(refused, "none of its weights fits FastCNN", "conv1.weight, bn1.weight", "net.0.weight")
+    assert not (tmp_path / LAST).exists()
+
+
+def test_list_of_weights_is_brief(cli: Run, small: Path, tmp_path: Path) -> None:
+    weights = {f"more.{i}": torch.zeros(1) for i in range(20)} | save(tmp_path / "weights.pth")
+    torch.save(weights, tmp_path / "weights.pth")
+    refused = cli(*WIDE, "--data.dataset", small, "--init_from=weights.pth", ok=False)
+    assert_one_message(refused, "more.0 ((1,) there, None here)", " and 15 more; ")
+
+
+class Calls:
+    def __reduce__(self):
+        return sys.exit, (3,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_file_that_asks_for_code_or_holds_no_weights(cli: Run, small: Path, tmp_path: Path, zipped: bool) -> None:
+    for content, reason in (({"a": Calls()}, "no checkpoint that can be used"), ({"a": 1}, "no state dict")):
+        torch.save(content, tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)
+        refused = cli(*FAST, "--data.dataset", small, "--init_from=weights.pth", ok=False)
+        assert_one_message(refused, "weights.pth", reason)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def rates(path: Path) -> list[float]:
+    (state,) = checkpoint(path)["optimizer_states"]
+    return [group["lr"] for group in state["param_groups"]]
+
+
+ADAM = ("--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=CosineAnnealingLR", "--lr_scheduler.T_max=3")
+
+
+@pytest.mark.parametrize("settings", [(), ADAM], ids=["OneCycleLR", "AdamW"])
+def test_head_is_trained_alone_at_first(cli: Run, five: Path, old: Path, tmp_path: Path, settings: tuple) -> None:
+    done = cli(
+        *FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five, "--best_checkpoint.save_top_k=-1", *settings
+    )
+    assert "without net.11.bias ((10,) there, (5,) here), net.11.weight ((10, 64) there, (5, 64) here)" in done.stderr
+    paths = [next(tmp_path.glob(f"{RUN}/checkpoints/best-epoch={epoch}-*")) for epoch in range(3)]
+    states = [checkpoint(old)["state_dict"], *(checkpoint(path)["state_dict"] for path in paths)]
+    rest = [name for name in states[0] if not name.startswith("net.11.")]
+    for epoch, (before, after) in enumerate(pairwise(states)):
+        same = {name for name in rest if torch.equal(before[name], after[name])}
+        assert same == (set(rest) if epoch == 0 else set()), epoch
+        if epoch:
+            assert not torch.equal(before["net.11.weight"], after["net.11.weight"])
+    groups = checkpoint(paths[0])["optimizer_states"][0]["param_groups"]
+    assert [len(group["params"]) for group in groups] == [2, 9]
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    schedule = (
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+        if settings
+        else torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=48)
+    )
+    for path in paths:
+        for _ in range(1 if settings else 16):
+            optimizer.step()
+            schedule.step()
+        (expected,) = schedule.get_last_lr()
+        if not settings:  # a schedule per epoch steps after the checkpoint of the epoch
+            assert rates(path) == [pytest.approx(expected), pytest.approx(expected / 10)]
+    assert rates(tmp_path / LAST) == [pytest.approx(expected), pytest.approx(expected / 10)]
+
+
+STOPS = {  # 16 steps to an epoch
+    "before": ("SIGKILL", "on_train_batch_end", 8),
+    "last step before": ("SIGTERM", "on_train_batch_start", 15),
+    "at its checkpoint": ("SIGKILL", "on_train_epoch_start", 16),
+    "validation before": ("SIGINT", "on_validation_batch_start", 16),
+    "first step after": ("SIGTERM", "on_train_batch_end", 17),
+    "after": ("SIGKILL", "on_train_batch_end", 40),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(cli_in: Run, five: Path, old: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Makes the uninterrupted run of some settings, once."""
+    made: dict[tuple, Path] = {}
+
+    def run(*settings: object) -> Path:
+        if settings not in made:
+            made[settings] = tmp_path_factory.mktemp("whole") / RUN
+            cli_in(made[settings].parents[1], *settings, fork="--trainer.strategy" not in str(settings))
+        return made[settings]
+
+    return run
+
+
+@pytest.mark.parametrize("settings", [(), pytest.param(ADAM, marks=slow)], ids=["OneCycleLR", "AdamW"])
+@pytest.mark.parametrize(
+    "stop",
+    [pytest.param(stop, marks=() if name == "first step after" else slow, id=name) for name, stop in STOPS.items()],
+)
+def test_resumes_bit_for_bit(
+    cli: Run, five: Path, old: Path, tmp_path: Path, whole, stop: tuple, settings: tuple
+) -> None:
+    command = (*FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five, *settings)
+    cli(*command, *interrupt(*stop), ok=False)
+    cli(*command, "--ckpt_path=last")
+    assert_same_run(tmp_path / RUN, whole(*command))
+
+
+@slow
+@pytest.mark.parametrize(
+    "schedule", ["one_cycle", "cosine", "cyclic", "plateau", "warmup_cosine", "chained", "by_function"]
+)
+@pytest.mark.parametrize("stop", [STOPS["before"], pytest.param(STOPS["after"], marks=pytest.mark.matrix)], ids=str)
+def test_every_schedule_has_both_rates_and_resumes(
+    cli: Run, small: Path, tmp_path: Path, whole, schedule: str, stop: tuple
+) -> None:
+    command = ("fit", "--model=schedules.Scheduled", f"--model.schedule={schedule}", *QUICK, "--trainer.max_epochs=3")
+    command = (*command, "--data.dataset", small)
+    cli(*command, CALLBACK, "--trainer.callbacks.lr_factor=0.25", *interrupt(*stop), ok=False)
+    head, rest = rates(tmp_path / LAST)
+    assert rest == pytest.approx(head / 4)
+    cli(*command, CALLBACK, "--trainer.callbacks.lr_factor=0.25", "--ckpt_path=last")
+    tuned = whole(*command, CALLBACK, "--trainer.callbacks.lr_factor=0.25")
+    assert_same_run(tmp_path / RUN, tuned)
+    if schedule != "plateau":  # which goes by the loss
+        assert curves(tuned)["train/lr"] == curves(whole(*command))["train/lr"]  # the head's is that of any run
+
+
+@slow
+def test_two_processes(cli: Run, five: Path, old: Path, tmp_path: Path) -> None:
+    """After the unfreezing they still agree, and so does what they have frozen before."""
+    command = (*FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five)
+    assert_one_message(cli(*command, *TWO_PROCESSES, ok=False, fork=False), "ddp_find_unused_parameters_true")
+    strategy = "--trainer.strategy=ddp_find_unused_parameters_true"
+    for _ in range(2):
+        cli(*command, *TWO_PROCESSES, strategy, fork=False)
+    one, other = (checkpoint(path) for path in tmp_path.glob("lightning_logs/*/checkpoints/last.ckpt"))
+    assert_same(one["state_dict"], other["state_dict"])
+    assert not torch.equal(one["state_dict"]["net.0.weight"], checkpoint(old)["state_dict"]["net.0.weight"])
+
+
+def test_without_a_head(cli: Run, small: Path) -> None:
+    flat = ("fit", "--model=Classifier", "--model.net=torch.nn.Flatten", *QUICK, CALLBACK, "--data.dataset", small)
+    assert_one_message(cli(*flat, ok=False), "FineTuning finds no head in Classifier", "option head")
+    named = cli(*FAST, CALLBACK, "--trainer.callbacks.head=net.fc", "--data.dataset", small, ok=False)
+    assert_one_message(named, "no head=net.fc in FastCNN", "net.11")
+
+
+def test_that_is_never_unfrozen_warns(cli: Run, small: Path) -> None:
+    done = cli(
+        *FAST, CALLBACK, "--trainer.callbacks.unfreeze_at_epoch=1", "--trainer.max_epochs=1", "--data.dataset", small
+    )
+    assert "unfreeze_at_epoch=1 is never reached with --trainer.max_epochs=1" in done.stderr
+
+
+@slow
+def test_resuming_without_the_callback_or_with_another_is_refused(cli: Run, small: Path) -> None:
+    command = (*FAST, "--data.dataset", small)
+    cli(*command, CALLBACK, *interrupt("SIGTERM", "on_train_batch_end", 8), ok=False)
+    assert_one_message(cli(*command, "--ckpt_path=last", ok=False), "2 groups of parameters", "FineTuning")
+    other = cli(*command, CALLBACK, "--trainer.callbacks.lr_factor=0.5", "--ckpt_path=last", ok=False)
+    assert_one_message(other, "FineTuning.lr_factor=0.5 (0.1 in the checkpoint)")
+
+
+# ------------------------------------------------------------------------------------------------- real data
+
+
+def letters(path: Path, classes: str = "ABCDEFGHKLMR", train: int = 500, test: int = 2000) -> Path:
+    """Letters in MNIST's form: light on dark, of all sizes, turned and shifted."""
+    random, arrays = np.random.default_rng(1), {}
+    for split, n in (("train", train), ("valid", test)):
+        labels, images = random.integers(0, len(classes), n), np.zeros((n, 28, 28), np.uint8)
+        for i, label in enumerate(labels):
+            font = ImageFont.load_default(size=int(random.integers(16, 25)))
+            image = Image.new("L", (28, 28))
+            at = 14 + random.integers(-3, 4, 2)
+            ImageDraw.Draw(image).text(tuple(at.tolist()), classes[label], 255, font, anchor="mm")
+            noise = random.normal(0, 30, (28, 28))
+            images[i] = (np.asarray(image.rotate(random.uniform(-30, 30), Image.Resampling.BILINEAR)) + noise).clip(
+                0, 255
+            )
+        arrays |= {f"x_{split}": images, f"y_{split}": labels}
+    np.savez(path, **arrays)
+    return path
+
+
+@slow
+@pytest.mark.mnist
+def test_digits_help_with_letters(cli_in: Run, mnist_dir: Path, tmp_path: Path) -> None:
+    """Two epochs from the weights of MNIST reach more than six from scratch, where an epoch is eight steps."""
+    dataset = letters(tmp_path / "letters.npz")
+    start = ("fit", "--config", CONFIGS / "fast.yaml", "--dashboard.every_n_epochs=0")
+    cli_in(tmp_path, *start, f"--data.data_dir={mnist_dir}", "--data.dataset=mnist", "--trainer.max_epochs=1")
+    new = (*start, "--data.dataset", dataset, "--data.batch_size=64")
+    cli_in(tmp_path, *new, "--trainer.max_epochs=6", "--run_name=scratch")
+    cli_in(tmp_path, *new, *FINETUNE, f"--init_from={LAST}", "--trainer.max_epochs=2", "--run_name=tuned")
+    runs = [curves(tmp_path / "lightning_logs" / name) for name in ("scratch", "tuned")]
+    scratch, tuned = (run["val/acc"][-1][1] for run in runs)
+    print(f"validation accuracy on letters: {scratch:.3f} after 6 epochs from scratch, {tuned:.3f} after 2 from MNIST")
+    assert tuned > scratch + 0.05  # 0.65 and 0.31 here
+
+
+# ---------------------------------------------------------------------------------------- torchvision and timm
+
+
+@pytest.fixture(scope="module")
+def vision() -> None:
+    for name in ("torchvision", "timm"):
+        try:
+            __import__(name)
+        except Exception as error:  # a wheel for another torch raises RuntimeError
+            pytest.skip(f"needs the extra [vision]: {error}")
+
+
+@slow
+@pytest.mark.usefixtures("vision")
+@pytest.mark.parametrize(
+    "net",
+    [
+        ("torchvision.models.resnet18",),
+        ("timm.models.resnet18",),
+        ("timm.create_model", "--model.net.model_name=mobilenetv3_small_050"),
+    ],
+    ids=lambda net: net[0],
+)
+def test_network_of_a_library(cli: Run, five: Path, net: tuple[str, ...]) -> None:
+    command = ("fit", "--model=Classifier", f"--model.net={net[0]}", *net[1:], *QUICK, "--trainer.max_epochs=1")
+    done = cli(*command, "--data.dataset", five, "--trainer.limit_train_batches=3")
+    assert "3 -> 1 channels" in done.stderr
+    assert "1000 -> 5 classes" in done.stderr
+    cli("test", "--ckpt_path", LAST)
