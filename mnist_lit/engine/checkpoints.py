@@ -133,7 +133,7 @@ def read_weights(path: str | Path, weights_only: bool = True) -> dict[str, torch
         try:
             return load_file(path)
         except Exception as error:  # as below
-            raise CheckpointError(_unusable(path, str(error).splitlines()[0])) from error
+            raise CheckpointError(_unusable(path, (str(error) or type(error).__name__).splitlines()[0])) from error
     # torch.save wrote files that are no zip archives until torch 1.6; old weights are still around in them.
     content = _load(path, weights_only, old=True)
     weights: Any = None
