@@ -81,6 +81,9 @@ class Trainer(lightning.pytorch.Trainer):
             other_size = F.pad(images[:100], (4, 4, 6, 6))  # 28 x 28 become 40 x 36
             any_size = _takes(predictor, other_size)
             program = _program(predictor, images, any_size, name)
+            if any_size and not _takes(program.module(), other_size):  # torch.export has found a bound, as in ResNets
+                any_size = False
+                program = _program(predictor, images, any_size, name)
             predictions = _in_batches(predictor, images)
             metadata = {
                 "input": {"images": str(images.dtype)[6:], "axes": _axes(images, any_size)},

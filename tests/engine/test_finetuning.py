@@ -385,3 +385,4 @@ def test_network_of_a_library(cli: Run, five: Path, net: tuple[str, ...]) -> Non
     assert "3 -> 1 channels" in done.stderr
     assert "1000 -> 5 classes" in done.stderr
     cli("test", "--ckpt_path", LAST)
+    assert "images of " in cli("export", "--format=pt2", "--ckpt_path", LAST).stdout
