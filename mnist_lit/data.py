@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import track
@@ -31,6 +32,7 @@ from mnist_lit.engine.loaders import (
     train_dataloader,
 )
 from mnist_lit.engine.outputs import class_names
+from mnist_lit.engine.storage import printable
 
 Batch = tuple[Tensor, Tensor]
 
@@ -230,26 +232,29 @@ class MNISTDataModule(LightningDataModule):
         return bool(self.images) and self.trainer is not None and self.trainer.state.fn == "predict"
 
     def _read_files(self) -> None:
-        paths, self.broken = find_pictures(self.images)
+        paths, passed_over = find_pictures(self.images)
+        if passed_over:
+            rank_zero_warn(f"passed over, by their names no images: {', '.join(map(printable, passed_over))}")
         channels, height, width = self._shape
         form = None
         if self.digit_form or not self._image_size:  # without a checkpoint there is no size either
             form = DigitForm(**(self.digit_form or {}))
-        pictures, self.files, self.warnings = [], [], []
+        pictures, self.files, self.warnings, self.broken = [], [], [], {}
         for path in track(paths, "Reading images", disable=len(paths) < 100, transient=True):
             try:
-                picture, warning = (
-                    read_picture(path, form) if form else (read_image(path, channels, (height, width)), "")
-                )
+                if form:
+                    picture, warning = read_picture(path, form)
+                else:
+                    picture, warning = read_image(path, channels, (height, width)), ""
             except ImageError as error:
                 self.broken[path] = str(error)
                 continue
-            pictures.append(picture)
+            pictures.append(picture.view(channels, height, width))
             self.files.append(path)
             self.warnings.append(warning)
         if not pictures:
             path, reason = next(iter(self.broken.items()))
-            raise DatasetError(f"none of {len(self.broken)} files can be predicted; {path}: {reason}")
+            raise DatasetError(f"none of {len(paths)} files can be predicted; {path}: {reason}")
         names = [path.parent.name for path in self.files]
         known = {name: label for label, name in enumerate(class_names(self, self._num_classes or 10))}
         self.labels = [known[name] for name in names] if known.keys() >= set(names) else []

@@ -51,7 +51,7 @@ def find_digit_form(dataset: Dataset) -> dict[str, Any] | None:
     by = min(off, key=lambda name: float(off[name]))
     if off[by] > CENTRED * height:
         return None
-    return asdict(DigitForm(height, box, light_on_dark, by))
+    return asdict(DigitForm(height, box, light_on_dark, "mass" if by == "mass" else "box"))
 
 
 THRESHOLD = 0.2  # of the strongest stroke: blurred edges are not counted
