@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import logging
 import re
 import shlex
@@ -64,6 +63,7 @@ from mnist_lit.engine.provenance import Provenance
 from mnist_lit.engine.resume import ResumeGuard, different_options, longer_if_finished, restored_options
 from mnist_lit.engine.runs import LOGS, Run, RunConfig, as_list, loggers_of, relative
 from mnist_lit.engine.schema import Print, print_completion, print_schema
+from mnist_lit.engine.storage import printable
 
 # Warnings that a user can do nothing about: they tell one library's authors about another's.
 NOISE = (
@@ -410,7 +410,7 @@ class CLI(LightningCLI):
             return
         console = Console(stderr=True)
         for path, reason in broken.items():
-            console.print(f"{path}: {reason}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"{printable(path)}: {reason}", soft_wrap=True, highlight=False, markup=False)
         total = len(broken) + len(self.datamodule.files)
         sys.exit(f"{PROJECT}: error: {len(broken)} of {total} files could not be predicted")
 
@@ -546,14 +546,20 @@ def join_values(args: list[str]) -> list[str]:
 
     Example:
         >>> join_values(["predict", "--data.images", "1.png", "2.png"])
-        ['predict', '--data.images=["1.png", "2.png"]']
+        ['predict', '--data.images+=1.png', '--data.images+=2.png']
     """
+    for value in args:
+        if (text := printable(value)) != value:
+            raise ConfigurationError(
+                f"{text}: a name that is not UTF-8 cannot stand on the command line; name its folder, or a pattern in "
+                "quotation marks"
+            )
     joined, rest = args[:1], args[1:]
     while rest:
         option, *rest = rest
         number = next((index for index, value in enumerate(rest) if value.startswith("-")), len(rest))
         if option.startswith("--") and "=" not in option and number > 1:
-            joined.append(f"{option}={json.dumps(rest[:number])}")
+            joined += [f"{option}+={value}" for value in rest[:number]]  # as jsonargparse appends to a list
             rest = rest[number:]
         else:
             joined.append(option)

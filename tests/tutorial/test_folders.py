@@ -224,6 +224,36 @@ def test_colour_from_training_to_prediction(cli: Run, tmp_path: Path) -> None:
     assert np.ptp(sheet, 2).max() > 60
 
 
+def test_what_is_predicted_may_be_several_things(cli: Run, tmp_path: Path) -> None:
+    """Files as a shell finds them, a file with a pattern's characters in its name, one that is not UTF-8, a pattern;
+    what is passed over is named.
+    """
+    make_pets(tmp_path / "pets", 12, (32, 32))
+    cli(*FIT, "--trainer.max_epochs=1", "--data.valid_fraction=0.3")
+    folder = tmp_path / "some [1]"
+    folder.mkdir()
+    for name in (b"[d].png", b"a\xff.png", b".hidden.png", b"notes.txt"):
+        shutil.copy(tmp_path / "pets" / "blue bar" / "0000.png", os.path.join(os.fsencode(folder), name))
+    shutil.copy(tmp_path / "pets" / "blue bar" / "0000.png", tmp_path / "*.png")
+    images = ("some [1]", "*.png", "pets/blue bar/0001.jpg", "pets/green*/*.bmp")
+    done = cli("predict", "--ckpt_path", BEST, "--data.images", *images)
+    assert "passed over, by their names no images: some [1]/notes.txt" in done.stderr
+    with (tmp_path / "lightning_logs" / "version_1" / "predictions.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [
+        "some [1]/[d].png",
+        "some [1]/a\\xff.png",
+        "*.png",
+        "pets/blue bar/0001.jpg",
+        "pets/green box/0002.bmp",
+        "pets/green box/0008.bmp",
+    ]
+    assert list(rows[0]) == ["file", "class", "confidence", "warning", *(f"p_{name}" for name in CLASSES)]
+    assert "accuracy" not in done.stdout  # not every folder is named like a class
+    refused = cli("predict", "--ckpt_path", BEST, "--data.images", os.fsdecode(b"a\xff.png"), ok=False)
+    assert_one_message(refused, r"a\xff.png: a name that is not UTF-8 cannot stand on the command line")
+
+
 @pytest.mark.slow
 def test_three_hundred_of_each_resume_and_export(cli: Run, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="needs the extra [export]")
@@ -262,6 +292,7 @@ def test_files_are_read_in_the_same_order(cli: Run, tmp_path: Path, memory: bool
 AUGMENTED = ("--config", CONFIGS / "fast.yaml", "--config", OVERLAYS / "augment.yaml", "--trainer.max_epochs=2")
 
 
+@pytest.mark.slow
 def test_augmented_run_is_the_same_with_steps_workers_and_resumed(cli: Run, small: Path, tmp_path: Path) -> None:
     options = (*AUGMENTED, "--data.dataset", small, "--last_checkpoint.every_n_train_steps=1")
     cli("fit", *options, "--run_name=whole")
@@ -279,6 +310,7 @@ def test_augmented_run_is_the_same_with_steps_workers_and_resumed(cli: Run, smal
     assert not torch.equal(plain["net.0.weight"], whole["net.0.weight"])
 
 
+@pytest.mark.slow
 def test_normalization_is_part_of_prediction_and_export(cli: Run, small: Path, tmp_path: Path) -> None:
     normal = ("--data.mean=[0.2]", "--data.std=[0.3]")
     config = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.max_epochs=1")
