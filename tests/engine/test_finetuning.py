@@ -27,7 +27,7 @@ FAST = ("fit", "--config", CONFIGS / "fast.yaml", *QUICK)
 FINETUNE = ("--config", OVERLAYS / "finetune.yaml")
 CALLBACK = "--trainer.callbacks+=mnist_lit.engine.finetuning.FineTuning"
 WIDE = ("fit", "--config", CONFIGS / "cnn.yaml", "--model=Classifier", "--model.net=nets.wide", *QUICK)
-slow = pytest.mark.slow
+slow, matrix = pytest.mark.slow, pytest.mark.matrix
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +95,7 @@ def test_nothing_to_adapt(net: nn.Module) -> None:
     assert adapt(net, 3, 7) == []
 
 
+@slow
 def test_network_by_function_is_adapted_and_used(cli: Run, five: Path, tmp_path: Path) -> None:
     done = cli(*WIDE, "--data.dataset", five, "--trainer.max_epochs=1")
     assert done.stderr.count("Wide was adapted to the data: conv1: 3 -> 1 channels, fc: 20 -> 5 classes") == 1
@@ -233,6 +234,9 @@ STOPS = {  # 16 steps to an epoch
 }
 
 
+OTHERS = "before", "at its checkpoint", "after"
+
+
 @pytest.fixture(scope="module")
 def whole(cli_in: Run, five: Path, old: Path, tmp_path_factory: pytest.TempPathFactory):
     """Makes the uninterrupted run of some settings, once."""
@@ -247,10 +251,11 @@ def whole(cli_in: Run, five: Path, old: Path, tmp_path_factory: pytest.TempPathF
     return run
 
 
-@pytest.mark.parametrize("settings", [(), pytest.param(ADAM, marks=slow)], ids=["OneCycleLR", "AdamW"])
+@slow
+@pytest.mark.parametrize("settings", [(), pytest.param(ADAM, marks=matrix)], ids=["OneCycleLR", "AdamW"])
 @pytest.mark.parametrize(
     "stop",
-    [pytest.param(stop, marks=() if name == "first step after" else slow, id=name) for name, stop in STOPS.items()],
+    [pytest.param(stop, marks=matrix if name in OTHERS else (), id=name) for name, stop in STOPS.items()],
 )
 def test_resumes_bit_for_bit(
     cli: Run, five: Path, old: Path, tmp_path: Path, whole, stop: tuple, settings: tuple
@@ -263,7 +268,12 @@ def test_resumes_bit_for_bit(
 
 @slow
 @pytest.mark.parametrize(
-    "schedule", ["one_cycle", "cosine", "cyclic", "plateau", "warmup_cosine", "chained", "by_function"]
+    "schedule",
+    [
+        "plateau",
+        "warmup_cosine",
+        *(pytest.param(name, marks=matrix) for name in ("one_cycle", "cosine", "cyclic", "chained", "by_function")),
+    ],
 )
 @pytest.mark.parametrize("stop", [STOPS["before"], pytest.param(STOPS["after"], marks=pytest.mark.matrix)], ids=str)
 def test_every_schedule_has_both_rates_and_resumes(
