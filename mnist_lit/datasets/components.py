@@ -42,7 +42,8 @@ class Components:
         inside = np.pad(self.labels[top:bottom, left:right] == number, 1)
         core = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
         points = np.argwhere(inside[1:-1, 1:-1] & ~core)
-        return (points[:: len(points) // POINTS + 1] + np.array([top, left])).astype(np.float32)
+        some = points[:: len(points) // POINTS + 1]
+        return (some + np.array([top, left])).astype(np.float32)
 
 
 def find_components(mask: np.ndarray) -> Components:

@@ -16,13 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mnist_lit.datasets.folders import SUFFIXES, ImageError
+from mnist_lit.datasets.paper import edge_of
 from mnist_lit.datasets.photos import find_digit
 from mnist_lit.engine.errors import DatasetError
 
 MAX_PIXELS = 50_000_000
 WORK_SIDE = 400  # pixels; a digit a fifth as high still has three times the pixels of MNIST's
 NOISE = 0.15  # of full ink; compression and scanners leave less than that around the strokes
-ONE_PAPER = 0.3  # of a drawn picture's pixels have exactly the background's brightness
 
 
 class PictureError(ImageError):
@@ -128,11 +128,12 @@ def read_picture(path: str | os.PathLike[str], form: DigitForm = DigitForm()) ->
         raise
     except Exception as error:  # a damaged file can make Pillow's decoders raise just about anything
         raise PictureError(f"not a readable image ({error or type(error).__name__})") from error
-    background = _one_paper(grey) if lossless else None
-    ink, warning = find_digit(grey, background)
+    ink, warning = find_digit(grey)
     if ink is None:
         raise PictureError("nothing is on it")
-    return _in_form(ink, 0.0 if background is not None else NOISE, form), warning
+    edge = edge_of(grey)
+    clean = lossless and edge.min() == edge.max()
+    return _in_form(ink, 0.0 if clean else NOISE, form), warning
 
 
 def _reduced(image: Image.Image) -> Image.Image:
@@ -158,13 +159,6 @@ def _grey(image: Image.Image) -> np.ndarray:
     drawn = float((brightness * alpha).sum() / max(float(alpha.sum()), 1e-6))
     background = 1.0 if drawn < 0.5 else 0.0
     return brightness * alpha + background * (1 - alpha)
-
-
-def _one_paper(grey: np.ndarray) -> float | None:
-    """Brightness of the background, if a picture is drawn and not taken: many pixels have exactly the same."""
-    values, counts = np.unique(grey, return_counts=True)
-    most = int(counts.argmax())
-    return float(values[most]) if counts[most] >= ONE_PAPER * grey.size else None
 
 
 # --------------------------------------------------------------------------------------------------- the form
