@@ -152,7 +152,7 @@ def test_weights_that_do_not_fit_are_refused(cli: Run, five: Path, tmp_path: Pat
     assert_one_message(refused, "--init_from=weights.pth", listed, "--init_strict=false")
 
 
-@pytest.mark.parametrize("strict", ["true", "false"])
+@pytest.mark.parametrize("strict", [pytest.param("true", marks=slow), "false"])
 def test_weights_of_which_none_fits(cli: Run, small: Path, tmp_path: Path, strict: str) -> None:
     save(tmp_path / "weights.pth")
     refused = cli(*FAST, "--data.dataset", small, "--init_from=weights.pth", f"--init_strict={strict}", ok=False)
@@ -172,7 +172,7 @@ class Calls:
         return sys.exit, (3,)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("zipped", [True, pytest.param(False, marks=slow)])
 def test_file_that_asks_for_code_or_holds_no_weights(cli: Run, small: Path, tmp_path: Path, zipped: bool) -> None:
     for content, reason in (({"a": Calls()}, "no checkpoint that can be used"), ({"a": 1}, "no state dict")):
         torch.save(content, tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)
@@ -191,7 +191,7 @@ def rates(path: Path) -> list[float]:
 ADAM = ("--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=CosineAnnealingLR", "--lr_scheduler.T_max=3")
 
 
-@pytest.mark.parametrize("settings", [(), ADAM], ids=["OneCycleLR", "AdamW"])
+@pytest.mark.parametrize("settings", [(), pytest.param(ADAM, marks=slow)], ids=["OneCycleLR", "AdamW"])
 def test_head_is_trained_alone_at_first(cli: Run, five: Path, old: Path, tmp_path: Path, settings: tuple) -> None:
     done = cli(
         *FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five, "--best_checkpoint.save_top_k=-1", *settings

@@ -78,7 +78,7 @@ def every(n: int, cases: list[tuple]) -> list:
 
 
 @pytest.mark.parametrize(
-    ("model", "point", "signum"), every(7, list(product(MODELS, POINTS, ("SIGKILL", "SIGTERM")))), ids=str
+    ("model", "point", "signum"), every(13, list(product(MODELS, POINTS, ("SIGKILL", "SIGTERM")))), ids=str
 )
 def test_stopped_anywhere(
     cli_in: Run, small: Path, tmp_path: Path, whole, model: str, point: tuple[str, int], signum: str

@@ -76,6 +76,7 @@ def test_best_config_is_the_best_trial_again(cli: Run, arguments: tuple, tmp_pat
     assert score.item() == best.value
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_same_command_again_makes_the_missing_trials(cli: Run, arguments: tuple, tmp_path: Path) -> None:
     """As many again are none."""
@@ -113,6 +114,7 @@ def test_two_processes_share_a_study(arguments: tuple, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("lightning_logs/version_*"))
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_hopeless_trial_is_pruned_after_an_epoch(cli: Run, arguments: tuple, tmp_path: Path) -> None:
     """After five trials that nobody can match."""
@@ -137,6 +139,7 @@ def test_hopeless_trial_is_pruned_after_an_epoch(cli: Run, arguments: tuple, tmp
     assert (folder / "best.yaml").read_text() == "model: Logistic\n"
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_sweep_in_which_all_diverge_says_so(cli: Run, arguments: tuple, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text("model.init_args.lr: {choices: [1.0e+38]}")

@@ -166,7 +166,7 @@ def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path: Path) -> Non
         tensors(source, split)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_image_that_breaks_off_is_named_where_files_are_read(cli: Run, tmp_path: Path, workers: int) -> None:
     folder = make_pets(tmp_path / "pets", 6, (32, 32))
     whole = (folder / "red disc" / "0000.png").read_bytes()

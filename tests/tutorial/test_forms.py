@@ -78,7 +78,7 @@ OTHERS = {
 
 @pytest.mark.slow
 @pytest.mark.mnist
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if "," in k else pytest.mark.matrix) for k in OTHERS])
 def test_pictures_are_brought_into_the_form_of_the_training_data(
     cli: Run, mnist_archive: Path, tmp_path: Path, kind: str
 ) -> None:

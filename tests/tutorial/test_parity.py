@@ -98,7 +98,7 @@ def assert_parity(recorder: Recorder, oracle: Outcome) -> None:
     scope="module",
     params=[
         "small",
-        pytest.param("digits", marks=pytest.mark.slow),
+        pytest.param("digits", marks=[pytest.mark.slow, pytest.mark.matrix]),
         pytest.param("mnist", marks=[pytest.mark.mnist, pytest.mark.slow]),
     ],
 )

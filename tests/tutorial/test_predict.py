@@ -54,6 +54,7 @@ VARIANTS: dict[str, tuple[str, Callable[[np.ndarray], Image.Image], dict]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.mnist
 def test_mnist_images_in_every_form_are_predicted_as_the_tensors(
     cli: Run, mnist_dir: Path, tmp_path: Path, record_property
