@@ -9,6 +9,7 @@ import numpy as np
 SAMPLED_COLUMNS = 50  # enough to see whether a row is covered
 STEEPEST = 0.14  # rows a column, 8 degrees: nobody takes a photo more askew
 COVERED = 0.8  # of the picture's width belongs to a line; a stroke or two may hide the rest
+DARKER = 1.5  # times the line's contrast is a stroke's
 THICKEST_LINE = 0.05  # of the picture's side
 
 
@@ -63,9 +64,11 @@ def _erase(ink: np.ndarray, first: int, last: int, slope: float) -> None:
     shift = np.round(slope * (columns - width / 2)).astype(np.int64)
     above, below = (np.clip(row + shift, 0, height - 1) for row in (first - 2, last + 1))
     start, end = ink[above, columns].copy(), ink[below, columns].copy()
+    middle = np.clip((first + last) // 2 + shift, 0, height - 1)
+    darker = DARKER * float(np.median(ink[middle, columns]))  # than the line: a stroke that runs along it
     span = last - first + 3
     for step in range(1, span):
         rows = first - 2 + step + shift
         inside = (rows >= 0) & (rows < height)
-        bridged = start + (end - start) * (step / span)
-        ink[rows[inside], columns[inside]] = np.minimum(ink[rows[inside], columns[inside]], bridged[inside])
+        now, bridged = ink[rows[inside], columns[inside]], (start + (end - start) * (step / span))[inside]
+        ink[rows[inside], columns[inside]] = np.where(now > darker, now, np.minimum(now, bridged))

@@ -64,14 +64,19 @@ def find_digit(grey: np.ndarray) -> tuple[np.ndarray | None, str]:
     contrast = contrast_to_edge(grey)
     if min(grey.shape) < SMALL:
         return _digit(contrast, FAINTEST)
+    threshold = INK * full_contrast(contrast)
     if _is_crop(contrast):
-        return _digit(contrast, INK * full_contrast(contrast))
+        return _digit(contrast, threshold)
+    edge = edge_of(grey)
+    if edge.min() == edge.max() and _is_thin(contrast > threshold):  # drawn, and neither in a frame nor on a table
+        return _digit(_without_background(_without_boxes(contrast, FAINTEST)), threshold)
     contrast = contrast_to_paper(grey)
     noise = noise_of(contrast)
     contrast = np.maximum(contrast, 0)
     faintest = max(FAINTEST_LINE * full_contrast(contrast), 3 * noise)
+    contrast = _without_boxes(contrast, faintest)  # before one of their sides counts as a line
     contrast = without_lines(contrast, faintest)
-    contrast = _without_background(contrast, faintest)
+    contrast = _without_background(contrast)
     full = full_contrast(contrast)
     if full < LOUDER * noise:
         return None, ""
@@ -112,11 +117,15 @@ def _is_thin(mask: np.ndarray) -> bool:
     return bool((-maximum(-outside, reach)).max() == 0)
 
 
-def _without_background(contrast: np.ndarray, faintest: float) -> np.ndarray:
-    """The ink float32 (H, W) without frames, table edges and drawn boxes."""
+def _without_boxes(contrast: np.ndarray, faintest: float) -> np.ndarray:
+    """The ink float32 (H, W) without drawn boxes, whose lines may be thin and pale."""
+    parts = find_components(contrast > faintest)
+    return np.where(_grown(parts.mask(_boxes(parts)), BLUR * max(contrast.shape)), 0, contrast)
+
+
+def _without_background(contrast: np.ndarray) -> np.ndarray:
+    """The ink float32 (H, W) without frames, table edges and boxes."""
     blur = BLUR * max(contrast.shape)
-    parts = find_components(contrast > faintest)  # a thin box is unbroken only there
-    contrast = np.where(_grown(parts.mask(_boxes(parts)), blur), 0, contrast)
     for _ in range(3):  # what is left may be fainter than a frame or a table
         parts = find_components(contrast > INK * max(full_contrast(contrast), FAINTEST))
         others = _background(parts)

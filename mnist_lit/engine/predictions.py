@@ -188,8 +188,8 @@ def _print_accuracy(console: Console, trainer: Trainer, header: list[str], rows:
 
 def _print(console: Console, header: list[str], rows: list[list[str | float]]) -> None:
     shares = "confidence" in header
-    warned = "warning" in header and any(row[3] for row in rows)
-    shown = header[: 3 + warned] if shares else header[:8]
+    warned = sum(bool(row[3]) for row in rows) if "warning" in header else 0
+    shown = header[: 4 if warned else 3] if shares else header[:8]
     table = Table(*(Column(escape(name), justify="left" if name in header[:1] else "right") for name in shown))
     for row in rows[:ROWS]:
         cells = [cell if isinstance(cell, str) else f"{cell:.1%}" if shares else f"{cell:.4g}" for cell in row]
@@ -197,3 +197,5 @@ def _print(console: Console, header: list[str], rows: list[list[str | float]]) -
     console.print(table)
     if len(rows) > ROWS:
         console.print(f"... and {len(rows) - ROWS:,} more")
+    if warned:
+        console.print(f"With a warning: {warned:,} of {len(rows):,}")
