@@ -273,6 +273,7 @@ def test_installed_package_makes_the_same_project(tmp_path: Path, bare: bool) ->
 
 
 @pytest.mark.slow
+@pytest.mark.matrix  # the next test runs it, too
 @KINDS
 def test_suite_of_a_project_passes(tmp_path: Path, bare: bool) -> None:
     project = tmp_path / "derived"

@@ -120,6 +120,7 @@ def test_killed_process_ends_all_and_they_resume(fitted: Path, uneven: Path, tmp
 
 
 @pytest.mark.mnist
+@pytest.mark.matrix
 def test_second_process_has_no_second_copy_of_the_data(mnist_dir: Path, uneven: Path, tmp_path: Path) -> None:
     """MNIST's 55 MB are mapped, and what it has to itself is about what it has with a tiny dataset. The first
     process, which has decoded the archive, maps the same pages.

@@ -149,7 +149,13 @@ TWO_PROCESSES = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.
 
 
 @slow
-@pytest.mark.parametrize("stop", [("SIGKILL", "on_train_batch_end", 11), ("SIGTERM", "on_train_batch_end", 3, 0)])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(("SIGKILL", "on_train_batch_end", 11), marks=pytest.mark.matrix),
+        ("SIGTERM", "on_train_batch_end", 3, 0),
+    ],
+)
 def test_two_processes_resume_as_one(cli: Run, small: Path, tmp_path: Path, whole, stop: tuple) -> None:
     """Both are killed; and one of them alone is asked to stop, which stops both with a checkpoint."""
     stopped = fit(cli, tmp_path, small, *TWO_PROCESSES, *interrupt(*stop), ok=False)

@@ -360,6 +360,7 @@ def test_two_processes_are_one(cli: Run, even: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_network_is_the_same(even: str, tmp_path: Path) -> None:
     """Tolerance: the rounding of float32 sums in another order."""
