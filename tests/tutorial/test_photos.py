@@ -52,9 +52,9 @@ def dotted() -> np.ndarray:
 def ruled(squared: bool = False) -> np.ndarray:
     picture = sheet(seven())
     for place in range(5, 280, 28):
-        picture[place : place + 2] = np.minimum(picture[place : place + 2], 0.5)
+        picture[place : place + 2] = np.minimum(picture[place : place + 2], 0.25)
         if squared:
-            picture[:, place : place + 2] = np.minimum(picture[:, place : place + 2], 0.5)
+            picture[:, place : place + 2] = np.minimum(picture[:, place : place + 2], 0.25)
     return picture
 
 
@@ -96,7 +96,7 @@ def test_drawn_digit_comes_out_as_on_clean_paper(tmp_path: Path, change: str) ->
     # The centre of mass may round to the next pixel.
     shifted = [torch.roll(changed, (down, right), (0, 1)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
     off = min((image.float() - clean.float()).abs().mean() / clean.float().mean() for image in shifted)
-    assert off < 0.35, f"{off:.2f} of the ink"
+    assert off < 0.45, f"{off:.2f} of the ink"
 
 
 @pytest.mark.parametrize("axis", [0, 1])
