@@ -174,7 +174,7 @@ WRONG = {
     "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
     "unknown model": (["--model=Transformer"], "Transformer"),
     "schedule without optimizer": (["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"], "--optimizer"),
-    "missing dataset": (["--data.dataset=nowhere.npz"], "nowhere.npz: no such dataset file"),
+    "missing dataset": (["--data.dataset=nowhere.npz"], "nowhere.npz: no such dataset"),
     "wrong dataset": (["--data.dataset=wrong.pkl.gz"], "wrong.pkl.gz: damaged, or not a dataset"),
     "no server": (["--data.dataset=mnist", "--data.url=http://127.0.0.1:9/"], "no connection"),
     "unwritable data folder": (["--data.data_dir=file"], "cannot write in the data folder file"),
