@@ -43,7 +43,9 @@ def test_fast_reaches_99_percent_on_mnist(cli: Run, mnist_dir: Path, seed: int) 
     assert tested["test/acc"] >= 0.99
 
 
-@pytest.mark.parametrize(("config", "low"), [("cnn.yaml", 0.85), ("fast.yaml", 0.95)])
+@pytest.mark.parametrize(
+    ("config", "low"), [("cnn.yaml", 0.85), pytest.param("fast.yaml", 0.95, marks=pytest.mark.matrix)]
+)
 def test_digits_are_learnt(cli: Run, digits_dir: Path, config: str, low: float) -> None:
     fitted, _ = fit_and_test(cli, config, digits_dir, "--data.dataset=digits")
     assert fitted["val/acc"] >= low
