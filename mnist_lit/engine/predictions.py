@@ -96,7 +96,11 @@ class PredictionsFile(BasePredictionWriter):
                 f"{relative(path)} has its outputs, for torch.load"
             )
             return
-        header, rows = _rows(trainer, torch.cat([v.float().cpu() for v in values if v is not None]), batch_indices)
+        predicted = torch.cat([v.float().cpu() for v in values if v is not None])
+        indices = [index for batches in batch_indices for batch in batches for index in batch]
+        if len(indices) != len(predicted):  # a loader that has no indices
+            indices = list(range(len(predicted)))
+        header, rows = _rows(trainer, predicted, indices)
         path = run.folder / f"{stem}.csv"
         with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
@@ -109,7 +113,7 @@ class PredictionsFile(BasePredictionWriter):
                 sheet.save(part)
         if trainer.is_global_zero:
             _print(console, header, rows)
-            _print_accuracy(console, trainer, header, rows)
+            _print_accuracy(console, trainer, header, rows, indices)
             console.print(f"Wrote {' and '.join(map(relative, wrote))}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -141,10 +145,7 @@ def _flattened(predictions: Sequence[Any]) -> Sequence[Any]:
     return predictions
 
 
-def _rows(trainer: Trainer, values: Tensor, batch_indices: Sequence[Any]) -> tuple[list[str], list[list[str | float]]]:
-    indices = [index for batches in batch_indices for batch in batches for index in batch]
-    if len(indices) != len(values):  # a loader that has no indices
-        indices = list(range(len(values)))
+def _rows(trainer: Trainer, values: Tensor, indices: Sequence[int]) -> tuple[list[str], list[list[str | float]]]:
     files = _of_files(trainer, "files", indices)
     samples = [printable(file) for file in files] or [str(index) for index in indices]
     header = ["file" if files else "index"]
@@ -177,9 +178,11 @@ def _sheet(least: list[tuple[float, Tensor, str]]) -> Any:
     return contact_sheet(display(torch.stack([image for _, image, _ in least])), [row[2] for row in least])
 
 
-def _print_accuracy(console: Console, trainer: Trainer, header: list[str], rows: list[list[str | float]]) -> None:
-    """If the data module knows the class of every file."""
-    labels = _of_files(trainer, "labels", range(len(rows)))
+def _print_accuracy(
+    console: Console, trainer: Trainer, header: list[str], rows: list[list[str | float]], indices: Sequence[int]
+) -> None:
+    """If the data module knows the class of every file: of those that this process has predicted."""
+    labels = _of_files(trainer, "labels", indices)
     if labels and "confidence" in header:
         names = [name.removeprefix("p_") for name in header if name.startswith("p_")]
         right = sum(row[1] == names[label] for row, label in zip(rows, labels, strict=True))

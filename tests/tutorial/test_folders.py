@@ -255,6 +255,18 @@ def test_what_is_predicted_may_be_several_things(cli: Run, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_two_processes_print_the_accuracy_of_their_own_files(cli: Run, tmp_path: Path) -> None:
+    make_pets(tmp_path / "pets", 12, (32, 32))
+    cli(*FIT, "--trainer.max_epochs=1", "--data.valid_fraction=0.3")
+    two = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
+    done = cli("predict", "--ckpt_path", BEST, "--data.images=pets", *two, fork=False)
+    with (tmp_path / "lightning_logs" / "version_1" / "predictions.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    right = sum(Path(row["file"]).parent.name == row["class"] for row in rows)
+    assert f"Right: {right} of {len(rows)}," in done.stdout
+
+
+@pytest.mark.slow
 def test_three_hundred_of_each_resume_and_export(cli: Run, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="needs the extra [export]")
     make_pets(tmp_path / "pets", 300)
