@@ -164,8 +164,10 @@ class MNISTDataModule(LightningDataModule):
             name = "mnist" if find_mnist(self._mnist_dir) else "digits"
         source = open_dataset(name, self.data_dir, self._folder_options)
         self.source, self.dataset_used, self.digest = source, name, source.digest
-        self.class_names = self.class_names or source.class_names
         classes = self._classes_of_source()
+        if self.class_names and len(self.class_names) < classes:
+            raise DatasetError(f"{name} has {classes} classes, --data.class_names has {len(self.class_names)} names")
+        self.class_names = self.class_names or source.class_names
         if self._num_classes is not None and classes > self._num_classes:
             raise DatasetError(
                 f"{name} has labels up to {classes - 1}, the model tells {self._num_classes} classes apart"

@@ -101,6 +101,11 @@ def test_what_cannot_be_found_is_named(tmp_path: Path) -> None:
         opened(tmp_path / "nothing", tmp_path / "data")
 
 
+def test_too_few_names_are_refused(cli: Run, tmp_path: Path) -> None:
+    make_pets(tmp_path / "pets", 4, (32, 32))
+    assert_one_message(cli(*FIT, "--data.class_names=[a,b]", ok=False), "pets has 3 classes", "has 2 names")
+
+
 def test_several_sizes_need_a_choice(cli: Run, tmp_path: Path) -> None:
     make_pets(tmp_path / "pets", 4)
     done = cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset=pets", ok=False)
