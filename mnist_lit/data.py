@@ -27,12 +27,12 @@ from mnist_lit.engine.errors import DatasetError, DownloadError
 from mnist_lit.engine.loaders import (
     BatchTensorDataset,
     augment,
-    available_cpus,
     eval_dataloader,
     train_dataloader,
 )
 from mnist_lit.engine.outputs import class_names
 from mnist_lit.engine.storage import printable
+from mnist_lit.engine.threads import available_cpus
 
 Batch = tuple[Tensor, Tensor]
 
@@ -298,7 +298,8 @@ class MNISTDataModule(LightningDataModule):
     def _workers(self, dataset: Dataset) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        return 0 if isinstance(dataset, BatchTensorDataset) else available_cpus()
+        processes = self.trainer.num_devices if self.trainer else 1
+        return 0 if isinstance(dataset, BatchTensorDataset) else available_cpus(processes)
 
     def _split(self, name: str) -> Dataset:
         if not len(self.source.targets[name]):

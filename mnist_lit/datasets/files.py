@@ -26,7 +26,7 @@ from torch import Tensor
 from mnist_lit.datasets import idx
 from mnist_lit.datasets.pickles import to_array, unpickle_arrays
 from mnist_lit.engine.errors import DatasetError
-from mnist_lit.engine.loaders import available_cpus
+from mnist_lit.engine.threads import available_cpus
 from mnist_lit.engine.storage import atomic_save, locked_directory
 
 MAX_CLASSES = 1000  # a larger label is damage

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mnist_lit.datasets.files import MAX_CLASSES, Splits, stratified
 from mnist_lit.engine.errors import DatasetError
-from mnist_lit.engine.loaders import available_cpus
+from mnist_lit.engine.threads import available_cpus
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 SPLITS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}

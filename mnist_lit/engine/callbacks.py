@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -32,40 +33,42 @@ class StopOnNonFinite(Callback):
     """
 
     def __init__(self) -> None:
-        self._losses: list[tuple[int, int, int, float, Tensor]] = []  # step, epoch, batch, lr, loss ()
+        self._losses: list[tuple[int, int, float, Tensor]] = []  # step, batch, lr, loss ()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         steps = step_outputs(outputs)
         batch_idx *= getattr(pl_module, "steps_per_execution", 1)
+        first = trainer.global_step - len(steps) + 1
+        lr = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan
         for index, output in enumerate(steps):
-            loss = output.get("loss")
-            if isinstance(loss, Tensor) and trainer.optimizers:
-                lr = trainer.optimizers[0].param_groups[0]["lr"]
-                step = trainer.global_step - len(steps) + 1 + index
-                self._losses.append((step, trainer.current_epoch, batch_idx + index, lr, loss.detach()))
+            if isinstance(loss := output.get("loss"), Tensor):
+                self._losses.append((first + index, batch_idx + index, lr, loss.detach()))
         if len(self._losses) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            self._check()
+            self._check(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check()
+        self._check(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._check()
+        self._check(trainer)
         weights = (weight for weight in pl_module.parameters() if not is_lazy(weight))
         if not all(weight.isfinite().all() for weight in weights):
             raise DivergenceError(f"the weights are no longer finite after step {trainer.global_step}; {self.ADVICE}")
 
     ADVICE = "the last checkpoint is from before that; train again with a lower learning rate"
 
-    def _check(self) -> None:
+    def _check(self, trainer: Trainer) -> None:
         losses, self._losses = self._losses, []
         if not losses or torch.stack([row[-1] for row in losses]).isfinite().all():
             return
-        step, epoch, batch_idx, lr, loss = next(row for row in losses if not row[-1].isfinite())
+        step, batch_idx, lr, loss = next(row for row in losses if not row[-1].isfinite())
         raise DivergenceError(
-            f"the loss is {loss.item()} at step {step} (epoch {epoch}, batch {batch_idx}), "
+            f"the loss is {loss.item()} at step {step} (epoch {trainer.current_epoch}, batch {batch_idx}), "
             f"the learning rate {lr:g}; {self.ADVICE}"
         )
 

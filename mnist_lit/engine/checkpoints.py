@@ -241,6 +241,8 @@ class BestCheckpoint(ModelCheckpoint):
         if self.dirpath or Run.of(trainer).exists:
             self.dirpath = os.path.abspath(self.dirpath or Run.of(trainer).checkpoints)
         super().setup(trainer, pl_module, stage)
+        if not self._every_n_train_steps and not self._train_time_interval:
+            self.on_train_batch_end = None  # type: ignore[assignment]  # Lightning passes over it; 1 % of a small step
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor != DEFAULT_MONITOR and not self.monitor.startswith("train"):  # type: ignore[union-attr]
@@ -475,7 +477,9 @@ def _values(trainer: Trainer) -> dict[str, float]:
 
 
 class RandomState(Callback):
-    """Save the state of the random generators of every process in checkpoints, and restore it."""
+    """Save the state of the random generators of every process in checkpoints, and restore it; and how many
+    threads have computed, because they differ in the last bits.
+    """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         numpy_state = np.random.get_state(legacy=False)
@@ -491,6 +495,7 @@ class RandomState(Callback):
         if torch.distributed.is_initialized():
             torch.distributed.all_gather_object(states, state)
         checkpoint["random_states"] = states  # one for each process
+        checkpoint["num_threads"] = torch.get_num_threads()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("random_states", [])

@@ -24,6 +24,7 @@ import jsonargparse._typehints as typehints
 import lightning.pytorch
 import torch
 from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
@@ -64,6 +65,7 @@ from mnist_lit.engine.resume import ResumeGuard, different_options, longer_if_fi
 from mnist_lit.engine.runs import LOGS, Run, RunConfig, as_list, loggers_of, relative
 from mnist_lit.engine.schema import Print, print_completion, print_schema
 from mnist_lit.engine.storage import printable
+from mnist_lit.engine.threads import set_threads
 
 # Warnings that a user can do nothing about: they tell one library's authors about another's.
 NOISE = (
@@ -132,6 +134,13 @@ class CLI(LightningCLI):
             ("print_completion", completion, "bash completion"),
         ):
             parser.add_argument(f"--{name}", action=Print, const=printed, help=f"Print {what}.")
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            help="Threads to compute with in each process. By default OMP_NUM_THREADS, or else all processors that "
+            "there are for it. Small networks are as fast with 1, and much faster beside other work. A resumed run "
+            "keeps its number, on which the last bits of its results depend.",
+        )
         parser.add_argument("--run_name", type=str | None, help="Name the run's folder, instead of version_N.")
         parser.add_argument(
             "--init_from",
@@ -233,6 +242,8 @@ class CLI(LightningCLI):
                 parser.error(_no_such_checkpoint("ckpt_path", self.ckpt_path))
             self.checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
             self._take_data_options(config)
+            if self.subcommand == "fit" and (threads := self.checkpoint.get("num_threads")):
+                self._keep_threads(config, threads)
             if self.subcommand == "fit" and Path(self.ckpt_path).name == EXCEPTION:
                 raise CheckpointError(
                     f"{self.ckpt_path} is of a step that was broken off by an error, which is no state to resume from; "
@@ -240,6 +251,14 @@ class CLI(LightningCLI):
                     f"--init_from={self.ckpt_path}"
                 )
         config.ckpt_path = self.ckpt_path
+
+    def _keep_threads(self, config: Namespace, threads: int) -> None:
+        if config.num_threads not in (None, threads):
+            rank_zero_warn(
+                f"the checkpoint is of a run with --num_threads={threads}, this one has {config.num_threads}: it "
+                "resumes, but the last bits of its results may differ from those of the uninterrupted run"
+            )
+        config.num_threads = config.num_threads or threads
 
     def _last_checkpoint(self, config: Namespace) -> str | None:
         path = newest_checkpoint(Path(config.trainer.default_root_dir or "."), config.model.class_path)
@@ -273,6 +292,8 @@ class CLI(LightningCLI):
         for name in LINKED:
             if f"model.{name}" not in taken:
                 self.model.hparams.pop(name, None)
+        config = self.config[self.subcommand]  # in the run's config.yaml, too
+        config.num_threads = set_threads(config.num_threads, self.trainer.num_devices)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.pytorch.Trainer:
         config, init = self.config[self.subcommand].trainer, self.config_init[self.subcommand].trainer

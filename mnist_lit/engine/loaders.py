@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -138,11 +137,6 @@ def augment(transform: Callable[[Tensor], Tensor], batch: Tensor, seed: int, tra
             torch.manual_seed(int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "big"))
             parts.append(transform(part))
     return torch.cat(parts)
-
-
-def available_cpus() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train_dataloader(

@@ -57,6 +57,7 @@ class Provenance(Callback):
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
             "device": _device(trainer),
             "processes": trainer.world_size,
+            "threads": torch.get_num_threads(),
             "host": socket.gethostname(),
             "start": _now(),
             "end": None,
