@@ -26,8 +26,8 @@ from torch import Tensor
 from mnist_lit.datasets import idx
 from mnist_lit.datasets.pickles import to_array, unpickle_arrays
 from mnist_lit.engine.errors import DatasetError
-from mnist_lit.engine.threads import available_cpus
 from mnist_lit.engine.storage import atomic_save, locked_directory
+from mnist_lit.engine.threads import available_cpus
 
 MAX_CLASSES = 1000  # a larger label is damage
 MAX_DECODED_BYTES = 1_500_000_000  # MNIST decodes to 220 MB, pickled in protocol 0 to 1.2 GB
