@@ -1,7 +1,8 @@
-"""``python -m benchmarks [--quick]``: times mnist_lit beside what it is compared with.
+"""``python -m benchmarks [--quick | --busy]``: times mnist_lit beside what it is compared with.
 
-Every run is a process of its own, the contenders take turns, and what is printed are medians and their
-ratio to the tutorial's loop. Writes a table, ``results.json`` and ``results.png`` into ``benchmarks/``.
+Every run is a process of its own, the contenders take turns, and what is printed are medians, their spread
+and their ratio to the tutorial's script with one thread. Rows with a star were disturbed by other programs.
+Writes tables, ``results.json`` and ``results.png`` into ``benchmarks/``.
 """
 
 from __future__ import annotations
@@ -9,18 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,70 +27,69 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
+from benchmarks.measure import BUSY, ROOT, Result, described, machine, medians, start
 from mnist_lit.datasets.files import Splits, read_dataset
 
-ROOT = Path(__file__).parents[1]
 MODELS = "logistic", "cnn"
-SPEED = ["--config", str(ROOT / "configs" / "overlays" / "speed.yaml")]
-# What a run of mnist_lit takes beside its config; the others are in contenders.py.
-CONTENDERS: dict[str, list[str] | None] = {
-    "tutorial": None,
-    "stock": None,
-    "mnist_lit": [],
-    "mnist_lit speed": SPEED,
-    "mnist_lit speed channels_last": [*SPEED, "--model.channels_last=true"],  # which is for convolutions
-    "floor": None,
+SPEED = ("--config", str(ROOT / "configs" / "overlays" / "speed.yaml"))
+
+
+class Contender(NamedTuple):
+    """A script in contenders.py, or mnist_lit with further arguments."""
+
+    script: str | None = None
+    arguments: tuple[str, ...] = ()
+    threads: int | None = None
+    root: Path = ROOT
+
+
+BASE = "tutorial, 1 thread"  # as many as the configs of mnist_lit ask for
+CONTENDERS = {
+    BASE: Contender("tutorial", threads=1),
+    "tutorial": Contender("tutorial"),
+    "stock": Contender("stock"),
+    "mnist_lit": Contender(),
+    "mnist_lit speed": Contender(arguments=SPEED),
+    "mnist_lit speed channels_last": Contender(arguments=(*SPEED, "--model.channels_last=true")),  # for convolutions
+    "floor": Contender("floor", threads=1),
 }
-GROWING = "tutorial", "mnist_lit", "mnist_lit speed"  # those that are followed from size to size
+GROWING = BASE, "mnist_lit", "mnist_lit speed"  # those that are followed from size to size
 BATCH_SIZES = 16, 64, 256, 1024
 IMAGES = 5_000, 50_000, 500_000
 REPEATS = 5
-Result = dict[str, float]
 
 
-def start(arguments: list[str], folder: Path) -> tuple[dict[str, Any], float, float]:
-    """A process: the moments that its clock took, when it began and when it ended.
-
-    Raises:
-        SystemExit: with what it printed, when it fails.
-    """
-    command = [sys.executable, "-m", *arguments]
-    began = time.time()
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{shlex.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-    return json.loads((folder / "clock.json").read_text()), began, time.time()
-
-
-def run(name: str, model: str, data: Path, images: int, folder: Path, epochs: int, batch_size: int) -> Result:
-    """One training run, measured in seconds, microseconds (``step_us``) and bytes (``peak_memory``)."""
-    settings = CONTENDERS[name]
-    if settings is None:
-        arguments = ["benchmarks.contenders", name, model, str(data), "clock.json"]
+def run(
+    contender: Contender,
+    model: str,
+    data: Path,
+    images: int,
+    folder: Path,
+    epochs: int,
+    batch_size: int,
+    busy: bool = False,
+) -> Result:
+    """One training run, measured in seconds, microseconds (``step_us``), bytes (``peak_memory``) and processors."""
+    if contender.script is not None:
+        arguments = ["benchmarks.contenders", contender.script, model, str(data), "clock.json"]
         arguments += [f"--epochs={epochs}", f"--batch_size={batch_size}"]
     else:
         callback = {"class_path": "benchmarks.contenders.clock", "init_args": {"path": "clock.json"}}
         (folder / "clock.yaml").write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
-        arguments = ["mnist_lit", "fit", "--config", str(ROOT / "configs" / f"{model}.yaml")]
-        arguments += [*settings, "--config", "clock.yaml", f"--trainer.max_epochs={epochs}"]
+        arguments = ["mnist_lit", "fit", "--config", str(contender.root / "configs" / f"{model}.yaml")]
+        arguments += [*contender.arguments, "--config", "clock.yaml", f"--trainer.max_epochs={epochs}"]
         arguments += [f"--data.dataset={data}", f"--data.batch_size={batch_size}"]
-    moments, began, ended = start(arguments, folder)
-    pairs = zip(moments["epochs"], moments["epochs"][1:], strict=False)
+    done = start(arguments, folder, root=contender.root, threads=contender.threads, busy=busy)
+    pairs = zip(done.moments["epochs"], done.moments["epochs"][1:], strict=False)
     epoch = statistics.median(after - before for before, after in pairs)
     return {
         "epoch": epoch,
         "step_us": epoch / math.ceil(images / batch_size) * 1e6,
-        "first_step": moments["step"] - began,
-        "exit": ended - began,
-        "peak_memory": moments["peak_memory"],
+        "first_step": done.moments["step"] - done.began,
+        "exit": done.ended - done.began,
+        "peak_memory": done.moments["peak_memory"],
+        "others": max(0.0, done.others - busy),
     }
-
-
-def medians(results: list[Result]) -> Result:
-    """Field by field."""
-    return {key: statistics.median(result[key] for result in results) for key in results[0]}
 
 
 def resized(splits: Splits, images: int, path: Path) -> None:
@@ -103,18 +101,17 @@ def resized(splits: Splits, images: int, path: Path) -> None:
 
 
 def table(title: str, rows: dict[str, Result], console: Console) -> None:
-    """Prints medians, with epochs and run times as ratios to the tutorial's."""
-    columns = ("s/epoch", "us/step", "ratio", "s to first step", "s to exit", "ratio", "MB")
+    """Prints medians and their spread, with epochs and run times as ratios to the tutorial's."""
+    columns = ("s/epoch", "from", "to", "us/step", "ratio", "s to first step", "s to exit", "from", "to", "ratio", "MB")
     printed = Table("contender", *(Column(name, justify="right") for name in columns), title=title)
     for name, row in rows.items():
-        base = rows["tutorial"]
+        base = rows[BASE]
         printed.add_row(
-            name,
-            f"{row['epoch']:.2f}",
+            name + ("*" if row["others"] > BUSY else ""),
+            *(f"{row[key]:.2f}" for key in ("epoch", "epoch_from", "epoch_to")),
             f"{row['step_us']:.0f}",
             f"{row['epoch'] / base['epoch']:.2f}",
-            f"{row['first_step']:.1f}",
-            f"{row['exit']:.1f}",
+            *(f"{row[key]:.1f}" for key in ("first_step", "exit", "exit_from", "exit_to")),
             f"{row['exit'] / base['exit']:.2f}",
             f"{row['peak_memory'] / 1e6:.0f}",
         )
@@ -134,7 +131,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for place, model in enumerate(MODELS):
             if panel == "epochs":
                 rows = results["epochs"][model]
-                base = rows["tutorial"]["epoch"]
+                base = rows[BASE]["epoch"]
                 names = [f"{model}: {name}" for name in rows]
                 axis.barh(names, [row["epoch"] / base for row in rows.values()], color=f"C{place}")
                 axis.axvline(1, color="black", linewidth=0.8)
@@ -157,64 +154,90 @@ def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only the tables at batch size 64")
+    parser.add_argument("--busy", action="store_true", help="only those, idle and beside a process that spins")
     parser.add_argument("--archive", default="data/mnist/mnist.pkl.gz", help="the tutorial's archive")
+    parser.add_argument("--before", help="another checkout of mnist_lit, which takes its turns, too")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--output", default="benchmarks", help="the folder of results.json and results.png")
     args = parser.parse_args()
     archive = Path(args.archive).resolve()
     if not archive.exists():
         parser.error(f"{archive}: no such file; name the tutorial's archive with --archive")
     if find_spec("matplotlib") is None:
-        parser.error("no matplotlib for results.png: pip install -e '.[sweep]'")
+        parser.error("no matplotlib for results.png: pip install -e '.[benchmarks]'")
+    contenders = dict(CONTENDERS)
+    if args.before:
+        contenders["mnist_lit before"] = Contender(root=Path(args.before).resolve())
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    results: dict[str, Any] = {"device": device, "torch": torch.__version__, "repeats": REPEATS}
+    results: dict[str, Any] = {"machine": machine(), "repeats": args.repeats}
+    results |= {"epochs": {}, "busy": {}, "batch_size": {}, "images": {}}
     console = Console()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
 
         def interleaved(
-            model: str, names: Sequence[str], data: Path, images: int, epochs: int, batch_size: int
+            model: str,
+            chosen: Mapping[str, Contender],
+            data: Path,
+            images: int,
+            epochs: int,
+            batch_size: int,
+            busy: bool = False,
         ) -> dict[str, Result]:
-            each: dict[str, list[Result]] = {name: [] for name in names}
+            each: dict[str, list[Result]] = {name: [] for name in chosen}
             what = f"{model}, batches of {batch_size}, {images:,} images"
-            for name in track([*names] * REPEATS, what, console=console, transient=True):
-                each[name].append(run(name, model, data, images, folder, epochs, batch_size))
+            for name in track([*chosen] * args.repeats, what, console=console, transient=True):
+                each[name].append(run(chosen[name], model, data, images, folder, epochs, batch_size, busy))
             return {name: medians(measured) for name, measured in each.items()}
 
         def write() -> None:
             (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
-        loading = {"tutorial": [], "cold": [], "warm": []}
-        for _ in track(range(REPEATS), "data", console=console, transient=True):
+        if args.busy:
+            compared = [name for name in contenders if name.startswith(("tutorial", "mnist_lit before"))]
+            compared.append("mnist_lit")
+            for model in MODELS:
+                chosen = {name: contenders[name] for name in compared}
+                for busy in (False, True):
+                    rows = interleaved(model, chosen, archive, 50_000, 2, 64, busy)
+                    results["busy" if busy else "epochs"][model] = rows
+                    title = f"{model}, {'beside a process that spins' if busy else 'idle'}"
+                    table(title, rows, console)
+                    write()
+            console.print(described(results["machine"]))
+            return
+
+        loading: dict[str, list[float]] = {"tutorial": [], "cold": [], "warm": []}
+        for _ in track(range(args.repeats), "data", console=console, transient=True):
             shutil.rmtree(folder / "data", ignore_errors=True)
-            for name in loading:
-                contender = "tutorial" if name == "tutorial" else "ready"
-                arguments = ["benchmarks.contenders", contender, "logistic", str(archive), "clock.json"]
-                moments, _, _ = start([*arguments, "--epochs=0"], folder)
-                loading[name].append(moments["data"] - moments["imported"])
+            for name, seconds in loading.items():
+                script = "tutorial" if name == "tutorial" else "ready"
+                arguments = ["benchmarks.contenders", script, "logistic", str(archive), "clock.json"]
+                moments = start([*arguments, "--epochs=0"], folder).moments
+                seconds.append(moments["data"] - moments["imported"])
         results["data"] = {name: statistics.median(seconds) for name, seconds in loading.items()}
         line = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in results["data"].items())
         console.print(f"Data ready: {line}")
         imports, code = [], "import lightning.pytorch.cli, time; print(time.time())"
-        for _ in range(REPEATS):
+        for _ in range(args.repeats):
             began = time.time()
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
             imports.append(float(done.stdout) - began)
         results["bare_import"] = statistics.median(imports)
         console.print(f"import lightning.pytorch.cli: {results['bare_import']:.2f} s")
 
-        results |= {"epochs": {}, "batch_size": {}, "images": {}}
         for model in MODELS:
-            names = [name for name in CONTENDERS if model == "cnn" or "channels_last" not in name]
-            results["epochs"][model] = interleaved(model, names, archive, 50_000, 2, 64)
-            table(f"{model}, batches of 64, 2 epochs, {device}", results["epochs"][model], console)
+            chosen = {name: c for name, c in contenders.items() if model == "cnn" or "channels_last" not in name}
+            results["epochs"][model] = interleaved(model, chosen, archive, 50_000, 2, 64)
+            table(f"{model}, batches of 64, 2 epochs", results["epochs"][model], console)
             write()
         if not args.quick:
             files = {images: folder / f"{images}.npz" for images in IMAGES}
             splits = read_dataset(archive)
             for images, path in files.items():
                 resized(splits, images, path)
+            growing = {name: contenders[name] for name in GROWING}
             for model in MODELS:
                 panels = {
                     "batch_size": {n: (archive, 50_000, 1, n) for n in BATCH_SIZES},
@@ -223,10 +246,11 @@ def main() -> None:
                 for panel, sizes in panels.items():
                     results[panel][model] = {}
                     for size, setting in sizes.items():
-                        rows = results[panel][model][size] = interleaved(model, GROWING, *setting)
+                        rows = results[panel][model][size] = interleaved(model, growing, *setting)
                         table(f"{model}, {panel} {size:,}", rows, console)
                         write()
         plot(results, output / "results.png")
+    console.print(described(results["machine"]))
     console.print(f"Wrote {output / 'results.json'} and {output / 'results.png'}")
 
 
