@@ -79,6 +79,7 @@ def run(
         arguments = ["mnist_lit", "fit", "--config", str(contender.root / "configs" / f"{model}.yaml")]
         arguments += [*contender.arguments, "--config", "clock.yaml", f"--trainer.max_epochs={epochs}"]
         arguments += [f"--data.dataset={data}", f"--data.batch_size={batch_size}"]
+        arguments += [f"--data.data_dir=data/{contender.root.name}"]  # checkouts do not share their fast copies
     done = start(arguments, folder, root=contender.root, threads=contender.threads, busy=busy)
     pairs = zip(done.moments["epochs"], done.moments["epochs"][1:], strict=False)
     epoch = statistics.median(after - before for before, after in pairs)
@@ -102,16 +103,17 @@ def resized(splits: Splits, images: int, path: Path) -> None:
 
 def table(title: str, rows: dict[str, Result], console: Console) -> None:
     """Prints medians and their spread, with epochs and run times as ratios to the tutorial's."""
-    columns = ("s/epoch", "from", "to", "us/step", "ratio", "s to first step", "s to exit", "from", "to", "ratio", "MB")
+    columns = "s/epoch", "us/step", "ratio", "first step", "s to exit", "ratio", "MB"
     printed = Table("contender", *(Column(name, justify="right") for name in columns), title=title)
     for name, row in rows.items():
         base = rows[BASE]
         printed.add_row(
             name + ("*" if row["others"] > BUSY else ""),
-            *(f"{row[key]:.2f}" for key in ("epoch", "epoch_from", "epoch_to")),
+            f"{row['epoch']:.2f} ({row['epoch_from']:.2f} to {row['epoch_to']:.2f})",
             f"{row['step_us']:.0f}",
             f"{row['epoch'] / base['epoch']:.2f}",
-            *(f"{row[key]:.1f}" for key in ("first_step", "exit", "exit_from", "exit_to")),
+            f"{row['first_step']:.1f}",
+            f"{row['exit']:.1f} ({row['exit_from']:.1f} to {row['exit_to']:.1f})",
             f"{row['exit'] / base['exit']:.2f}",
             f"{row['peak_memory'] / 1e6:.0f}",
         )
@@ -172,7 +174,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(), "repeats": args.repeats}
     results |= {"epochs": {}, "busy": {}, "batch_size": {}, "images": {}}
-    console = Console()
+    console = Console(width=120)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
 

@@ -77,7 +77,9 @@ def _spinning() -> Iterator[None]:
 
 def _used() -> float:
     """Processor seconds of all programs since the machine has started, its own parents among them (Linux)."""
-    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
+    user, nice, system, _, _, irq, softirq = map(
+        int, Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:8]
+    )
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
@@ -93,7 +95,9 @@ def medians(results: list[Result]) -> Result:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, versions, commit and load."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+    ]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "lightning", "numpy")

@@ -15,7 +15,7 @@ def main() -> None:
 
     gc.freeze()
     gc.enable()
-    cli.main(data_module="mnist_lit.MNISTDataModule", commands={"new": "mnist_lit.new"})
+    cli.main("mnist_lit.MNISTDataModule", "configs/cnn.yaml", commands={"new": "mnist_lit.new"})
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from mnist_lit.engine.storage import printable
 from mnist_lit.engine.threads import available_cpus
 
 Batch = tuple[Tensor, Tensor]
+OTHER_DTYPES = "bf16-true", "16-true", "64-true"  # Lightning's precisions of a model that is not in float32
 
 NOT_MNIST = """\
 {reason}.
@@ -316,7 +317,8 @@ class MNISTDataModule(LightningDataModule):
             dataloader_idx: not used.
 
         Returns:
-            images float32 (B, C, H, W), in 0..1 exactly the tutorial's k/256, and the targets.
+            images float32 (B, C, H, W), in 0..1 exactly the tutorial's k/256, and the targets; with
+            ``trainer.precision=bf16-true`` and the like in the model's dtype.
         """
         images, target = batch
         images = images / 256
@@ -326,6 +328,8 @@ class MNISTDataModule(LightningDataModule):
             images = images - images.new_tensor(self.mean).view(-1, 1, 1)
         if self.std is not None:
             images = images / images.new_tensor(self.std).view(-1, 1, 1)
+        if self.trainer is not None and self.trainer.precision in OTHER_DTYPES:
+            images, target = self.trainer.precision_plugin.convert_input((images, target))
         return images, target
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Callbacks: divergence, compilation, progress bar."""
+"""Callbacks: divergence, compilation, the table of the model, progress bar."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichModelSummary, RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
+from rich import get_console
+from rich.markup import escape
+from rich.table import Column, Table
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -118,8 +121,39 @@ class NoProfiler(PassThroughProfiler):
         return self.NOTHING
 
 
+class ModelTable(RichModelSummary):
+    """Lightning's summary of the model, without rows and columns that say nothing.
+
+    Example:
+        >>> Trainer(callbacks=[ModelTable(max_depth=2)])
+    """
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        total_training_modes: dict[str, int],
+        total_flops: int,
+        **summarize_kwargs: Any,
+    ) -> None:
+        """Print a row for each part of the model."""
+        left_out = {" ", "Mode", *(() if total_flops else ("FLOPs",))}
+        columns = {name: cells for name, cells in summary_data if name not in left_out}
+        numbers = {"Params", "Params per Device", "FLOPs"}
+        table = Table(*(Column(name, justify="right" if name in numbers else "left") for name in columns))
+        for row in zip(*columns.values(), strict=True):
+            table.add_row(*map(escape, row))
+        frozen = total_parameters - trainable_parameters
+        table.caption = f"{total_parameters:,} parameters, {model_size:.3g} MB"
+        table.caption += f"; {frozen:,} of them are not trained" if frozen else ""
+        get_console().print(table)
+
+
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, drawn ``refresh_rate`` times a second and after the last batch, not after every one.
+    """Lightning's bar, drawn ``refresh_rate`` times a second and after the last batch, not after every one; it counts
+    epochs from 1.
 
     Args:
         refresh_rate: times per second.
@@ -134,6 +168,11 @@ class ProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        last = self.trainer.max_epochs
+        description = f"Epoch {current_epoch + 1}" + (f"/{last}" if last not in (None, -1) else "")
+        return description.ljust(len(self.validation_description))  # so that the bar does not jump
 
     def _due(self, batch_idx: int, batches: int | float) -> bool:
         now = time.monotonic()

@@ -74,6 +74,11 @@ def _writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+def no_such_checkpoint(option: str, path: str | Path) -> str:
+    """The message for an option that names no file."""
+    return f"--{option}={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
+
+
 _LAYOUT = {
     "state_dict": dict,
     "loops": dict,
@@ -235,6 +240,7 @@ class BestCheckpoint(ModelCheckpoint):
             **options,
         )
         self._warned = False
+        self.best_epoch, self.best_metrics = 0, dict[str, float]()  # counted from 1; all of that epoch's
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Absolute, because ModelCheckpoint forgets the best of a folder that is named in another way.
@@ -251,10 +257,17 @@ class BestCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self._is_logged(trainer):
             super().on_validation_end(trainer, pl_module)
+            self._keep_metrics(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_logged(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+            self._keep_metrics(trainer)
+
+    def _keep_metrics(self, trainer: Trainer) -> None:
+        saved = self._last_global_step_saved == trainer.global_step and self._last_checkpoint_saved
+        if saved and self._last_checkpoint_saved == self.best_model_path:
+            self.best_epoch, self.best_metrics = trainer.current_epoch + 1, _values(trainer)
 
     def _is_logged(self, trainer: Trainer, error: str | None = None) -> bool:
         if self.monitor in trainer.callback_metrics:
@@ -274,6 +287,9 @@ class BestCheckpoint(ModelCheckpoint):
         folder = str(self.dirpath or "")
         return os.path.join(folder, os.path.relpath(name, folder or ".").replace(os.sep, "_"))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "best_epoch": self.best_epoch, "best_metrics": self.best_metrics}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best ones so far, wherever the run's folder has been moved to."""
         if not self.dirpath:
@@ -288,6 +304,8 @@ class BestCheckpoint(ModelCheckpoint):
         kept = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         if all(os.path.exists(path) for path in kept):
             super().load_state_dict({**state_dict, **paths, "dirpath": new, "best_k_models": kept})
+            self.best_epoch = state_dict.get("best_epoch", 0)
+            self.best_metrics = state_dict.get("best_metrics", {})
 
 
 def best_checkpoint(trainer: Trainer) -> Checkpoint | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
+import io
 import logging
+import os
 import re
 import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,7 +29,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -41,7 +44,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from mnist_lit.engine import PROJECT
-from mnist_lit.engine.callbacks import NoProfiler, ProgressBar, StopOnNonFinite
+from mnist_lit.engine.arguments import join_values, with_config, with_homes
+from mnist_lit.engine.callbacks import ModelTable, NoProfiler, ProgressBar, StopOnNonFinite
 from mnist_lit.engine.checkpoints import (
     DEFAULT_MONITOR,
     EXCEPTION,
@@ -51,6 +55,7 @@ from mnist_lit.engine.checkpoints import (
     RandomState,
     best_checkpoint,
     newest_checkpoint,
+    no_such_checkpoint,
     read_checkpoint,
     read_weights,
 )
@@ -74,7 +79,10 @@ NOISE = (
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
     r"Experiment logs directory .* exists and is not empty",  # CSVLogger, in the folder of the run
     r".*configure_optimizers` will be overridden by",  # which is what --optimizer asks for
+    r"The dirpath has changed from",  # a test of a run's checkpoint has a folder of its own
 )
+# Lines of Lightning's log about what is not there.
+SILENT = ("Tip: ", "TPU available: False", "GPU available: False")
 LINKED = ("num_classes", "num_pixels", "channels")  # what a model may take from the data module
 SCRIPT = PROJECT.replace("_", "-")
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
@@ -121,6 +129,7 @@ class CLI(LightningCLI):
     _automatic: Sequence[tuple[Namespace, str | None]] = ()  # options with monitor: auto, and their mode
     _restored: dict[str, Any]  # options that a resumed run takes from its checkpoint
     _any_seed = False  # whether the seed is chosen at random
+    _started = 0.0  # when fit began
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -180,6 +189,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
+        with_homes(self.config[self.config.subcommand])
         # LightningCLI would now read the checkpoint and let its hyperparameters override the config, class names from
         # an untrusted file included. The config decides what is built, so the path is put back after that.
         config = self.config[self.config.subcommand]
@@ -239,7 +249,7 @@ class CLI(LightningCLI):
             parser.error(f"--ckpt_path={self.ckpt_path}: {self.subcommand} needs the path of a checkpoint")
         elif "://" not in self.ckpt_path and self.ckpt_path != "hpc":
             if not Path(self.ckpt_path).exists():
-                parser.error(_no_such_checkpoint("ckpt_path", self.ckpt_path))
+                parser.error(no_such_checkpoint("ckpt_path", self.ckpt_path))
             self.checkpoint = read_checkpoint(self.ckpt_path, config.get("weights_only") is not False)
             self._take_data_options(config)
             if self.subcommand == "fit" and (threads := self.checkpoint.get("num_threads")):
@@ -318,6 +328,8 @@ class CLI(LightningCLI):
             isinstance(callback, AnyProgressBar) for callback in callbacks
         ):
             callbacks = [*callbacks, ProgressBar()]
+        if config.enable_model_summary is not False and not any(isinstance(c, ModelSummary) for c in callbacks):
+            callbacks = [*callbacks, ModelTable()]
         if config.profiler is None:
             kwargs["profiler"] = NoProfiler()
         if self.subcommand == "predict":
@@ -388,7 +400,7 @@ class CLI(LightningCLI):
         if self.subcommand != "fit" or path is None:
             return
         if not Path(path).exists():
-            raise CheckpointError(_no_such_checkpoint("init_from", path))
+            raise CheckpointError(no_such_checkpoint("init_from", path))
         weights = rename(read_weights(path, config.get("weights_only") is not False), self.model.state_dict())
         adapted = [] if config.init_strict else self._adapt_channels(weights)
         misfits = self._misfits(weights)
@@ -440,6 +452,9 @@ class CLI(LightningCLI):
         last = self.run.checkpoints / "last.ckpt" if self.run.exists else Path()
         return best or (str(last) if last.is_file() else "")
 
+    def before_fit(self) -> None:
+        self._started = time.monotonic()
+
     def after_fit(self) -> None:
         """Test, if asked to; print the final metrics and the commands that come next."""
         trainer, run, console = self.trainer, self.run, Console()
@@ -449,11 +464,17 @@ class CLI(LightningCLI):
             metrics |= trainer.callback_metrics
         if not trainer.is_global_zero:
             return
+        kept = best_checkpoint(trainer)
+        best_metrics = getattr(kept, "best_metrics", {})
         dataset = getattr(self.datamodule, "dataset_used", type(self.datamodule).__name__)
-        title = f"{type(self.model).__name__} on {dataset} after {epochs} epochs"
-        table = Table("metric", Column("value", justify="right"), title=escape(title), min_width=len(title) + 2)
+        taken = timedelta(seconds=round(time.monotonic() - self._started))
+        title = f"{type(self.model).__name__} on {dataset} after {epochs} epoch{'s' * (epochs != 1)}, {taken}"
+        columns = ["last", *([f"best: epoch {kept.best_epoch}"] if best_metrics else [])]  # type: ignore[union-attr]
+        table = Table("metric", *(Column(name, justify="right") for name in columns), title=escape(title))
+        table.min_width = len(title) + 2
         for name, value in sorted(metrics.items()):
-            table.add_row(escape(name), f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}")
+            values = [value, *([best_metrics.get(name)] if best_metrics else [])]
+            table.add_row(escape(name), *map(_number, values))
         console.print(table)
         if not best:
             return
@@ -468,13 +489,16 @@ class CLI(LightningCLI):
             "--ckpt_path",
             relative(best),
         ]
-        console.print("What comes next:")
+        console.print(f"The run is in {relative(run.folder)}. What comes next:", highlight=False, markup=False)
         for command in (*commands, test):
             console.print(f"  {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _no_such_checkpoint(option: str, path: str | Path) -> str:
-    return f"--{option}={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
+def _number(value: Any) -> str:
+    """Of a metric, for the table; nothing for one that is not there."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
 
 
 def _briefly(names: Collection[str], most: int = 8) -> str:
@@ -542,51 +566,6 @@ def _raised_by_lightning(traceback: TracebackType | None) -> bool:
     return True
 
 
-def with_config_of_run(args: list[str]) -> list[str]:
-    """Add the config.yaml of a checkpoint's run to a command that names a checkpoint and no config."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config")
-    parser.add_argument("--ckpt_path", type=Path)
-    named, _ = parser.parse_known_args(args)
-    if named.config or named.ckpt_path is None or ":/" in str(named.ckpt_path):
-        return args
-    if not named.ckpt_path.exists():
-        if args[0] in ("validate", "test", "predict", "export"):
-            raise ConfigurationError(_no_such_checkpoint("ckpt_path", named.ckpt_path))
-        return args
-    config = Run(named.ckpt_path.absolute().parents[1]).config
-    if not config.is_file():
-        return args
-    rank_zero_info(f"The config is the run's: {relative(config)}")
-    command, *options = args
-    return [command, "--config", str(config), *options]
-
-
-def join_values(args: list[str]) -> list[str]:
-    """Make a list of several values after an option, such as the files that a shell finds for ``*.png``.
-
-    Example:
-        >>> join_values(["predict", "--data.images", "1.png", "2.png"])
-        ['predict', '--data.images+=1.png', '--data.images+=2.png']
-    """
-    for value in args:
-        if (text := printable(value)) != value:
-            raise ConfigurationError(
-                f"{text}: a name that is not UTF-8 cannot stand on the command line; name its folder, or a pattern in "
-                "quotation marks"
-            )
-    joined, rest = args[:1], args[1:]
-    while rest:
-        option, *rest = rest
-        number = next((index for index, value in enumerate(rest) if value.startswith("-")), len(rest))
-        if option.startswith("--") and "=" not in option and number > 1:
-            joined += [f"{option}+={value}" for value in rest[:number]]  # as jsonargparse appends to a list
-            rest = rest[number:]
-        else:
-            joined.append(option)
-    return joined
-
-
 def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
     """Run one command of ``LightningCLI``.
 
@@ -615,11 +594,12 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
     )
 
 
-def main(data_module: str = "", commands: Mapping[str, str] | None = None) -> None:
+def main(data_module: str = "", default_config: str = "", commands: Mapping[str, str] | None = None) -> None:
     """Run the command in ``sys.argv``. A user's mistake ends in one message and exit code 1 or 2.
 
     Args:
         data_module: import path of the data module to use where the config names none.
+        default_config: that ``fit`` takes if it is there and the command names neither a config nor a model.
         commands: further commands, by the module whose ``main(args)`` runs each.
     """
     for signum in (signal.SIGINT, signal.SIGTERM):  # until training starts: there is nothing to save
@@ -627,24 +607,29 @@ def main(data_module: str = "", commands: Mapping[str, str] | None = None) -> No
     threading.excepthook = _thread_failed
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
-    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    tips.addFilter(lambda record: "Tip: " not in record.getMessage())
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: not any(part in record.getMessage() for part in SILENT))
     warnings.formatwarning = _format_warning
     typehints.discard_init_args_on_class_path_change = _keep_related
     # Once glibc has seen a block of this size freed, it keeps up to twice as much memory for later blocks. Before, it
     # may return to the system after every batch what the next batch then waits for.
     torch.empty(8 * 2**20, dtype=torch.uint8)
+    for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is a question mark, and no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)  # your own modules, also for the script, as for python -m
     CLI.default_data_module = data_module
     modules = {"sweep": f"{PROJECT}.engine.sweep", **(commands or {})}
     CLI.more_commands = tuple(modules)
-    command, *args = sys.argv[1:] or [""]
     try:
+        command, *args = with_homes(sys.argv[1:]) or [""]
         if command == "sweep" and find_spec("optuna") is None:
             raise ConfigurationError(f"sweep needs optuna: pip install '{PROJECT}[sweep]'")
         if command in modules:
             import_module(modules[command]).main(args)
         else:
-            run(with_config_of_run(join_values(sys.argv[1:])))
+            run(with_config([command, *join_values(args)], default_config) if command else [])
     except (UserError, MisconfigurationException) as error:
         if isinstance(error, MisconfigurationException) and not _raised_by_lightning(error.__traceback__):
             raise

@@ -169,8 +169,10 @@ class Dashboard(Callback):
         with self._part(self.OF_CLASSES, self.SWITCHES):
             preds, target = found
             number, predicted = preds.shape[1], preds.argmax(1)
-            counts = torch.bincount(target * number + predicted, minlength=number**2).view(number, number)
-            self._counts = counts if self._counts is None else self._counts + counts
+            if self._counts is None:
+                self._counts = target.new_zeros((number, number), dtype=torch.int64)
+            one = self._counts.new_ones(())
+            self._counts.index_put_((target.long(), predicted), one, accumulate=True)
             images = find_images(batch)
             if self.mistakes and images is not None and len(images) == len(preds):
                 self._keep_worst(preds, predicted, target, images)

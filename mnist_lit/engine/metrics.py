@@ -228,6 +228,7 @@ class _Collection:
         """Take in batches, at once where their shapes allow it."""
         self.updated = True
         losses = torch.stack([output["loss"] for output in outputs])
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))  # for sums, bfloat16 is too coarse
         sizes = [len(output["target"]) if output["target"].ndim else 1 for output in outputs]
         weights = torch.tensor(sizes, device=losses.device)  # of a mean over samples: the last batch may be shorter
         self.loss.to(losses.device).update((losses * weights).sum())

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -24,10 +26,12 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 from sqlalchemy.exc import DBAPIError
 
 from mnist_lit.engine import PROJECT
+from mnist_lit.engine.arguments import with_config
 from mnist_lit.engine.cli import infer_mode, run
 from mnist_lit.engine.errors import ConfigurationError, DivergenceError
 from mnist_lit.engine.runs import LOGS, relative
@@ -94,6 +98,7 @@ def read_space(path: Path) -> Space:
             raise ValueError("expected names of settings, such as model.init_args.lr")
         for name, setting in space.items():
             try:
+                setting |= {key: _value(value) for key, value in setting.items()}
                 if "choices" in setting:
                     CategoricalDistribution(**setting)
                 else:
@@ -108,6 +113,13 @@ def read_space(path: Path) -> Space:
         raise ConfigurationError(f"--space={path}: {error}") from error
 
 
+def _value(value: Any) -> Any:
+    """What YAML 1.1 leaves a text though it is a number: 1e-4, where it would want 1.0e-4."""
+    if isinstance(value, list):
+        return [_value(each) for each in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I) else value
+
+
 def _whole(setting: dict[str, Any]) -> bool:
     return isinstance(setting["low"], int) and isinstance(setting["high"], int)
 
@@ -116,6 +128,25 @@ def _suggest(trial: optuna.Trial, name: str, setting: dict[str, Any]) -> Any:
     if "choices" in setting:
         return trial.suggest_categorical(name, **setting)
     return (trial.suggest_int if _whole(setting) else trial.suggest_float)(name, **setting)
+
+
+def grid_of(space: Space) -> dict[str, list[Any]]:
+    """All values of each hyperparameter.
+
+    Raises:
+        ConfigurationError: for a range that has no steps.
+    """
+    grid = {}
+    for name, setting in space.items():
+        if "choices" in setting:
+            grid[name] = list(setting["choices"])
+            continue
+        low, high = setting["low"], setting["high"]
+        step = setting.get("step", 1 if _whole(setting) else None)
+        if step is None or setting.get("log"):
+            raise ConfigurationError(f"--sampler=grid: {name} needs choices, or a step from low to high")
+        grid[name] = [low + index * step for index in range(int((high - low) / step + 1e-9) + 1)]
+    return grid
 
 
 # ------------------------------------------------------------------------------------------- trials
@@ -165,6 +196,23 @@ def sweep(study: optuna.Study, space: Space, trials: int, fit: list[str], monito
             time.sleep(1)
 
 
+def status(study: optuna.Study) -> None:
+    """Print every trial so far, those that run now with what they have reached."""
+    trials = study.get_trials(deepcopy=False)
+    monitor = study.user_attrs.get("monitor", "value")
+    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    columns = ("epochs", monitor, *(name.rpartition(".")[2] for name in names))
+    table = Table("run", "state", *(Column(name, justify="right") for name in columns), title=escape(study.study_name))
+    for trial in trials:
+        reached = trial.value
+        if reached is None and trial.last_step is not None:
+            reached = trial.intermediate_values[trial.last_step]
+        values = (len(trial.intermediate_values), reached, *(trial.params.get(name) for name in names))
+        cells = (f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for v in values)
+        table.add_row(f"{study.study_name}-{trial.number}", trial.state.name.lower(), *map(escape, cells))
+    Console().print(table)
+
+
 def report(study: optuna.Study, folder: Path, monitor: str) -> None:
     """Print the best trials, and write the config of the best one and Optuna's plots.
 
@@ -209,7 +257,9 @@ def report(study: optuna.Study, folder: Path, monitor: str) -> None:
     console.print(f"  python -m {PROJECT} fit --config {folder}/best.yaml", soft_wrap=True, highlight=False)
 
 
-def open_study(url: str, name: str, direction: StudyDirection) -> optuna.Study:
+def open_study(
+    url: str, name: str, direction: StudyDirection, sampler: optuna.samplers.BaseSampler | None = None
+) -> optuna.Study:
     """Open a study, and make it first if the database has none of that name.
 
     Raises:
@@ -218,7 +268,9 @@ def open_study(url: str, name: str, direction: StudyDirection) -> optuna.Study:
     for attempts in reversed(range(ATTEMPTS)):
         try:
             storage = optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT)
-            return optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
+            return optuna.create_study(
+                storage=storage, study_name=name, direction=direction, sampler=sampler, load_if_exists=True
+            )
         except Exception as error:  # whatever the driver of a database says
             # Optuna's tables cannot be made by two processes at once.
             if not attempts or not isinstance(error, DBAPIError):
@@ -251,26 +303,51 @@ def main(args: list[str]) -> None:
         "the fit of every trial. The same command again resumes where it stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("--space", type=Path, required=True, help="what to search, see configs/sweep.yaml")
-    parser.add_argument("--trials", type=int, default=20, help="in all, also those done before (default: 20)")
+    parser.add_argument("--space", type=Path, help="what to search, see configs/sweep.yaml")
+    parser.add_argument(
+        "--trials", type=int, help="in all, also those done before (default: 20; with --sampler=grid the whole grid)"
+    )
+    parser.add_argument(
+        "--sampler", choices=["tpe", "random", "grid"], default="tpe", help="Optuna's (default: tpe, which learns)"
+    )
+    parser.add_argument("--status", action="store_true", help="print the trials so far, also while others run")
     parser.add_argument("--study", default="sweep", help="name of the study (default: sweep)")
     parser.add_argument(
         "--storage",
         help="any of Optuna's database addresses (default: a SQLite file in lightning_logs/STUDY)",
     )
     known, fit = parser.parse_known_args(args)
-    space, folder = read_space(known.space), Path(LOGS) / known.study
-    if known.storage is None:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(LOGS) / known.study
     url = known.storage or f"sqlite:///{folder}/study.db"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    if known.status:
+        if known.storage is None and not (folder / "study.db").is_file():
+            raise ConfigurationError(f"--status: there is no study in {folder} yet")
+        try:
+            return status(optuna.load_study(study_name=known.study, storage=url))
+        except KeyError:
+            raise ConfigurationError(f"--status: there is no study {known.study} in {url}") from None
+    if known.space is None:
+        parser.error("--space: a sweep needs a file that says what to search, such as configs/sweep.yaml")
+    space = read_space(known.space)
+    # Optuna's samplers draw new seeds in every process: several of them share a study.
+    sampler: optuna.samplers.BaseSampler | None = optuna.samplers.RandomSampler() if known.sampler == "random" else None
+    trials = known.trials or 20
+    if known.sampler == "grid":
+        grid = grid_of(space)
+        sampler, size = optuna.samplers.GridSampler(grid), math.prod(map(len, grid.values()))
+        trials = min(known.trials or size, size)
+    if known.storage is None:
+        folder.mkdir(parents=True, exist_ok=True)
+    _, *fit = with_config(["fit", *fit])
     monitor, mode = _metric_that_decides(fit)
-    study = open_study(url, known.study, StudyDirection[f"{mode.upper()}IMIZE"])
+    study = open_study(url, known.study, StudyDirection[f"{mode.upper()}IMIZE"], sampler)
     if study.user_attrs.setdefault("space", space) != space:
         raise ConfigurationError(f"the study {known.study} has another space; name a new one with --study")
     study.set_user_attr("space", space)
-    sweep(study, space, known.trials, fit, monitor)
+    study.set_user_attr("monitor", monitor)
+    sweep(study, space, trials, fit, monitor)
     if not study.get_trials(states=[TrialState.COMPLETE]):
-        raise ConfigurationError(f"none of {known.trials} trials came to an end: every one diverged or was pruned")
+        raise ConfigurationError(f"none of {trials} trials came to an end: every one diverged or was pruned")
     report(study, folder, monitor)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 
-def available_cpus(processes: int = 1) -> int:
+def available_cpus(processes: int = 1, groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Processors for each of a number of processes on this machine, at least 1.
 
     Counted are those that the process may run on and, in a container, its quota (see cpu.max in
@@ -17,14 +17,14 @@ def available_cpus(processes: int = 1) -> int:
 
     Args:
         processes: that share them.
+        groups: where the control groups are mounted.
     """
     cpus: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(cpus, _quota())) // processes)
+    return max(1, int(min(cpus, _quota(groups))) // processes)
 
 
-def _quota() -> float:
+def _quota(groups: Path) -> float:
     """Processors that a container may use; infinite where there is no limit."""
-    groups = Path("/sys/fs/cgroup")
     files = [groups / "cpu.max"], [groups / "cpu/cpu.cfs_quota_us", groups / "cpu/cpu.cfs_period_us"]  # version 2, 1
     for version in files:
         try:

@@ -83,3 +83,15 @@ def test_logged_means_are_over_both_processes(cli: Run, small: Path, tmp_path: P
     assert_logged(found, {2: sum(together[0], []), 5: sum(together[1], [])}, "_epoch")
     assert logged[0] == logged[1]
     assert logged[0]["train/loss"] == pytest.approx(found["train/loss"][-1][1])
+
+
+@pytest.mark.slow
+def test_validation_keeps_no_outputs(cli: Run, tmp_path: Path) -> None:
+    """1,000 classes: the logits of 40,000 images are 160 MB, those of the 4,000 more in each of 64 batches are not."""
+    peaks = {}
+    for images in (4_000, 40_000):
+        settings = (f"--data.number={images}", "--trainer.callbacks+=many_classes.Peak", "--dashboard.every_n_epochs=0")
+        cli("validate", "--model=many_classes.Model", "--data=many_classes.Data", *settings)
+        peaks[images] = int((tmp_path / "peak").read_text())
+    print(f"peak of memory by images: {peaks}")
+    assert peaks[40_000] - peaks[4_000] < 40e6

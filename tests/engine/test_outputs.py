@@ -40,7 +40,7 @@ def predicted(folder: Path, name: str) -> Path:
 def test_whatever_steps_return_and_batches_are(cli: Run, tmp_path: Path, model: str, data: str) -> None:
     """Trained, and predicted as far as there is something to write; with one warning for what is left out."""
     fitted = cli("fit", f"--model=returns.{model}", f"--data=returns.{data}", *QUICK)
-    assert f"{model} on {data} after 1 epochs" in fitted.stdout
+    assert f"{model} on {data} after 1 epoch," in fitted.stdout
     (warning,) = warnings(fitted.stderr)
     assert "no confusion matrix, accuracy per class and mistakes in the dashboard: " in warning
     assert "--dashboard.confusion_matrix=false --dashboard.mistakes=0 leaves it out" in warning
