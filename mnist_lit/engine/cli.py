@@ -82,7 +82,7 @@ NOISE = (
     r"The dirpath has changed from",  # a test of a run's checkpoint has a folder of its own
 )
 # Lines of Lightning's log about what is not there.
-SILENT = ("Tip: ", "TPU available: False", "GPU available: False")
+SILENT = ("Tip: ", "TPU available: False", "GPU available: False", "configured with model summary")
 LINKED = ("num_classes", "num_pixels", "channels")  # what a model may take from the data module
 SCRIPT = PROJECT.replace("_", "-")
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"

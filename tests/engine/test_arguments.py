@@ -60,9 +60,12 @@ def test_fit_alone_trains_the_default_config(cli: Run, small: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_terminal_of_another_encoding(cli: Run, small: Path, tmp_path: Path, encoding: str) -> None:
-    fit = ("fit", "--config", CONFIGS / "logistic.yaml", "--data.dataset", small)
-    cli(*fit, "--trainer.max_epochs=1", env={"PYTHONIOENCODING": encoding}, fork=False)
+def test_terminal_of_another_encoding(small: Path, tmp_path: Path, encoding: str) -> None:
+    command = [sys.executable, "-m", "mnist_lit", "fit", "--config", CONFIGS / "logistic.yaml", *QUICK]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([*command, "--data.dataset", small], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode(encoding)
+    assert "val/loss" in done.stdout.decode(encoding)
 
 
 def test_script_finds_your_modules(small: Path, tmp_path: Path) -> None:

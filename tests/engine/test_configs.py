@@ -40,7 +40,7 @@ def last(folder: Path) -> dict:
 
 @pytest.mark.slow
 def test_overfit_drives_the_loss_of_ten_batches_to_zero(fit, tmp_path: Path) -> None:
-    quick = ("--model.lr=0.03", "--data.batch_size=16", "--trainer.max_epochs=20", "--dashboard.every_n_epochs=0")
+    quick = ("--model.lr=0.01", "--data.batch_size=16", "--trainer.max_epochs=20", "--dashboard.every_n_epochs=0")
     fit("cnn", "overfit", settings=("--model=FastCNN", *quick))
     assert last(tmp_path)["global_step"] == 20 * 10
     losses = [event.value for event in run_of(tmp_path).Scalars("train/loss_epoch")]

@@ -17,7 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 pytestmark = pytest.mark.slow
 CHECKPOINTS = Path("lightning_logs/version_0/checkpoints")
 ON_CPU = ("--config", OVERLAYS / "ddp.yaml", "--trainer.accelerator=cpu")
-FIT = ("fit", "--config", CONFIGS / "fast.yaml", "--data.batch_size=32", "--trainer.log_every_n_steps=5")
+FIT = (
+    *("fit", "--config", CONFIGS / "fast.yaml", "--data.batch_size=32", "--trainer.max_epochs=3"),
+    "--trainer.log_every_n_steps=5",
+)
 KILL = {"class_path": "interrupt.SignalAt"}
 KILL["init_args"] = {"signum": "SIGKILL", "hook": "on_train_batch_start", "step": 20, "rank": 1}  # type: ignore
 

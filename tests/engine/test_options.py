@@ -86,7 +86,10 @@ def test_another_batch_size_counts_from_the_next_epoch(cli: Run, small: Path, tm
     assert checkpoint(tmp_path / LAST)["global_step"] == 16 + 32
 
 
-FAST = ("fit", "--config", CONFIGS / "fast.yaml", "--data.batch_size=64", "--dashboard.every_n_epochs=0")
+FAST = (
+    *("fit", "--config", CONFIGS / "fast.yaml", "--data.batch_size=64", "--trainer.max_epochs=3"),
+    "--dashboard.every_n_epochs=0",
+)
 
 
 @pytest.mark.slow

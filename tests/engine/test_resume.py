@@ -174,7 +174,10 @@ def test_second_ctrl_c_stops_at_once(cli: Run, small: Path, tmp_path: Path) -> N
 
 KILLED = {
     "chance": ("--config", "settings.yaml"),
-    "one cycle": ("--config", CONFIGS / "fast.yaml", "--data.batch_size=64", "--trainer.log_every_n_steps=4"),
+    "one cycle": (
+        *("--config", CONFIGS / "fast.yaml", "--data.batch_size=64", "--trainer.max_epochs=3"),
+        "--trainer.log_every_n_steps=4",
+    ),
     "TensorBoard and W&B": ("--config", "settings.yaml", "--config", OVERLAYS / "wandb.yaml"),
 }
 

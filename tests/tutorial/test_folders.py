@@ -21,7 +21,10 @@ from mnist_lit.engine.errors import DatasetError
 
 CLASSES = {"blue bar": (50, 60, 210), "green box": (40, 180, 60), "red disc": (200, 40, 40)}
 FORMATS = ("png", "jpg", "bmp", "webp", "tiff", "gif")
-FIT = ("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=pets", "--data.image_size=32", "--data.batch_size=64")
+FIT = (
+    *("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=pets", "--data.image_size=32"),
+    *("--data.batch_size=64", "--trainer.max_epochs=3"),
+)
 BEST = RUN / "checkpoints" / "best.ckpt"
 
 
