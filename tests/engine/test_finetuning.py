@@ -309,7 +309,7 @@ def test_without_a_head(cli: Run, small: Path) -> None:
     flat = ("fit", "--model=Classifier", "--model.net=torch.nn.Flatten", *QUICK, CALLBACK, "--data.dataset", small)
     assert_one_message(cli(*flat, ok=False), "FineTuning finds no head in Classifier", "option head")
     named = cli(*FAST, CALLBACK, "--trainer.callbacks.head=net.fc", "--data.dataset", small, ok=False)
-    assert_one_message(named, "no head=net.fc in FastCNN", "net.12")
+    assert_one_message(named, "no head=net.fc in FastCNN", "net.11")
 
 
 def test_that_is_never_unfrozen_warns(cli: Run, small: Path) -> None:
