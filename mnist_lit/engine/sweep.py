@@ -98,7 +98,7 @@ def read_space(path: Path) -> Space:
             raise ValueError("expected names of settings, such as model.init_args.lr")
         for name, setting in space.items():
             try:
-                setting |= {key: _value(value) for key, value in setting.items()}
+                setting |= {key: _value(value) for key, value in dict(setting).items()}
                 if "choices" in setting:
                     CategoricalDistribution(**setting)
                 else:

@@ -77,7 +77,7 @@ BARE_EDITS: Edits = {
     ],
     "configs/README.md": [(r"(?s)`logistic\.yaml` .*? a better one\.\n", ""), (r"\| \[augment.*\n", "")],
     "configs/cnn.yaml": [("^#.*", "# A small CNN.")],
-    "configs/fast.yaml": [("^#.*", "# A CNN with batch norm, Nesterov momentum and a one-cycle learning rate.")],
+    "configs/fast.yaml": [("^#.*", "# A CNN with batch norm, Adam and a one-cycle learning rate.")],
     "configs/logistic.yaml": [("^#.*", "# Logistic regression.")],
     "configs/overlays/per_class.yaml": [("num_classes: 10", "num_classes: 3")],
     "pyproject.toml": [

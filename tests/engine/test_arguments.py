@@ -59,7 +59,10 @@ def test_fit_alone_trains_the_default_config(cli: Run, small: Path, tmp_path: Pa
     assert "Logistic on" in other.stdout
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("latin-1", "cp1252"))]
+)
+@pytest.mark.slow
 def test_terminal_of_another_encoding(small: Path, tmp_path: Path, encoding: str) -> None:
     command = [sys.executable, "-m", "mnist_lit", "fit", "--config", CONFIGS / "logistic.yaml", *QUICK]
     environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding}
@@ -68,6 +71,7 @@ def test_terminal_of_another_encoding(small: Path, tmp_path: Path, encoding: str
     assert "val/loss" in done.stdout.decode(encoding)
 
 
+@pytest.mark.slow
 def test_script_finds_your_modules(small: Path, tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("mnist-lit")
     if not script.exists():

@@ -197,3 +197,13 @@ def test_every_overlay_is_tried_here() -> None:
     assert overlays - set(re.findall(r"[\"'](\w+)(?:\.yaml)?[\"']", above)) == elsewhere
     readme = (CONFIGS / "README.md").read_text()
     assert [name for name in overlays if f"{name}.yaml" not in readme] == []
+
+
+@pytest.mark.parametrize(
+    "precision", ["bf16-true", *(pytest.param(p, marks=pytest.mark.slow) for p in ("16-true", "64-true"))]
+)
+@pytest.mark.parametrize("config", ["cnn", pytest.param("logistic", marks=pytest.mark.slow)])
+def test_images_come_in_the_dtype_of_the_model(fit, tmp_path: Path, config: str, precision: str) -> None:
+    fit(config, settings=(f"--trainer.precision={precision}", "--trainer.max_epochs=1", "--test_after_fit=true"))
+    dtypes = {weight.dtype for weight in last(tmp_path)["state_dict"].values()}
+    assert dtypes == {{"b": torch.bfloat16, "1": torch.float16, "6": torch.float64}[precision[0]]}

@@ -48,6 +48,7 @@ def test_resumed_run_keeps_its_number_or_warns(cli: Run, small: Path, tmp_path: 
     assert "--num_threads=2, this one has 1" in other.stderr
 
 
+@pytest.mark.slow
 def test_processes_share_the_processors(cli: Run, small: Path, tmp_path: Path) -> None:
     ddp = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu")
     cli(*FIT, "--data.dataset", small, *ddp, env={"OMP_NUM_THREADS": ""}, fork=False)
