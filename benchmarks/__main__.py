@@ -49,6 +49,7 @@ CONTENDERS = {
     "tutorial": Contender("tutorial"),
     "stock": Contender("stock"),
     "mnist_lit": Contender(),
+    "mnist_lit, 2 threads": Contender(arguments=("--num_threads=2",)),
     "mnist_lit speed": Contender(arguments=SPEED),
     "mnist_lit speed channels_last": Contender(arguments=(*SPEED, "--model.channels_last=true")),  # for convolutions
     "floor": Contender("floor", threads=1),

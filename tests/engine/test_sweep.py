@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -149,12 +150,31 @@ def test_sweep_in_which_all_diverge_says_so(cli: Run, arguments: tuple, tmp_path
     assert [trial.state.name for trial in trials(tmp_path)] == ["PRUNED", "PRUNED"]
 
 
+@pytest.mark.slow
+def test_grid_tries_every_combination_and_status_shows_them(cli: Run, arguments: tuple, tmp_path: Path) -> None:
+    """Numbers as people write them: 1e-1 is a text in YAML."""
+    space = "model.init_args.lr: {choices: [1e-1, 5e-1]}\nmodel.init_args.momentum: {low: 0.0, high: 0.5, step: 0.5}\n"
+    (tmp_path / "space.yaml").write_text(space)
+    grid = (*arguments, "--sampler=grid", "--trainer.max_epochs=1")
+    cli(*grid, "--trials=1")
+    shown = cli("sweep", "--status").stdout
+    assert len(re.findall(r"sweep-\d", shown)) == 1
+    cli(*grid)
+    found = [tuple(trial.params.values()) for trial in trials(tmp_path)]
+    assert sorted(found) == [(0.1, 0.0), (0.1, 0.5), (0.5, 0.0), (0.5, 0.5)]
+    shown = cli("sweep", "--status").stdout
+    for trial in trials(tmp_path):
+        assert re.search(rf"sweep-{trial.number} +│ (complete|pruned) +│ +1 │ +{trial.value:.4g} ", shown)
+
+
 WRONG = {
     "no such space": ("", (), "--space=nowhere.yaml: "),
     "no settings": ("[]", (), "--space=space.yaml: expected names of settings"),
     "no bounds": ("model.init_args.lr: 0.1", (), "model.init_args.lr: expected {low"),
     "bounds crossed": ("model.init_args.lr: {low: 2.0, high: 1.0}", (), "model.init_args.lr: expected {low"),
     "no such setting": ("model.init_args.lrr: {low: 1.0, high: 2.0}", (), "'lrr' is not accepted"),
+    "grid without steps": (SPACE, ("--sampler=grid",), "--sampler=grid: model.init_args.lr needs choices"),
+    "status of nothing": (SPACE, ("--status", "--study=none"), "--status: there is no study"),
     "no such database": (SPACE, ("--storage=mysql://nowhere",), "--storage=mysql://nowhere"),
 }
 
