@@ -177,8 +177,7 @@ def cnn(num_classes: int, channels: int = 1) -> nn.Sequential:
 
 class FastCNN(Classifier):
     """A better CNN in one epoch: batch norm, Adam with little momentum, and a one-cycle learning rate
-    (L. Smith, https://arxiv.org/abs/1803.09820). Adam's betas are those of
-    https://github.com/tuomaso/train_mnist_fast.
+    (L. Smith, https://arxiv.org/abs/1803.09820).
 
     Args:
         lr: peak of the learning rate.
@@ -204,6 +203,7 @@ class FastCNN(Classifier):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        # Betas of a one-epoch recipe (https://github.com/tuomaso): averages so short that an epoch is long.
         optimizer = torch.optim.Adam(self.parameters(), self.lr, betas=(self.momentum, 0.9))
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
