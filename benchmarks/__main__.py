@@ -141,7 +141,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 axis.set_xlabel("time of an epoch, the tutorial's loop = 1")
                 continue
             sizes = results[panel][model]
-            for number, name in enumerate(GROWING):
+            for number, name in enumerate(next(iter(sizes.values()))):
                 steps = [rows[name]["step_us"] for rows in sizes.values()]
                 style = {"linestyle": ("-", "--")[place], "color": f"C{number}", "marker": "."}
                 axis.loglog([int(size) for size in sizes], steps, label=f"{model}: {name}", **style)
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="only those, idle and beside a process that spins")
     parser.add_argument("--archive", default="data/mnist/mnist.pkl.gz", help="the tutorial's archive")
     parser.add_argument("--before", help="another checkout of mnist_lit, which takes its turns, too")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="beside the tutorial")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--output", default="benchmarks", help="the folder of results.json and results.png")
     args = parser.parse_args()
@@ -168,7 +169,7 @@ def main() -> None:
         parser.error(f"{archive}: no such file; name the tutorial's archive with --archive")
     if find_spec("matplotlib") is None:
         parser.error("no matplotlib for results.png: pip install -e '.[benchmarks]'")
-    contenders = dict(CONTENDERS)
+    contenders = {name: contender for name, contender in CONTENDERS.items() if name in (BASE, *args.only)}
     if args.before:
         contenders["mnist_lit before"] = Contender(root=Path(args.before).resolve())
     output = Path(args.output)
@@ -199,7 +200,7 @@ def main() -> None:
 
         if args.busy:
             compared = [name for name in contenders if name.startswith(("tutorial", "mnist_lit before"))]
-            compared.append("mnist_lit")
+            compared += [name for name in contenders if name == "mnist_lit"]
             for model in MODELS:
                 chosen = {name: contenders[name] for name in compared}
                 for busy in (False, True):
@@ -240,7 +241,7 @@ def main() -> None:
             splits = read_dataset(archive)
             for images, path in files.items():
                 resized(splits, images, path)
-            growing = {name: contenders[name] for name in GROWING}
+            growing = {name: contenders[name] for name in GROWING if name in contenders}
             for model in MODELS:
                 panels = {
                     "batch_size": {n: (archive, 50_000, 1, n) for n in BATCH_SIZES},
