@@ -217,11 +217,11 @@ class FastCNN(Classifier):
 
 
 def fast_cnn(num_classes: int, channels: int = 1, width: int = 16) -> nn.Sequential:
-    """Batch norm, global max pooling, and no ReLU on the logits; for images of 17 pixels and more."""
+    """Batch norm, global max pooling, and no ReLU on the logits; for images of 9 pixels and more."""
     return nn.Sequential(
         *_block(channels, width, stride=2, padding=2),  # (B, width, H/2, W/2)
         *_block(width, 2 * width, stride=2, padding=2),  # (B, 2 width, H/4, W/4)
-        *_block(2 * width, 4 * width, stride=1, padding=0),  # (B, 4 width, H/4 - 4, W/4 - 4)
+        *_block(2 * width, 4 * width, stride=1, padding=1),  # (B, 4 width, H/4 - 2, W/4 - 2)
         nn.AdaptiveMaxPool2d(1),  # (B, 4 width, 1, 1)
         nn.Flatten(),  # (B, 4 width)
         nn.Linear(4 * width, num_classes),  # (B, num_classes)
