@@ -202,6 +202,15 @@ class FastCNN(Classifier):
             fast_cnn(num_classes, channels, width), lr=lr, momentum=momentum, num_classes=num_classes, **options
         )
 
+    def _step(self, batch: Batch) -> Outputs:
+        height, width = batch[0].shape[-2:]
+        if min(height, width) < 9:
+            raise ConfigurationError(
+                f"FastCNN takes images of 9 x 9 pixels and more, these have {height} x {width}; larger images, or "
+                "--model=CNN, which takes any size"
+            )
+        return super()._step(batch)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # Betas of a one-epoch recipe (https://github.com/tuomaso): averages so short that an epoch is long.
         optimizer = torch.optim.Adam(self.parameters(), self.lr, betas=(self.momentum, 0.9))

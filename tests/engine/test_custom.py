@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import ROOT, Run, checkpoint
+from common import CONFIGS, ROOT, Run, assert_one_message, checkpoint
 
 RUN = Path("lightning_logs/version_0/checkpoints")
 YAML = """
@@ -79,6 +79,21 @@ def test_classes_and_sizes_come_from_the_data(own, tmp_path: Path, model: str, s
     assert "p_6" in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
     assert "p_7" not in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
     assert "Wrote" in predicted.stdout
+
+
+@pytest.mark.parametrize("size", [(8, 8), pytest.param((40, 8), marks=pytest.mark.slow), (9, 9)], ids=str)
+def test_images_too_small_for_the_network_are_one_message(cli: Run, tmp_path: Path, size: tuple[int, int]) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (100, *size), dtype=np.uint8)
+    labels = np.arange(100) % 10
+    splits = {
+        f"{axis}_{split}": array for split in ("train", "valid") for axis, array in (("x", images), ("y", labels))
+    }
+    np.savez(tmp_path / "tiny.npz", **splits)
+    fits = min(size) >= 9
+    done = cli("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=tiny.npz", ok=fits)
+    if not fits:
+        assert_one_message(done, "9 x 9 pixels and more", f"{size[0]} x {size[1]}", "--model=CNN")
+        assert not list(tmp_path.glob("lightning_logs/*/checkpoints/*"))
 
 
 @pytest.mark.slow
