@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from benchmarks.measure import BUSY, ROOT, Result, described, machine, medians, start
+from benchmarks.measure import BUSY, CLOCK, ROOT, Result, described, machine, medians, start
 from mnist_lit.datasets.files import Splits, read_dataset
 
 MODELS = "logistic", "cnn"
@@ -75,11 +75,9 @@ def run(
         arguments = ["benchmarks.contenders", contender.script, model, str(data), "clock.json"]
         arguments += [f"--epochs={epochs}", f"--batch_size={batch_size}"]
     else:
-        callback = {"class_path": "benchmarks.contenders.clock", "init_args": {"path": "clock.json"}}
-        (folder / "clock.yaml").write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
         arguments = ["mnist_lit", "fit", "--config", str(contender.root / "configs" / f"{model}.yaml")]
-        arguments += [*contender.arguments, "--config", "clock.yaml", f"--trainer.max_epochs={epochs}"]
-        arguments += [f"--data.dataset={data}", f"--data.batch_size={batch_size}"]
+        arguments += [*contender.arguments, f"--trainer.callbacks+={json.dumps(CLOCK)}"]
+        arguments += [f"--trainer.max_epochs={epochs}", f"--data.dataset={data}", f"--data.batch_size={batch_size}"]
         arguments += [f"--data.data_dir=data/{contender.root.name}"]  # checkouts do not share their fast copies
     done = start(arguments, folder, root=contender.root, threads=contender.threads, busy=busy)
     pairs = zip(done.moments["epochs"], done.moments["epochs"][1:], strict=False)
@@ -199,10 +197,9 @@ def main() -> None:
             (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
         if args.busy:
-            compared = [name for name in contenders if name.startswith(("tutorial", "mnist_lit before"))]
-            compared += [name for name in contenders if name == "mnist_lit"]
+            compared = BASE, "tutorial", "mnist_lit", "mnist_lit before"
+            chosen = {name: contender for name, contender in contenders.items() if name in compared}
             for model in MODELS:
-                chosen = {name: contenders[name] for name in compared}
                 for busy in (False, True):
                     rows = interleaved(model, chosen, archive, 50_000, 2, 64, busy)
                     results["busy" if busy else "epochs"][model] = rows

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from benchmarks.measure import BUSY, ROOT, Result, described, machine, medians, start
+from benchmarks.measure import BUSY, CLOCK, ROOT, Result, described, machine, medians, start
 
 RECIPE = ["--epochs=1", "--batch_size=256"]
 CONTENDERS = {
@@ -31,9 +31,8 @@ def run(name: str, seed: int, data: Path, folder: Path) -> Result:
     """Seconds of training and from start to exit, and the share of the test images that are right."""
     contender = CONTENDERS[name]
     if isinstance(contender, str):
-        callback = {"class_path": "benchmarks.contenders.clock", "init_args": {"path": "clock.json"}}
         arguments = ["mnist_lit", "fit", "--config", str(ROOT / "configs" / f"{contender}.yaml")]
-        arguments += [f"--trainer.callbacks+={json.dumps(callback)}", "--test_after_fit=true"]
+        arguments += [f"--trainer.callbacks+={json.dumps(CLOCK)}", "--test_after_fit=true"]
         arguments += [f"--data.dataset={data}", f"--seed_everything={seed}"]
     else:
         script, *options = contender

@@ -7,20 +7,22 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
+from mnist_lit.engine import PROJECT
 from mnist_lit.engine.checkpoints import no_such_checkpoint
 from mnist_lit.engine.errors import ConfigurationError
 from mnist_lit.engine.runs import Run, relative
 from mnist_lit.engine.storage import printable
 
-Values = TypeVar("Values")
+USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
+PLAIN: dict[str, Any] = {"add_help": False, "allow_abbrev": False}
 
 
-def with_homes(values: Values) -> Values:
+def with_homes(values: Any) -> Any:
     """Replace ``~`` and ``~name`` where a path begins, which a shell does not do within quotes, after a ``=``, or in
     a config.
 
@@ -31,19 +33,15 @@ def with_homes(values: Values) -> Values:
         >>> with_homes(["--ckpt_path=~/last.ckpt"])
         ['--ckpt_path=/home/ada/last.ckpt']
     """
-    return _with_homes(values)
-
-
-def _with_homes(value: Any) -> Any:
-    if isinstance(value, str):
-        option, equals, rest = value.partition("=") if value.startswith("--") else ("", "", value)
-        return option + equals + (os.path.expanduser(rest) if re.match(r"~[\w.-]*(/|\\|$)", rest) else rest)
-    if isinstance(value, (Namespace, dict)):
-        for key, inner in value.items(branches=False) if isinstance(value, Namespace) else [*value.items()]:
-            value[key] = _with_homes(inner)
-    elif isinstance(value, list):
-        value[:] = map(_with_homes, value)
-    return value
+    if isinstance(values, str):
+        option, equals, path = values.partition("=") if values.startswith("--") else ("", "", values)
+        return option + equals + (os.path.expanduser(path) if re.match(r"~[\w.-]*(/|\\|$)", path) else path)
+    if isinstance(values, (Namespace, dict)):
+        for key, value in list(values.items(branches=False) if isinstance(values, Namespace) else values.items()):
+            values[key] = with_homes(value)
+    elif isinstance(values, list):
+        values[:] = map(with_homes, values)
+    return values
 
 
 def with_config(args: Sequence[str], default: str = "") -> list[str]:
@@ -58,34 +56,26 @@ def with_config(args: Sequence[str], default: str = "") -> list[str]:
         ConfigurationError: if there is no such checkpoint.
     """
     command, *options = args
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    parser.add_argument("--ckpt_path", type=Path)
-    named, _ = parser.parse_known_args(options)
-    configs, others = named.config, _without_configs(options)
-    if not configs and named.ckpt_path is not None and ":/" not in str(named.ckpt_path):
-        if named.ckpt_path.exists():
-            config = Run(named.ckpt_path.absolute().parents[1]).config
-            if config.is_file():
-                rank_zero_info(f"The config is the run's: {relative(config)}")
-                configs = [str(config)]
+    of_configs = argparse.ArgumentParser(prog=f"python -m {PROJECT} {command}", usage=USAGE, **PLAIN)
+    of_configs.add_argument("-c", "--config", metavar="FILE", action="append", default=[])
+    of_checkpoint = argparse.ArgumentParser(**PLAIN)
+    of_checkpoint.add_argument("--ckpt_path", nargs="?", type=Path)
+    found, others = of_configs.parse_known_args(options)
+    configs, ckpt_path = found.config, of_checkpoint.parse_known_args(options)[0].ckpt_path
+    if not configs and ckpt_path is not None and ":/" not in str(ckpt_path):
+        if ckpt_path.exists():
+            of_run = Run(ckpt_path.absolute().parents[1]).config
+            if of_run.is_file():
+                rank_zero_info(f"The config is the run's: {relative(of_run)}")
+                configs = [str(of_run)]
         elif command in ("validate", "test", "predict", "export"):
-            raise ConfigurationError(no_such_checkpoint("ckpt_path", named.ckpt_path))
+            raise ConfigurationError(no_such_checkpoint("ckpt_path", ckpt_path))
     names = {option.partition("=")[0] for option in options}
     whole = names & {"--model", "--model.class_path", "--help", "-h", "--print_schema", "--print_completion"}
     if command == "fit" and not configs and not whole and Path(default).is_file():
         rank_zero_info(f"No --config is given: it is {default}")
         configs = [default]
     return [command, *(f"--config={config}" for config in configs), *others]
-
-
-def _without_configs(options: Sequence[str]) -> list[str]:
-    left, follows = [], False
-    for option in options:
-        if not follows and not option.startswith(("--config=", "-c=")) and option not in ("--config", "-c"):
-            left.append(option)
-        follows = option in ("--config", "-c")
-    return left
 
 
 def join_values(args: Sequence[str]) -> list[str]:

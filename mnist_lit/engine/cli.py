@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from mnist_lit.engine import PROJECT
-from mnist_lit.engine.arguments import join_values, with_config, with_homes
+from mnist_lit.engine.arguments import USAGE, join_values, with_config, with_homes
 from mnist_lit.engine.callbacks import ModelTable, NoProfiler, ProgressBar, StopOnNonFinite
 from mnist_lit.engine.checkpoints import (
     DEFAULT_MONITOR,
@@ -85,7 +85,6 @@ NOISE = (
 SILENT = ("Tip: ", "TPU available: False", "GPU available: False", "configured with model summary")
 LINKED = ("num_classes", "num_pixels", "channels")  # what a model may take from the data module
 SCRIPT = PROJECT.replace("_", "-")
-USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
 
 LOWER_IS_BETTER = "loss error err mse rmse mae mape nll perplexity wer cer fid ece hamming".split()
 HIGHER_IS_BETTER = """acc accuracy f1 f1score precision recall specificity auroc auc ap map iou jaccard dice r2
@@ -189,10 +188,9 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
-        with_homes(self.config[self.config.subcommand])
         # LightningCLI would now read the checkpoint and let its hyperparameters override the config, class names from
         # an untrusted file included. The config decides what is built, so the path is put back after that.
-        config = self.config[self.config.subcommand]
+        config = with_homes(self.config[self.config.subcommand])
         self.ckpt_path, config.ckpt_path = config.get("ckpt_path"), None
         self._restored, self._any_seed = {}, config.seed_everything is True
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from common import CONFIGS, ENVIRONMENT, RUN, Run
+from common import CONFIGS, ENVIRONMENT, RUN, Run, assert_one_message
 
 QUICK = ("--trainer.max_epochs=1", "--dashboard.every_n_epochs=0")
 
@@ -28,6 +28,12 @@ def test_later_config_overrides_the_earlier_one(cli: Run, tmp_path: Path) -> Non
     (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 9}\n")
     printed = cli("fit", "--model.lr=0.5", "--config", CONFIGS / "cnn.yaml", "-c", "more.yaml", "--print_config").stdout
     assert yaml.safe_load(printed)["trainer"]["max_epochs"] == 9
+
+
+def test_config_without_a_file_is_one_message(cli: Run) -> None:
+    refused = cli("fit", "--trainer.max_epochs=1", "--config", ok=False)
+    assert_one_message(refused, "--config", "expected one argument")
+    assert "python -m mnist_lit fit --config FILE" in refused.stderr
 
 
 def test_home_is_found_everywhere(cli: Run, small: Path, tmp_path: Path) -> None:
