@@ -227,8 +227,7 @@ class _Collection:
     def update(self, outputs: list[Outputs]) -> None:
         """Take in batches, at once where their shapes allow it."""
         self.updated = True
-        losses = torch.stack([output["loss"] for output in outputs])
-        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))  # for sums, bfloat16 is too coarse
+        losses = _widened(torch.stack([output["loss"] for output in outputs]))
         sizes = [len(output["target"]) if output["target"].ndim else 1 for output in outputs]
         weights = torch.tensor(sizes, device=losses.device)  # of a mean over samples: the last batch may be shorter
         self.loss.to(losses.device).update((losses * weights).sum())
@@ -236,7 +235,7 @@ class _Collection:
         for preds, target in _joined(outputs):
             for name, metric in self.metrics.items():
                 try:
-                    metric.to(preds.device).update(preds, target)
+                    metric.to(preds.device).update(_widened(preds), _widened(target))
                 except (TypeError, ValueError, RuntimeError) as error:
                     if not type(metric).__module__.startswith("torchmetrics."):
                         raise  # a user's own metric: its traceback helps
@@ -288,6 +287,11 @@ def _detached(outputs: Outputs, scale: int = 1) -> Outputs:
         preds=outputs["preds"].detach(),
         target=outputs["target"].detach(),
     )
+
+
+def _widened(values: Tensor) -> Tensor:
+    """At least float32: for sums, bfloat16 is too coarse. Whole numbers stay as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
 
 
 def _joined(outputs: list[Outputs]) -> list[tuple[Tensor, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 from itertools import pairwise
@@ -150,7 +151,8 @@ def bright(cli: Run, small: Path, tmp_path: Path) -> dict[str, np.ndarray]:
         arrays[f"y_{split}"] = arrays[f"x_{split}"].mean((1, 2), dtype=np.float32) / 128
     np.savez(tmp_path / "bright.npz", **arrays)
     configs = (f"--config={CONFIGS / 'fast.yaml'}", f"--config={OVERLAYS / 'regression.yaml'}")
-    fitted = cli("fit", *configs, "--data.dataset=bright.npz", "--trainer.max_epochs=4", "--optimizer.lr=0.01")
+    quick = ("--data.batch_size=128", "--trainer.max_epochs=4", "--optimizer.lr=0.01")
+    fitted = cli("fit", *configs, "--data.dataset=bright.npz", *quick)
     assert "no confusion matrix" not in fitted.stderr
     return arrays
 
@@ -172,6 +174,21 @@ def test_regression_is_tested_predicted_and_exported(cli: Run, bright, tmp_path:
     predicted = np.array([float(row["prediction"]) for row in rows])
     assert np.mean((predicted - bright["y_test"]) ** 2) < 0.05
     assert "Wrote" in cli("export", "--ckpt_path", best, "--format=pt2").stdout
+
+
+@pytest.mark.slow
+def test_metrics_are_not_as_coarse_as_the_model(cli: Run, bright, tmp_path: Path) -> None:
+    """bfloat16 has three digits; a mean over its predictions has more."""
+    config = "--config=lightning_logs/version_0/config.yaml"
+    cli("fit", config, "--trainer.precision=bf16-true", "--trainer.max_epochs=1")
+    for command in ("test", "predict"):
+        cli(command, "--ckpt_path=lightning_logs/version_1/checkpoints/best.ckpt")
+    logged = json.loads((tmp_path / "lightning_logs/version_2/metrics.json").read_text())["test/mse"]
+    with (tmp_path / "lightning_logs/version_3/predictions.csv").open() as file:
+        predicted = np.array([float(row["prediction"]) for row in csv.DictReader(file)])
+    target = torch.from_numpy(bright["y_test"]).bfloat16().double().numpy()
+    print(f"mean squared error: {logged} logged")
+    assert logged == pytest.approx(np.mean((predicted - target) ** 2), rel=1e-4)
 
 
 @pytest.mark.slow
