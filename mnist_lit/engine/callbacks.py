@@ -37,6 +37,7 @@ class StopOnNonFinite(Callback):
 
     def __init__(self) -> None:
         self._losses: list[tuple[int, int, float, Tensor]] = []  # step, batch, lr, loss ()
+        self._logs = 0  # number of logs when they were checked
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -48,7 +49,10 @@ class StopOnNonFinite(Callback):
         for index, output in enumerate(steps):
             if isinstance(loss := output.get("loss"), Tensor):
                 self._losses.append((first + index, batch_idx + index, lr, loss.detach()))
-        if len(self._losses) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        # In the steps that log, and so wait for the GPU anyway.
+        logs = trainer.global_step // max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+        if logs != self._logs:
+            self._logs = logs
             self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -76,6 +76,8 @@ class Metrics(Callback):
                 self._flush_train()
                 if self._interval.updated:
                     values = self._interval.compute(trainer, "train")
+                    # Lightning reads what the bar shows after every step; on a GPU that would wait for it.
+                    values = {name: value.cpu() for name, value in values.items()}
                     self._interval.reset()
                     self._log(trainer, pl_module, values, step - 1, sync_dist=False)
 
@@ -229,7 +231,8 @@ class _Collection:
         self.updated = True
         losses = _widened(torch.stack([output["loss"] for output in outputs]))
         sizes = [len(output["target"]) if output["target"].ndim else 1 for output in outputs]
-        weights = torch.tensor(sizes, device=losses.device)  # of a mean over samples: the last batch may be shorter
+        # Of a mean over samples: the last batch may be shorter.
+        weights = torch.tensor(sizes).to(losses.device, non_blocking=True)
         self.loss.to(losses.device).update((losses * weights).sum())
         self.samples.to(losses.device).update(weights.sum())
         for preds, target in _joined(outputs):
@@ -284,7 +287,7 @@ def _detached(outputs: Outputs, scale: int = 1) -> Outputs:
     loss = outputs["loss"].detach()
     return Outputs(
         loss=loss * scale if scale > 1 else loss,
-        preds=outputs["preds"].detach(),
+        preds=outputs["preds"].detach().clone(),  # torch.compile(mode="reduce-overhead") writes the next ones there
         target=outputs["target"].detach(),
     )
 

@@ -127,9 +127,8 @@ def test_gpu_needs_one(fit, overlay: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_gpu_overlay_compiles(fit, tmp_path: Path) -> None:
-    """On the processor, where it takes the same path; the weights keep their names."""
-    fit("fast", "gpu", settings=("--trainer.accelerator=cpu", "--trainer.max_epochs=1"))
+def test_compile_overlay_keeps_the_names_of_weights(fit, tmp_path: Path) -> None:
+    fit("fast", "compile", settings=("--trainer.max_epochs=1",))
     assert "net.0.weight" in last(tmp_path)["state_dict"]
 
 

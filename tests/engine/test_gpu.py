@@ -1,0 +1,64 @@
+"""On a GPU: no step waits for it, and compiled models train, test and resume."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from common import CONFIGS, OVERLAYS, RUN, Run, assert_same, checkpoint
+
+pytestmark = pytest.mark.gpu
+
+GPU = ("--trainer.accelerator=gpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false")
+KINDS = {
+    "cnn": ("--config", CONFIGS / "cnn.yaml"),
+    "fast": ("--config", CONFIGS / "fast.yaml", "--data.batch_size=64"),
+    "gpu overlay": ("--config", CONFIGS / "fast.yaml", "--config", OVERLAYS / "gpu.yaml", "--data.batch_size=64"),
+    "compiled": (
+        "--config",
+        CONFIGS / "cnn.yaml",
+        *(f"--config={OVERLAYS / name}.yaml" for name in ("gpu", "compile")),
+    ),
+    "speed overlay": ("--config", CONFIGS / "cnn.yaml", "--config", OVERLAYS / "speed.yaml", "--data.batch_size=8"),
+    "augment overlay": ("--config", CONFIGS / "cnn.yaml", "--config", OVERLAYS / "augment.yaml"),
+    "clipped": ("--config", CONFIGS / "cnn.yaml", "--trainer.gradient_clip_val=1"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_waits_for_the_gpu(cli: Run, small: Path, kind: str) -> None:
+    """``torch.cuda.set_sync_debug_mode("error")`` is on in every step that logs nothing, loading included."""
+    done = cli(
+        *("fit", *KINDS[kind], *GPU, "--data.dataset", small, "--trainer.max_epochs=3"),
+        *("--trainer.log_every_n_steps=20", "--trainer.callbacks+=no_sync.NoSync"),
+        fork=False,
+    )
+    checked = re.search(r"(\d+) steps without a wait", done.stdout)
+    assert checked is not None
+    assert int(checked[1]) >= 20
+
+
+@pytest.mark.parametrize("kind", ["cnn", "compiled"])
+def test_stopped_run_resumes_bit_for_bit(cli_in: Run, small: Path, tmp_path: Path, kind: str) -> None:
+    fit = ("fit", *KINDS[kind], *GPU, "--data.dataset", small, "--trainer.max_epochs=3", "--trainer.deterministic=warn")
+    stop = ("--trainer.callbacks+=interrupt.SignalAt", "--trainer.callbacks.signum=SIGTERM")
+    stop += ("--trainer.callbacks.hook=on_train_batch_end", "--trainer.callbacks.step=21")
+    for name, runs in {"whole": [()], "stopped": [stop, ("--ckpt_path=last",)]}.items():
+        (tmp_path / name).mkdir()
+        for arguments in runs:
+            cli_in(tmp_path / name, *fit, *arguments, fork=False, ok=arguments != stop)
+    whole, resumed = (checkpoint(tmp_path / name / RUN / "checkpoints" / "last.ckpt") for name in ("whole", "stopped"))
+    assert whole["global_step"] == 48
+    for part in ("state_dict", "optimizer_states", "metrics", "global_step"):
+        assert_same(whole[part], resumed[part], part)
+
+
+def test_checkpoint_of_a_gpu_is_tested_on_a_processor(cli: Run, small: Path) -> None:
+    cli("fit", *KINDS["compiled"], *GPU, "--data.dataset", small, "--trainer.max_epochs=2", fork=False)
+    best = ("--config", RUN / "config.yaml", "--ckpt_path", RUN / "checkpoints" / "best.ckpt")
+    losses = []
+    for where in (GPU, ("--trainer.accelerator=cpu", "--trainer.precision=32-true")):
+        done = cli("test", *best, *where, "--trainer.callbacks=[]", fork=False)
+        losses.append(float(re.search(r"test/loss\W+([\d.]+)", done.stdout)[1]))  # type: ignore[index]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # bfloat16
