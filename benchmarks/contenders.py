@@ -315,7 +315,8 @@ def clock(path: str, mark: Marks | None = None) -> Callback:
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             mark.epoch()
-            mark.save()
+            if trainer.is_global_zero:
+                mark.save()
 
         def on_test_end(self, trainer: Any, pl_module: Any) -> None:
             accuracies = [value for name, value in trainer.callback_metrics.items() if name in ("test/acc", "test_acc")]

@@ -172,7 +172,7 @@ def cnn(num_classes: int, channels: int = 1) -> nn.Sequential:
     )
 
 
-# ---------------------------------------------------------------------------------------------- a better one
+# ---------------------------------------------------------------------------------------------- better ones
 
 
 class FastCNN(Classifier):
@@ -228,16 +228,30 @@ class FastCNN(Classifier):
 def fast_cnn(num_classes: int, channels: int = 1, width: int = 16) -> nn.Sequential:
     """Batch norm, global max pooling, and no ReLU on the logits; for images of 9 pixels and more."""
     return nn.Sequential(
-        *_block(channels, width, stride=2, padding=2),  # (B, width, H/2, W/2)
-        *_block(width, 2 * width, stride=2, padding=2),  # (B, 2 width, H/4, W/4)
-        *_block(2 * width, 4 * width, stride=1, padding=1),  # (B, 4 width, H/4 - 2, W/4 - 2)
+        *_block(channels, width, 5, stride=2, padding=2),  # (B, width, H/2, W/2)
+        *_block(width, 2 * width, 5, stride=2, padding=2),  # (B, 2 width, H/4, W/4)
+        *_block(2 * width, 4 * width, 5, stride=1, padding=1),  # (B, 4 width, H/4 - 2, W/4 - 2)
         nn.AdaptiveMaxPool2d(1),  # (B, 4 width, 1, 1)
         nn.Flatten(),  # (B, 4 width)
         nn.Linear(4 * width, num_classes),  # (B, num_classes)
     )
 
 
-def _block(channels_in: int, channels_out: int, stride: int, padding: int) -> tuple[nn.Module, ...]:
+def accurate_cnn(num_classes: int = 10, channels: int = 1) -> nn.Sequential:
+    """Deeper and with smaller kernels, for ``accurate.yaml``; for images of 13 pixels and more."""
+    return nn.Sequential(
+        *_block(channels, 24, 5, stride=2, padding=2),  # (B, 24, H/2, W/2)
+        *_block(24, 32, 3, stride=1, padding=0),  # (B, 32, H/2 - 2, W/2 - 2)
+        *_block(32, 48, 3, stride=2, padding=1),  # (B, 48, H/4 - 1, W/4 - 1)
+        *_block(48, 64, 3, stride=1, padding=1),  # (B, 64, H/4 - 1, W/4 - 1)
+        *_block(64, 96, 3, stride=1, padding=0),  # (B, 96, H/4 - 3, W/4 - 3)
+        nn.AdaptiveMaxPool2d(1),  # (B, 96, 1, 1)
+        nn.Flatten(),  # (B, 96)
+        nn.Linear(96, num_classes),  # (B, num_classes)
+    )
+
+
+def _block(channels_in: int, channels_out: int, kernel_size: int, stride: int, padding: int) -> tuple[nn.Module, ...]:
     # The batch norm has a bias, so the convolution needs none.
-    conv = nn.Conv2d(channels_in, channels_out, 5, stride, padding, bias=False)
+    conv = nn.Conv2d(channels_in, channels_out, kernel_size, stride, padding, bias=False)
     return conv, nn.BatchNorm2d(channels_out), nn.ReLU()

@@ -74,13 +74,13 @@ def test_project_is_complete_and_has_no_trace_of_the_old_name(
     package = files(ROOT / OLD, "new", *(["datasets", "transforms.py"] if bare else []))
     expected = {f"derived_project/{name}" for name in package if not name.split("/")[-1].startswith(".")}
     expected |= {f"{folder}/{name}" for folder in ("configs", "tests/project") for name in files(ROOT / folder)}
-    expected -= {"configs/overlays/augment.yaml"} if bare else set()
+    expected -= {"configs/overlays/augment.yaml", "configs/accurate.yaml"} if bare else set()
     expected |= {"LICENSE", "README.md", "pyproject.toml", ".gitignore", ".pre-commit-config.yaml", ".ci/run"}
     expected |= {".github/workflows/ci.yml", "lightning_logs/.gitignore"}
     found = files(project)
     assert found.keys() == expected
     lines = sum(content.count(b"\n") for name, content in found.items() if not name.endswith(".npz"))
-    assert lines <= (0.55 if bare else 0.8) * LINES
+    assert lines <= (0.56 if bare else 0.8) * LINES
     words = r"(?i)mnist|tutorial" if bare else r"(?i)mnist[_-]lit"
     traces = [
         f"{name}: {line}"

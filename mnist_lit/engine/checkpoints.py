@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from mnist_lit.engine import PROJECT
 from mnist_lit.engine.errors import CheckpointError, ConfigurationError, UserError
 from mnist_lit.engine.runs import LOGS, Run, relative
-from mnist_lit.engine.storage import atomic_save
+from mnist_lit.engine.storage import atomic_save, printable
 
 DEFAULT_MONITOR = "val/loss"
 EXCEPTION = "exception.ckpt"
@@ -162,8 +163,21 @@ def _load(path: str | Path, weights_only: bool, old: bool = False) -> Any:
                 raise ValueError(f"{damaged} in it is damaged")
         return torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # a hostile file can make zipfile and torch.load raise just about anything
+        if isinstance(error, UnpicklingError) and (foreign := _foreign_classes(path)):
+            raise CheckpointError(
+                f"{path} holds {', '.join(foreign)}, and to load that may run any code; if you trust the file, add "
+                "--weights_only=false"
+            ) from error
         lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
         raise CheckpointError(_unusable(path, lines[0])) from error
+
+
+def _foreign_classes(path: str | Path) -> list[str]:
+    """Names of what is neither a tensor nor a plain value in a file of ``torch.save``, as far as it can be read."""
+    try:
+        return sorted(map(printable, torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+    except Exception:  # as above; the error that is reported is the one of loading
+        return []
 
 
 def _unusable(path: str | Path, reason: str) -> str:
@@ -250,9 +264,29 @@ class BestCheckpoint(ModelCheckpoint):
         if not self._every_n_train_steps and not self._train_time_interval:
             self.on_train_batch_end = None  # type: ignore[assignment]  # Lightning passes over it; 1 % of a small step
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a second ``ModelCheckpoint`` that writes the same files."""
+        for other in trainer.checkpoint_callbacks:
+            if isinstance(other, ModelCheckpoint) and not isinstance(other, BestCheckpoint):
+                names = {other.filename, other.CHECKPOINT_NAME_LAST if other.save_last else None}
+                for name in names & {self.filename, "last"} if str(other.dirpath) == str(self.dirpath) else ():
+                    raise ConfigurationError(
+                        f"a {type(other).__name__} of trainer.callbacks writes {name}.ckpt, as --best_checkpoint or "
+                        "--last_checkpoint do; give it another filename or dirpath"
+                    )
+
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.monitor != DEFAULT_MONITOR and not self.monitor.startswith("train"):  # type: ignore[union-attr]
-            self._is_logged(trainer, f"--monitor={self.monitor}: there is no such metric")
+        """Refuse monitors that nothing logs, those of early stopping and schedulers, too."""
+        plateaus = [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        owners: list[tuple[Any, Any]] = [(callback, callback) for callback in trainer.early_stopping_callbacks]
+        owners += [(config.scheduler, config) for config in plateaus]
+        monitors = {f"{type(owner).__name__} with monitor=": its.monitor for owner, its in owners if its.strict}
+        if self.monitor != DEFAULT_MONITOR:
+            monitors["--monitor="] = self.monitor
+        logged = trainer.callback_metrics
+        for name, monitor in monitors.items():
+            if monitor not in logged and not str(monitor).startswith("train"):  # which is not logged yet
+                raise ConfigurationError(f"{name}{monitor}: there is no such metric; {self._way_out(trainer)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self._is_logged(trainer):
@@ -269,15 +303,16 @@ class BestCheckpoint(ModelCheckpoint):
         if saved and self._last_checkpoint_saved == self.best_model_path:
             self.best_epoch, self.best_metrics = trainer.current_epoch + 1, _values(trainer)
 
-    def _is_logged(self, trainer: Trainer, error: str | None = None) -> bool:
+    @staticmethod
+    def _way_out(trainer: Trainer) -> str:
+        names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+        return f"the model logs {names}; choose one of these with --monitor and --mode"
+
+    def _is_logged(self, trainer: Trainer) -> bool:
         if self.monitor in trainer.callback_metrics:
             return True
-        names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-        way_out = f"the model logs {names}; choose one of these with --monitor and --mode"
-        if error:
-            raise ConfigurationError(f"{error}; {way_out}")
         if not self._warned:
-            rank_zero_warn(f"no best.ckpt is kept: it is chosen by {self.monitor}, and {way_out}")
+            rank_zero_warn(f"no best.ckpt is kept: it is chosen by {self.monitor}, and {self._way_out(trainer)}")
         self._warned = True
         return False
 

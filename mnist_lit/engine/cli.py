@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import io
-import logging
 import os
 import re
 import shlex
 import signal
 import sys
-import threading
 import time
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -20,7 +17,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Literal
 
 import jsonargparse._typehints as typehints
@@ -31,7 +27,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -42,6 +38,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from mnist_lit.engine import PROJECT
 from mnist_lit.engine.arguments import USAGE, join_values, with_config, with_homes
@@ -63,26 +60,17 @@ from mnist_lit.engine.dashboards import Dashboard
 from mnist_lit.engine.errors import CheckpointError, ConfigurationError, UserError
 from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.finetuning import first_convolution, rename, to_channels
+from mnist_lit.engine.messages import full_disk, leave_out_noise, misfit, raised_by_libraries
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.predictions import PredictionsFile
 from mnist_lit.engine.provenance import Provenance
 from mnist_lit.engine.resume import ResumeGuard, different_options, longer_if_finished, restored_options
 from mnist_lit.engine.runs import LOGS, Run, RunConfig, as_list, loggers_of, relative
+from mnist_lit.engine.schedules import Schedule
 from mnist_lit.engine.schema import Print, print_completion, print_schema
 from mnist_lit.engine.storage import printable
 from mnist_lit.engine.threads import set_threads
 
-# Warnings that a user can do nothing about: they tell one library's authors about another's.
-NOISE = (
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning 2.6 on torch 2.13
-    r".*does not have many workers",  # the data is in memory, workers would only slow it down
-    r".*Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
-    r"Experiment logs directory .* exists and is not empty",  # CSVLogger, in the folder of the run
-    r".*configure_optimizers` will be overridden by",  # which is what --optimizer asks for
-    r"The dirpath has changed from",  # a test of a run's checkpoint has a folder of its own
-)
-# Lines of Lightning's log about what is not there.
-SILENT = ("Tip: ", "TPU available: False", "GPU available: False", "configured with model summary")
 LINKED = ("num_classes", "num_pixels", "channels")  # what a model may take from the data module
 SCRIPT = PROJECT.replace("_", "-")
 
@@ -198,6 +186,11 @@ class CLI(LightningCLI):
         config, parser = self.config[self.subcommand], self._parser(self.subcommand)
         if config.get("lr_scheduler") and not config.get("optimizer"):
             parser.error("--lr_scheduler changes nothing without --optimizer: give both")
+        if config.trainer.barebones:
+            parser.error(
+                "--trainer.barebones leaves out logger, checkpoints, bar and every callback, which is all that this "
+                "command adds to a loop; leave it out, or use Trainer(barebones=True) in a script of your own"
+            )
         if self.subcommand == "fit":
             config.best_checkpoint.mode = infer_mode(config.monitor, config.mode)
             self._fill_in_monitor(config)
@@ -294,6 +287,9 @@ class CLI(LightningCLI):
             # What Lightning says of a logger's library; jsonargparse says beside it what else it has tried.
             if missing := re.search(r"Requirement '.*' not met\..*", str(error)):
                 raise ConfigurationError(missing[0]) from error
+            cause = error.__cause__ or error.__context__
+            if cause and raised_by_libraries(cause.__traceback__, inside="lightning"):
+                raise ConfigurationError(str(cause)) from error
             raise
         # Every model is offered what the data know; its hyperparameters are those that it takes.
         taken = LightningArgumentParser().add_class_arguments(type(self.model), "model", fail_untyped=False)
@@ -319,6 +315,9 @@ class CLI(LightningCLI):
                     purge_step=self.checkpoint["global_step"] if resumes and self.checkpoint else None,
                     default_hp_metric=False,
                 )
+        if config.enable_checkpointing is False:
+            parser = self._parser(self.subcommand)
+            parser.callback_keys = [key for key in parser.callback_keys if not key.endswith("_checkpoint")]
         plugins, callbacks = as_list(init.plugins), as_list(init.callbacks)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, CheckpointFiles()]
@@ -337,6 +336,15 @@ class CLI(LightningCLI):
         if not any(isinstance(callback, Metrics) for callback in as_list(self.model.configure_callbacks())):
             callbacks = [*callbacks, Metrics()]  # for steps that return the outputs it needs
         return super().instantiate_trainer(**kwargs, callbacks=[self.run, Provenance(), *callbacks])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            net = getattr(self.model, "net", None)
+            if net is not None and self.trainer.global_step == 0 and (message := misfit(error, net)):
+                raise ConfigurationError(f"--model.net: {message}") from error
+            raise
 
     def after_instantiate_classes(self) -> None:
         """Compare the checkpoint with the model, before anything takes time.
@@ -390,6 +398,15 @@ class CLI(LightningCLI):
             if not (name in ours and name in theirs and is_lazy(ours[name]))
         }
         return [(name, there, here) for name, (there, here) in shapes.items() if there != here]
+
+    @staticmethod
+    def configure_optimizers(
+        lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
+    ) -> Any:
+        """Lightning's, and schedules that depend on the length of the run."""
+        if isinstance(lr_scheduler, Schedule):
+            return {"optimizer": optimizer, "lr_scheduler": lr_scheduler.make(lightning_module.trainer)}
+        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
 
     def _init_weights(self) -> None:
         """Start from the weights of another run, if asked to."""
@@ -466,7 +483,8 @@ class CLI(LightningCLI):
         best_metrics = getattr(kept, "best_metrics", {})
         dataset = getattr(self.datamodule, "dataset_used", type(self.datamodule).__name__)
         taken = timedelta(seconds=round(time.monotonic() - self._started))
-        title = f"{type(self.model).__name__} on {dataset} after {epochs} epoch{'s' * (epochs != 1)}, {taken}"
+        length = f" after {epochs} epoch{'s' * (epochs != 1)}" if epochs else ""  # not known here after ddp_spawn
+        title = f"{type(self.model).__name__} on {dataset}{length}, {taken}"
         columns = ["last", *([f"best: epoch {kept.best_epoch}"] if best_metrics else [])]  # type: ignore[union-attr]
         table = Table("metric", *(Column(name, justify="right") for name in columns), title=escape(title))
         table.min_width = len(title) + 2
@@ -534,36 +552,6 @@ def _keep_related(parser: Any, previous: Any, value: Any) -> None:
     _keep_accepted(parser, previous, value)
 
 
-def _thread_failed(args: threading.ExceptHookArgs) -> None:
-    """Ignore TensorBoard's writer: its errors are raised again where training waits for it."""
-    if not type(args.thread).__module__.startswith("tensorboard."):
-        threading.__excepthook__(args)
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Print the package's own warnings without the line of code that they come from."""
-    if Path(filename).is_relative_to(Path(__file__).parents[1]):
-        return f"{PROJECT}: warning: {message}\n"
-    return _format_other(message, category, filename, lineno, line)
-
-
-_format_other = warnings.formatwarning
-
-
-def _raised_by_lightning(traceback: TracebackType | None) -> bool:
-    """Whether only libraries and the engine were at work: then it is an option that was wrong, and no code."""
-    known = ("lightning", "jsonargparse", "torch", "torchmetrics", *sys.stdlib_module_names)
-    while traceback is not None:
-        name = traceback.tb_frame.f_globals.get("__name__", "")
-        ours = name in ("__main__", f"{PROJECT}.__main__") or name.startswith(f"{PROJECT}.engine.")
-        if not ours and name.partition(".")[0] not in known:
-            return False
-        traceback = traceback.tb_next
-    return True
-
-
 def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
     """Run one command of ``LightningCLI``.
 
@@ -602,12 +590,7 @@ def main(data_module: str = "", default_config: str = "", commands: Mapping[str,
     """
     for signum in (signal.SIGINT, signal.SIGTERM):  # until training starts: there is nothing to save
         signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
-    threading.excepthook = _thread_failed
-    for noise in NOISE:
-        warnings.filterwarnings("ignore", message=noise)
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    log.addFilter(lambda record: not any(part in record.getMessage() for part in SILENT))
-    warnings.formatwarning = _format_warning
+    leave_out_noise()
     typehints.discard_init_args_on_class_path_change = _keep_related
     # Once glibc has seen a block of this size freed, it keeps up to twice as much memory for later blocks. Before, it
     # may return to the system after every batch what the next batch then waits for.
@@ -629,19 +612,14 @@ def main(data_module: str = "", default_config: str = "", commands: Mapping[str,
         else:
             run(with_config([command, *join_values(args)], default_config) if command else [])
     except (UserError, MisconfigurationException) as error:
-        if isinstance(error, MisconfigurationException) and not _raised_by_lightning(error.__traceback__):
+        if isinstance(error, MisconfigurationException) and not raised_by_libraries(error.__traceback__):
+            raise
+        sys.exit(f"{PROJECT}: error: {error}")
+    except (RuntimeError, TypeError, ValueError) as error:
+        if not raised_by_libraries(error.__traceback__, inside="lightning"):
             raise
         sys.exit(f"{PROJECT}: error: {error}")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(f"{PROJECT}: error: {_full_disk(error)}")
-
-
-def _full_disk(error: OSError) -> str:
-    """The message of a full disk: of the checkpoint that did not fit, if the loggers have failed after it."""
-    first: BaseException | None = error
-    while first is not None and not isinstance(first, UserError):
-        first = first.__context__
-    place = f"{error.filename}: " if error.filename else ""
-    return str(first or f"{place}{error.strerror}; make room, then resume with --ckpt_path=last")
+        sys.exit(f"{PROJECT}: error: {full_disk(error)}")

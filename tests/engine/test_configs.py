@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from common import CONFIGS, OVERLAYS, Run, checkpoint
+from common import CONFIGS, OVERLAYS, Run, assert_one_message, checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Of many epochs they would take most of the time.
@@ -94,6 +94,64 @@ def test_plateau_cuts_the_learning_rate(fit, tmp_path: Path) -> None:
     assert rates[0] == 3
     assert rates[-1] < 3
     assert {round(after / before, 3) for before, after in pairwise(rates)} == {1, 0.3}
+
+
+def planned(total: int, warm_up: int) -> list[float]:
+    """Learning rates of the steps of warmup.yaml, from PyTorch's own schedulers."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=warm_up)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total - warm_up)
+    schedule, rates = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [warm_up]), []
+    for _ in range(total):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("settings", "total", "warm_up"),
+    [
+        ((), 32, 2),  # 16 steps to an epoch, two epochs
+        pytest.param(("--trainer.accumulate_grad_batches=4",), 8, 1, marks=pytest.mark.slow),
+        pytest.param(("--trainer.max_steps=20",), 20, 1, marks=pytest.mark.slow),
+        pytest.param(("--model.steps_per_execution=8",), 32, 2, marks=pytest.mark.slow),
+        pytest.param(("--lr_scheduler.milestones=[5]",), 32, 5, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_warm_up_and_cosine_are_as_long_as_the_run(
+    fit, tmp_path: Path, settings: tuple[str, ...], total: int, warm_up: int
+) -> None:
+    fit("cnn", "warmup", settings=("--trainer.log_every_n_steps=1", *NO_PICTURES, *settings))
+    rates = {event.step: event.value for event in run_of(tmp_path).Scalars("train/lr")}
+    assert [rates[step] for step in range(total)] == pytest.approx(planned(total, warm_up), rel=1e-5)
+
+
+SCHEDULE = ("--optimizer=SGD", "--optimizer.lr=0.1", "--lr_scheduler=Schedule")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            (*SCHEDULE, '--lr_scheduler.schedulers=[{"class_path": "OneCycleLR", "init_args": {"max_lr": 1}}]'),
+            "a schedule as long as the run needs a run with an end: give --trainer.max_epochs or --trainer.max_steps",
+        ),
+        pytest.param(
+            (
+                *SCHEDULE,
+                '--lr_scheduler.schedulers=[{"class_path": "StepLR", "init_args": {"step_size": 1}}]',
+                "--lr_scheduler.milestones=[3]",
+            ),
+            "1 schedulers need 0 milestones, where each but the first begins, not 1",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["no end", "milestones"],
+)
+def test_schedule_that_does_not_fit_is_one_message(fit, settings: tuple[str, ...], message: str) -> None:
+    assert_one_message(fit("cnn", settings=("--trainer.max_epochs=-1", *settings), ok=False), message)
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def test_the_hostile_checkpoints_do_run_elsewhere(saved: Path, tmp_path: Path) -
         ("another model", "bad.ckpt is not of this model: net.0.bias has the shape None there"),
         ("other classes", "net.1.bias has the shape (7,) there and (10,) in Logistic"),
         ("truncated", "bad.ckpt is no checkpoint that can be used"),
-        ("hostile", "bad.ckpt is no checkpoint that can be used"),
+        ("hostile", "bad.ckpt holds"),
         ("another dataset", "the checkpoint was trained on digits, this run has"),
     ],
 )

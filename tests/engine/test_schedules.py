@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from common import CONFIGS, RUN, Run
+from common import CONFIGS, OVERLAYS, RUN, Run
 from test_resume import TWO_PROCESSES, assert_same_run, interrupt
 
 pytestmark = pytest.mark.slow
@@ -18,6 +18,7 @@ COMMON = (  # 16 steps to an epoch; saved every 5, logged every 4
 )
 MODELS = {
     **{path.stem: ("--config", path) for path in CONFIGS.glob("*.yaml") if path.stem != "sweep"},
+    "warmup.yaml": ("--config", CONFIGS / "cnn.yaml", "--config", OVERLAYS / "warmup.yaml"),
     **{
         schedule: ("--model=schedules.Scheduled", f"--model.schedule={schedule}")
         for schedule in ("one_cycle", "cosine", "cyclic", "plateau", "warmup_cosine")
