@@ -25,7 +25,10 @@ NOISE = (
     r"The dirpath has changed from",  # a test of a run's checkpoint has a folder of its own
 )
 # Lines of Lightning's log about what is not there.
-SILENT = ("Tip: ", "TPU available: False", "GPU available: False", "configured with model summary")
+SILENT = (
+    *("Tip: ", "TPU available: False", "GPU available: False", "configured with model summary"),
+    "will override existing callbacks passed to Trainer",  # those that the model has passed before, at --test_after_fit
+)
 
 # ----------------------------------------------------------------------------------------------------- errors
 
