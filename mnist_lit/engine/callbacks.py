@@ -1,4 +1,4 @@
-"""Callbacks: divergence, compilation, the table of the model, progress bar."""
+"""Callbacks: divergence, compilation, weight averaging, the table of the model, progress bar."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, RichModelSummary, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichModelSummary, RichProgressBar, WeightAveraging
 from lightning.pytorch.profilers import PassThroughProfiler
 from rich import get_console
 from rich.markup import escape
@@ -96,6 +96,32 @@ class Compile(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.compile(mode=self.mode, dynamic=self.dynamic)
+
+
+class TailAveraging(WeightAveraging):
+    """Average the weights over the last epochs, step by step, after stochastic weight averaging
+    (P. Izmailov et al., https://arxiv.org/abs/1803.05407).
+
+    Lightning's ``StochasticWeightAveraging`` has its average in no checkpoint and cannot resume exactly; this one
+    validates it, keeps it in checkpoints and resumes bit for bit. Running statistics are averaged, too.
+
+    Args:
+        start_epoch: from which on, counted from 0. Before it the average is the current weights.
+
+    Example:
+        >>> Trainer(callbacks=[TailAveraging(start_epoch=1)])
+    """
+
+    def __init__(self, start_epoch: NonNegativeInt = 1) -> None:
+        super().__init__(use_buffers=True)
+        self.start_epoch = int(start_epoch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.current_epoch < self.start_epoch and self._average_model is not None:
+            self._average_model.n_averaged.zero_()  # PyTorch copies what is the first to average
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class NoProfiler(PassThroughProfiler):

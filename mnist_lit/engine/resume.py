@@ -110,7 +110,7 @@ class ResumeGuard(Callback):
         if trainer.ckpt_path and averages:
             raise ConfigurationError(
                 "StochasticWeightAveraging cannot be resumed exactly, its average and schedule are restored in part; "
-                "train in one piece, or use EMAWeightAveraging"
+                "train in one piece, or use TailAveraging or EMAWeightAveraging"
             )
         self._compare(trainer)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from inspect import signature
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -13,6 +15,13 @@ from torch import nn
 from mnist_lit.engine import PROJECT
 
 Schema = dict[str, Any]
+BASH = """\
+_{name}_complete() {{
+    case "${{COMP_WORDS[*]:0:3}}" in
+        *"-m {name}" | "{script} "* | "{script}") COMPREPLY=($(compgen -W '{words}' -- "$2")) ;;
+    esac
+}}
+complete -o default -F _{name}_complete {script} python python3"""
 
 
 class Print(argparse.Action):
@@ -32,7 +41,7 @@ def print_schema(parser: ArgumentParser) -> str:
 
 
 def print_completion(parser: ArgumentParser, commands: list[str]) -> str:
-    """A line for bash that completes commands, options and files.
+    """Lines for bash that complete commands, options and files, for the script and for ``python -m``.
 
     Args:
         parser: of a command.
@@ -46,7 +55,7 @@ def print_completion(parser: ArgumentParser, commands: list[str]) -> str:
         options = [choice["properties"]["init_args"]["properties"] for choice in _of_project(schema, kind)]
         words += [f"--{key}.{name}" for name in sorted(set().union(*options))]
     words = commands + [word for word in words if "$" not in word]
-    return f"complete -o default -W '{' '.join(words)}' {PROJECT.replace('_', '-')}"
+    return BASH.format(words=" ".join(words), name=PROJECT, script=PROJECT.replace("_", "-"))
 
 
 def config_schema(parser: ArgumentParser) -> Schema:
@@ -65,6 +74,11 @@ def config_schema(parser: ArgumentParser) -> Schema:
         _open(definition)
     for network in ("Module", "Metric"):
         definitions[network] = {"type": ["string", "object"]}
+    for choice in _of_project(schema, "LightningModule"):  # jsonargparse leaves out networks that have no default
+        known = choice["properties"]["init_args"]["properties"]
+        for name, parameter in signature(resolve_name(_class_path(choice)["enum"][0])).parameters.items():
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                known.setdefault(name, {"type": ["string", "object"]})
     data = definitions["LightningDataModule"]["anyOf"]
     # The options of the default data module may stand in data itself.
     data += [choice["properties"]["init_args"] for choice in _of_project(schema, "LightningDataModule")]

@@ -62,5 +62,6 @@ def locked_directory(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DatasetError(
             f"cannot write in the data folder {folder} ({error.strerror or error}); "
-            "make room or make it writable, or choose another one with --data.data_dir"
+            "make room or make it writable; or choose another one with --data.data_dir and, if the dataset is there "
+            "already, name its file or folder with --data.dataset"
         ) from error

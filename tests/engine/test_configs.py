@@ -264,6 +264,27 @@ def test_table_beside_tensorboard_in_the_folder_of_the_run(fit, tmp_path: Path) 
     assert (tmp_path / "lightning_logs" / "version_1" / "metrics.csv").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["fast", pytest.param("cnn", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("overlay", ["ema", "swa"])
+def test_checkpoints_hold_the_average_that_was_validated(fit, cli: Run, small: Path, overlay: str, model: str) -> None:
+    settings = ("--trainer.max_epochs=3", "--data.batch_size=64", *NO_PICTURES)
+    fitted = re.search(r"│ val/loss +│ +([\d.]+) │", fit(model, overlay, settings=settings).stdout)
+    run = Path("lightning_logs/version_0")
+    last, config = run / "checkpoints" / "last.ckpt", run / "config.yaml"
+    done = cli("validate", "--config", config, "--ckpt_path", last, "--data.dataset", small)
+    validated = re.search(r"val/loss +│ +([\d.]+)", done.stdout)
+    assert fitted is not None
+    assert validated is not None
+    assert float(validated[1]) == pytest.approx(float(fitted[1]), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_accumulation_makes_fewer_steps(fit, tmp_path: Path) -> None:
+    fit("cnn", "accumulate")
+    assert last(tmp_path)["global_step"] == 2 * 4  # of 16 batches to an epoch
+
+
 def test_every_overlay_is_tried_here() -> None:
     above = Path(__file__).read_text().partition("def test_every_overlay")[0]
     overlays = {path.stem for path in OVERLAYS.glob("*.yaml")}

@@ -18,7 +18,10 @@ COMMON = (  # 16 steps to an epoch; saved every 5, logged every 4
 )
 MODELS = {
     **{path.stem: ("--config", path) for path in CONFIGS.glob("*.yaml") if path.stem != "sweep"},
-    "warmup.yaml": ("--config", CONFIGS / "cnn.yaml", "--config", OVERLAYS / "warmup.yaml"),
+    **{
+        overlay: ("--config", CONFIGS / "cnn.yaml", "--config", OVERLAYS / f"{overlay}.yaml")
+        for overlay in ("warmup", "ema", "swa")
+    },
     **{
         schedule: ("--model=schedules.Scheduled", f"--model.schedule={schedule}")
         for schedule in ("one_cycle", "cosine", "cyclic", "plateau", "warmup_cosine")

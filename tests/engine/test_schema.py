@@ -47,11 +47,17 @@ def test_mistakes_are_found(validator, config: str) -> None:
     assert list(validator.iter_errors(yaml.safe_load(config)))
 
 
-def test_bash_completes_commands_and_settings(cli: Run) -> None:
-    line = cli("fit", "--print_completion").stdout
-    script = f"""{line}
-    words=$(complete -p mnist-lit | sed "s/.*-W '//; s/' mnist-lit//")
-    compgen -W "$words" -- --data.batch; compgen -W "$words" -- --trainer.max_e; compgen -W "$words" -- exp
+@pytest.mark.parametrize("command", ["python -m mnist_lit", "python3 -m mnist_lit", "mnist-lit"])
+def test_bash_completes_commands_and_settings(cli: Run, command: str) -> None:
+    script = f"""{cli("fit", "--print_completion").stdout}
+    for word in --data.batch --trainer.max_e exp; do
+        COMP_WORDS=({command} $word) COMP_CWORD=$(({len(command.split())}))
+        COMPREPLY=() && _mnist_lit_complete "${{COMP_WORDS[0]}}" $word && echo "${{COMPREPLY[@]}}"
+    done
+    COMP_WORDS=(python other.py --data.b) COMPREPLY=()
+    _mnist_lit_complete python --data.b && echo "${{COMPREPLY[@]}}"
+    complete -p {command.split()[0]}
     """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["--data.batch_size", "--trainer.max_epochs", "export"]
+    expected = ["--data.batch_size", "--trainer.max_epochs", "export", ""]
+    assert done.stdout.splitlines() == [*expected, f"complete -o default -F _mnist_lit_complete {command.split()[0]}"]
