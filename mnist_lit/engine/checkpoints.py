@@ -277,15 +277,18 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse monitors that nothing logs, those of early stopping and schedulers, too."""
-        plateaus = [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
         owners: list[tuple[Any, Any]] = [(callback, callback) for callback in trainer.early_stopping_callbacks]
-        owners += [(config.scheduler, config) for config in plateaus]
-        monitors = {f"{type(owner).__name__} with monitor=": its.monitor for owner, its in owners if its.strict}
-        if self.monitor != DEFAULT_MONITOR:
-            monitors["--monitor="] = self.monitor
-        logged = trainer.callback_metrics
-        for name, monitor in monitors.items():
-            if monitor not in logged and not str(monitor).startswith("train"):  # which is not logged yet
+        owners += [(config.scheduler, config) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        # Others may be logged by training, which has not begun.
+        wanted = [
+            (f"{type(owner).__name__} with monitor=", its.monitor)
+            for owner, its in owners
+            if its.strict and str(its.monitor).startswith("val")
+        ]
+        if self.monitor != DEFAULT_MONITOR and not str(self.monitor).startswith("train"):
+            wanted.append(("--monitor=", self.monitor))
+        for name, monitor in wanted:
+            if monitor not in trainer.callback_metrics:
                 raise ConfigurationError(f"{name}{monitor}: there is no such metric; {self._way_out(trainer)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

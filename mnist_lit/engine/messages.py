@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import torch
 from torch import Tensor, nn
 
 from mnist_lit.engine import PROJECT
@@ -56,6 +57,8 @@ def misfit(error: RuntimeError, net: nn.Module) -> str:
     Nothing for an error anywhere else. One in a user's own ``forward`` stays what it is, with the shape as a note.
     """
     given, own = None, False
+    if isinstance(error, torch.OutOfMemoryError):
+        return ""
     for frame in _frames(error.__traceback__):
         if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is net:
             given = next((value for value in frame.f_locals["args"] if isinstance(value, Tensor)), None)
