@@ -18,7 +18,9 @@ from rich.table import Column, Table
 from benchmarks.measure import BUSY, CLOCK, ROOT, Result, described, machine, medians, start
 
 IMAGES = 50_000
-TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--num_threads=1"]
+CONFIGS = {"fast": 256, "cnn": 64}  # and their batch sizes
+DDP = str(ROOT / "configs" / "overlays" / "ddp.yaml")
+TWO = ["--config", DDP, "--trainer.accelerator=cpu", "--trainer.devices=2", "--num_threads=1"]
 # By name: the batch size per process as a share of the config's, and arguments.
 CONTENDERS: dict[str, tuple[float, list[str]]] = {
     "one process, one thread": (1, ["--num_threads=1"]),
@@ -49,16 +51,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.processes", description=__doc__)
     parser.add_argument("--archive", default="data/mnist/mnist.pkl.gz", help="the tutorial's archive")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     options = parser.parse_args()
     archive = Path(options.archive).resolve()
     if not archive.exists():
         parser.error(f"{archive}: no such file; name the tutorial's archive with --archive")
     about, console = machine(), Console(width=120)
     with tempfile.TemporaryDirectory() as temporary:
-        for config, batch_size in (("fast", 256), ("cnn", 64)):
+        for config in options.only:
             results: dict[str, list[Result]] = {name: [] for name in CONTENDERS}
             for name in track([*CONTENDERS] * options.repeats, config, console=console, transient=True):
-                results[name].append(run(config, batch_size, name, archive, Path(temporary)))
+                results[name].append(run(config, CONFIGS[config], name, archive, Path(temporary)))
             columns = ("images/s", "from", "to", "ratio", "us/step")
             table = Table(f"{config}.yaml", *(Column(name, justify="right") for name in columns))
             base = medians(results["one process, one thread"])["images"]

@@ -355,6 +355,10 @@ def best_checkpoint(trainer: Trainer) -> Checkpoint | None:
 # --------------------------------------------------------------------------------------------- last
 
 
+def _do_nothing() -> None:
+    """In the place of a method that is not needed."""
+
+
 class LastCheckpoint(Checkpoint):
     """Keep ``last.ckpt``: after every epoch, every ``every_n_train_steps`` and when the run is asked to stop.
 
@@ -404,6 +408,9 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._handlers[signum] = signal.signal(signum, self._stop)
+        # Before every step Lightning broadcasts whether there was a SIGTERM, and waits for the answer; these handlers
+        # and on_train_batch_end do that, and more seldom.
+        vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = _do_nothing
         if self._metrics:
             self._step_plateaus(trainer, pl_module, trainer.current_epoch, self._metrics)
         self._metrics = {}
@@ -417,6 +424,7 @@ class LastCheckpoint(Checkpoint):
                 pl_module.lr_scheduler_step(config.scheduler, metrics[config.monitor])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
