@@ -31,6 +31,7 @@ from benchmarks.measure import BUSY, CLOCK, ROOT, Result, described, machine, me
 from mnist_lit.datasets.files import Splits, read_dataset
 
 MODELS = "logistic", "cnn"
+NO_DASHBOARD = ("--dashboard.every_n_epochs=0", "--dashboard.graph=false", "--dashboard.gradient_norm=false")
 SPEED = ("--config", str(ROOT / "configs" / "overlays" / "speed.yaml"))
 
 
@@ -50,8 +51,10 @@ CONTENDERS = {
     "stock": Contender("stock"),
     "mnist_lit": Contender(),
     "mnist_lit, 2 threads": Contender(arguments=("--num_threads=2",)),
+    "mnist_lit, no dashboard": Contender(arguments=NO_DASHBOARD),
     "mnist_lit speed": Contender(arguments=SPEED),
     "mnist_lit speed channels_last": Contender(arguments=(*SPEED, "--model.channels_last=true")),  # for convolutions
+    "barebones": Contender("barebones", threads=1),
     "floor": Contender("floor", threads=1),
 }
 GROWING = BASE, "mnist_lit", "mnist_lit speed"  # those that are followed from size to size

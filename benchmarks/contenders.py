@@ -5,6 +5,7 @@
 - ``tutorial``: the tutorial's script, from its archive to its last loop, as it stands there;
 - ``stock``: Lightning as its documentation teaches it: loss and accuracy logged, progress bar,
   TensorBoard, checkpoints;
+- ``barebones``: Lightning's loop with nothing around it;
 - ``floor``: the leanest loop there is: whole batches by one index, nothing read back, nothing logged;
 - ``recipe`` and ``stock_recipe``: the network and schedule that are published as the fastest to 99 %, in a
   loop and in Lightning.
@@ -207,6 +208,48 @@ def stock(args: argparse.Namespace, mark: Marks) -> None:
     )
 
 
+# ------------------------------------------------------------------------------------------ barebones
+
+
+def barebones(args: argparse.Namespace, mark: Marks) -> None:
+    """Lightning's loop alone: no logging, no metric, no callback, and batches as cheap as mnist_lit's."""
+    import lightning as L
+
+    from mnist_lit.engine.loaders import BatchTensorDataset, identity_collate
+
+    class LitModel(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network(args.model)
+
+        def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self.net(shape(args.model, x)), y)
+
+        def on_train_epoch_start(self) -> None:
+            mark.epoch()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            mark.step()
+
+        def validation_step(self, batch: Pair, batch_idx: int) -> None:
+            x, y = batch
+            F.cross_entropy(self.net(shape(args.model, x)), y)
+
+        def configure_optimizers(self) -> optim.Optimizer:
+            return optim.SGD(self.parameters(), lr=LR[args.model], momentum=MOMENTUM[args.model])
+
+    train, valid, *_ = (BatchTensorDataset(*pair) for pair in read(args.data))
+    mark("data")
+    trainer = L.Trainer(max_epochs=args.epochs, barebones=True)
+    trainer.fit(
+        LitModel(),
+        DataLoader(train, batch_size=args.batch_size, shuffle=True, collate_fn=identity_collate),
+        DataLoader(valid, batch_size=args.batch_size * 2, collate_fn=identity_collate),
+    )
+    mark.epoch()
+
+
 # --------------------------------------------------------------------------------- the recipe for 99 percent
 
 
@@ -345,6 +388,7 @@ if __name__ == "__main__":
     contenders = {
         "tutorial": tutorial,
         "stock": stock,
+        "barebones": barebones,
         "floor": floor,
         "ready": ready,
         "recipe": recipe,
