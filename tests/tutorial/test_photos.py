@@ -330,8 +330,7 @@ def photo(digits: list[np.ndarray], kind: str, rng: np.random.Generator) -> io.B
 
 
 # Of 200. On even paper the network of fast.yaml itself is wrong about two to four of such pens, that of accurate.yaml
-# about one; 196 is the aim everywhere but at
-# the frame, the table, the box and the smudges.
+# about one; 196 is the aim everywhere but at the frame, the table, the box and the smudges.
 ALMOST_ALL, MOST = 191, 180
 BARS = {
     **dict.fromkeys(("even", "mild", "medium", "strong", "soft shadow", "hard shadow", "vignette"), ALMOST_ALL),
