@@ -106,3 +106,11 @@ def test_another_number_of_workers(cli_in: Run, small: Path, tmp_path: Path, who
     fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[0]}", *stop, ok=False)
     fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[1]}", "--ckpt_path=last")
     assert_same_run(tmp_path / RUN, whole(*model))
+
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.matrix)])
+def test_workers_that_are_no_forks(cli_in: Run, small: Path, tmp_path: Path, whole, method: str) -> None:
+    """As macOS and Windows start them."""
+    options = (f"--trainer.callbacks.method={method}", "--data.num_workers=2")
+    fit(cli_in, tmp_path, small, *MODELS["cnn"], "--trainer.callbacks+=start_method.StartMethod", *options)
+    assert_same_run(tmp_path / RUN, whole(*MODELS["cnn"]))
