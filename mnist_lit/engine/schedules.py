@@ -32,15 +32,15 @@ class Schedule(LRScheduler):
     Raises:
         ConfigurationError: if the milestones do not fit, or a run without an end is asked for its length.
 
-    Example:
-        >>> # Five percent of the run for the warm-up, the rest for the cosine.
-        >>> lr_scheduler:
-        ...   class_path: mnist_lit.engine.schedules.Schedule
-        ...   init_args:
-        ...     schedulers:
-        ...       - {class_path: LinearLR, init_args: {start_factor: 0.01, total_iters: -1}}
-        ...       - {class_path: CosineAnnealingLR, init_args: {T_max: -1}}
-        ...     milestones: [0.05]
+    Example, with a twentieth of the run for the warm-up and the rest for the cosine::
+
+        lr_scheduler:
+          class_path: mnist_lit.engine.schedules.Schedule
+          init_args:
+            schedulers:
+              - {class_path: LinearLR, init_args: {start_factor: 0.01, total_iters: -1}}
+              - {class_path: CosineAnnealingLR, init_args: {T_max: -1}}
+            milestones: [0.05]
     """
 
     def __init__(
