@@ -18,12 +18,12 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mnist_lit.datasets.folders import ImageError, read_image
 from mnist_lit.datasets.forms import find_digit_form
 from mnist_lit.datasets.mnist import ARCHIVE, URLS, download_mnist, find_mnist
-from mnist_lit.datasets.pictures import DigitForm, find_pictures, read_picture
+from mnist_lit.datasets.pictures import PictureReader, find_pictures
 from mnist_lit.datasets.sources import FolderOptions, Source, open_dataset
 from mnist_lit.engine.errors import DatasetError, DownloadError
+from mnist_lit.engine.images import ImageError
 from mnist_lit.engine.loaders import (
     BatchTensorDataset,
     augment,
@@ -223,12 +223,14 @@ class MNISTDataModule(LightningDataModule):
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        if self.images and self._image_size:  # of the checkpoint
-            return (self._channels or 1, *self._image_size)
         if self.images:
-            return (1, DigitForm.side, DigitForm.side)
+            return (self._reader().channels, *self._reader().size)
         self.prepare_data()
         return (self.source.channels, *self.source.image_size)
+
+    def _reader(self) -> PictureReader:
+        options = {"channels": self._channels, "image_size": self._image_size, "digit_form": self.digit_form}
+        return PictureReader(options)
 
     @property
     def _predicts_files(self) -> bool:
@@ -238,21 +240,15 @@ class MNISTDataModule(LightningDataModule):
         paths, passed_over = find_pictures(self.images)
         if passed_over:
             rank_zero_warn(f"passed over, by their names no images: {', '.join(map(printable, passed_over))}")
-        channels, height, width = self._shape
-        form = None
-        if self.digit_form or not self._image_size:  # without a checkpoint there is no size either
-            form = DigitForm(**(self.digit_form or {}))
+        reader = self._reader()
         pictures, self.files, self.warnings, self.broken = [], [], [], {}
         for path in track(paths, "Reading images", disable=len(paths) < 100, transient=True):
             try:
-                if form:
-                    picture, warning = read_picture(path, form)
-                else:
-                    picture, warning = read_image(path, channels, (height, width)), ""
+                picture, warning = reader(path)
             except ImageError as error:
                 self.broken[path] = str(error)
                 continue
-            pictures.append(picture.view(channels, height, width))
+            pictures.append(torch.from_numpy(picture))
             self.files.append(path)
             self.warnings.append(warning)
         if not pictures:

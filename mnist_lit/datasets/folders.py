@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -22,16 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from mnist_lit.datasets.files import MAX_CLASSES, Splits, stratified
 from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.images import SUFFIXES, ImageError, Size, read_image, unreadable
 from mnist_lit.engine.threads import available_cpus
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 SPLITS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
-MAX_PIXELS = 100_000_000  # of one image; more is a bomb
 NAMED = 5  # files in a message
 BLOCK = 500  # files, fewer than which are quickly read without further processes
 
 T = TypeVar("T")
-Size = tuple[int, int]  # height, width
 File = tuple[str, int, int]  # path, bytes, time of change in nanoseconds
 
 
@@ -155,56 +153,6 @@ def _images(folder: str) -> Iterator[File]:
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-class ImageError(Exception):
-    """An image file that cannot be read; the message tells why."""
-
-
-def read_image(path: str | os.PathLike[str], channels: int, size: Size | None = None) -> Tensor:
-    """Read an image file.
-
-    Args:
-        path: of any format and mode that Pillow reads; of several frames the first.
-        channels: 1 for grey, 3 for colour.
-        size: height and width. The image is scaled to cover it, and what is over is cut off evenly.
-
-    Returns:
-        uint8 (C, H, W). Transparent pixels are white.
-
-    Raises:
-        ImageError: if it is no image.
-    """
-    return torch.from_numpy(_read_pixels(path, channels, size))
-
-
-def _read_pixels(path: str | os.PathLike[str], channels: int, size: Size | None = None) -> np.ndarray:
-    try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ImageError(f"{opened.width} x {opened.height} pixels are more than {MAX_PIXELS:,}")
-            if size and opened.format == "JPEG":
-                # Decodes 1/2, 1/4 or 1/8 of the pixels where that is still twice what is asked for.
-                opened.draft(None, (2 * max(size), 2 * max(size)))
-            image = _opaque(ImageOps.exif_transpose(opened)).convert("L" if channels == 1 else "RGB")
-            if size and (image.height, image.width) != tuple(size):
-                image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-    except ImageError:
-        raise
-    except Exception as error:  # a damaged file can make Pillow's decoders raise just about anything
-        raise ImageError(f"not a readable image ({error or type(error).__name__})") from error
-    pixels = np.array(image).reshape(image.height, image.width, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits a pixel
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image
-
-
 def probe(path: str) -> tuple[int, Size]:
     """Channels, height and width of an image file by its header.
 
@@ -221,7 +169,7 @@ def probe(path: str) -> tuple[int, Size]:
             size = (image.width, image.height) if turned else (image.height, image.width)
             return 1 if grey else 3, size
     except Exception as error:
-        raise ImageError(f"not a readable image ({error or type(error).__name__})") from error
+        raise unreadable(error) from error
 
 
 class Format(NamedTuple):
@@ -315,7 +263,7 @@ def decode_folder(folder: ImageFolder, form: Format) -> Splits:
     """
     paths = [path for files in folder.files.values() for path in files]
     images, broken = torch.empty(len(paths), form.channels, *form.size, dtype=torch.uint8), {}
-    read = partial(_read_pixels, channels=form.channels, size=form.size)
+    read = partial(read_image, channels=form.channels, size=form.size)
     for index, (path, pixels) in enumerate(_each(read, paths, "Decoding images")):
         if isinstance(pixels, ImageError):
             broken[path] = str(pixels)
@@ -357,6 +305,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         """
         path = os.fsdecode(self.paths[index])
         try:
-            return read_image(path, self.form.channels, self.form.size), int(self.labels[index])
+            image = read_image(path, self.form.channels, self.form.size)
+            return torch.from_numpy(image), int(self.labels[index])
         except ImageError as error:
             raise DatasetError(f"{path}: {error}; delete it, or replace it") from error

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import glob
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from mnist_lit.datasets.folders import SUFFIXES, ImageError
 from mnist_lit.datasets.paper import edge_of
 from mnist_lit.datasets.photos import find_digit
 from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.images import SUFFIXES, File, ImageError, ImageReader, unreadable
 
 MAX_PIXELS = 50_000_000
 WORK_SIDE = 400  # pixels; a digit a fifth as high still has three times the pixels of MNIST's
@@ -44,6 +41,33 @@ class DigitForm:
     box: int = 20
     light_on_dark: bool = True
     centred_by: Literal["mass", "box"] = "mass"
+
+
+class PictureReader(ImageReader):
+    """Reads image files for a model: digits are brought into the form of its training images, all else is scaled.
+
+    Args:
+        data: hyperparameters of the data module in the model's checkpoint: ``channels``, ``image_size`` and
+            ``digit_form``. Without a size it is MNIST's form.
+
+    Example:
+        >>> image, warning = PictureReader({})("seven.png")
+        >>> image.shape
+        (1, 28, 28)
+    """
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        size, form = data.get("image_size"), data.get("digit_form")
+        self.form = DigitForm(**(form or {})) if form or not size else None
+        side = DigitForm.side
+        super().__init__({"channels": data.get("channels") or 1, "image_size": size or (side, side)})
+        self.draws = self.form is not None
+
+    def __call__(self, file: File) -> tuple[np.ndarray, str]:
+        if self.form is None:
+            return super().__call__(file)
+        image, warning = read_picture(file, self.form)
+        return image[None], warning
 
 
 # --------------------------------------------------------------------------------------------------- finding files
@@ -102,12 +126,12 @@ def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 # --------------------------------------------------------------------------------------------------- reading one
 
 
-def read_picture(path: str | os.PathLike[str], form: DigitForm = DigitForm()) -> tuple[Tensor, str]:
+def read_picture(file: File, form: DigitForm = DigitForm()) -> tuple[np.ndarray, str]:
     """Read one digit into a training set's form. MNIST's (https://yann.lecun.com/exdb/mnist) fills a box of 20 x 20
     pixels, placed in 28 x 28 so that the digit's centre of mass is in the middle.
 
     Args:
-        path: an image file of any size and mode; light on dark or dark on light, drawn, scanned or photographed.
+        file: an image of any size and mode; light on dark or dark on light, drawn, scanned or photographed.
         form: how the digit shall lie in its image.
 
     Returns:
@@ -117,7 +141,7 @@ def read_picture(path: str | os.PathLike[str], form: DigitForm = DigitForm()) ->
         PictureError: if the file is not an image, or nothing is on it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             lossless = image.format not in ("JPEG", "WEBP")
@@ -127,7 +151,7 @@ def read_picture(path: str | os.PathLike[str], form: DigitForm = DigitForm()) ->
     except PictureError:
         raise
     except Exception as error:  # a damaged file can make Pillow's decoders raise just about anything
-        raise PictureError(f"not a readable image ({error or type(error).__name__})") from error
+        raise PictureError(str(unreadable(error))) from error
     ink, warning = find_digit(grey)
     if ink is None:
         raise PictureError("nothing is on it")
@@ -164,7 +188,7 @@ def _grey(image: Image.Image) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------- the form
 
 
-def _in_form(ink: np.ndarray, noise: float, form: DigitForm) -> Tensor:
+def _in_form(ink: np.ndarray, noise: float, form: DigitForm) -> np.ndarray:
     """The ink float32 (H, W) in 0..1 as an image uint8 (side, side); what is not above noise is cut off."""
     rows, columns = (np.flatnonzero((ink > noise).any(axis)) for axis in (1, 0))
     cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -189,4 +213,4 @@ def _in_form(ink: np.ndarray, noise: float, form: DigitForm) -> Tensor:
     field[down : down + cut.shape[0], across : across + cut.shape[1]] = cut
     if not form.light_on_dark:
         field = 1 - field
-    return torch.from_numpy((field * 255).round().astype(np.uint8))
+    return (field * 255).round().astype(np.uint8)

@@ -108,6 +108,7 @@ class CLI(LightningCLI):
     default_data_module = ""
     # Lightning's, and Trainer.export; with the arguments of each that are no options.
     commands: ClassVar = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+    linked: tuple[str, ...] = LINKED
     command = ""  # of this process; only its options are collected, because those of each take 0.1 s
     more_commands: tuple[str, ...] = ("sweep",)  # that are no subcommands of LightningCLI
     run = Run()  # that the command makes or resumes
@@ -171,7 +172,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Dashboard, "dashboard")
         if self.default_data_module:
             parser.set_defaults({"data": {"class_path": self.default_data_module}})
-        for name in LINKED:  # ignored if the model or the data module has none
+        for name in self.linked:  # ignored if the model or the data module has none
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -534,6 +535,37 @@ def _viewer(logger: Logger) -> list[str]:
     return []
 
 
+class _Predicting(CLI):
+    """Makes what ``predict`` runs with, out of a checkpoint and without its dataset, and runs nothing."""
+
+    linked = ()  # to the data module, which would open its dataset
+
+    def _read_checkpoint(self, config: Namespace) -> None:
+        super()._read_checkpoint(config)
+        options, known = config.model.get("init_args") or {}, (self.checkpoint or {}).get("hyper_parameters", {})
+        for name in LINKED:
+            if name in options and options[name] is None:
+                options[name] = known.get(name)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def build(ckpt_path: str, args: Sequence[str] = ()) -> tuple[CLI, dict[str, Any]]:
+    """Make the model and the data module of a checkpoint.
+
+    Args:
+        ckpt_path: the checkpoint.
+        args: further options of ``predict``, such as another ``--config`` than its run's.
+
+    Returns:
+        what has the model, the data module and a trainer of one device, and the checkpoint's content.
+    """
+    alone = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--trainer.logger=false")
+    command = with_config(["export", f"--ckpt_path={ckpt_path}", *join_values(args), *alone])
+    return run(command, cli_class=_Predicting), read_checkpoint(ckpt_path, "--weights_only=false" not in args)
+
+
 _keep_accepted = typehints.discard_init_args_on_class_path_change
 
 
@@ -552,16 +584,17 @@ def _keep_related(parser: Any, previous: Any, value: Any) -> None:
     _keep_accepted(parser, previous, value)
 
 
-def run(args: list[str], callbacks: Sequence[Callback] = ()) -> CLI:
+def run(args: list[str], callbacks: Sequence[Callback] = (), cli_class: type[CLI] = CLI) -> CLI:
     """Run one command of ``LightningCLI``.
 
     Args:
         args: as on the command line, the command first.
         callbacks: in addition to those of the config.
+        cli_class: to run it with.
     """
     sys.argv[1:] = args  # from which Lightning starts further processes
     CLI.command = args[0] if args and args[0] in CLI.commands else ""
-    return CLI(
+    return cli_class(
         LightningModule,
         LightningDataModule,
         save_config_callback=RunConfig,

@@ -88,6 +88,12 @@ class Trainer(lightning.pytorch.Trainer):
             metadata = {
                 "input": {"images": str(images.dtype)[6:], "axes": _axes(images, any_size)},
                 **_describe(predictions, batches, checkpoint, datamodule, stage),
+                "model": type(model).__name__,
+                "data": {
+                    key: value
+                    for key, value in checkpoint.get("datamodule_hyper_parameters", {}).items()
+                    if key in getattr(datamodule, "from_checkpoint", ("channels", "image_size"))
+                },
                 "dataset": getattr(datamodule, "dataset_used", type(datamodule).__name__),
                 "epoch": checkpoint["epoch"],
                 "global_step": checkpoint["global_step"],

@@ -6,8 +6,6 @@ import math
 import os
 from pathlib import Path
 
-import torch
-
 
 def available_cpus(processes: int = 1, groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Processors for each of a number of processes on this machine, at least 1.
@@ -48,6 +46,8 @@ def set_threads(num_threads: int | None, processes: int = 1) -> int:
     if num_threads is None:
         chosen = os.environ.get("OMP_NUM_THREADS", "")
         num_threads = int(chosen) if chosen.isdigit() and int(chosen) else available_cpus(processes)
+    import torch  # which it takes a second to import, and no processors to count
+
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # without which Lightning chooses for the processes it starts
     return num_threads

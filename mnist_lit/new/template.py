@@ -40,11 +40,11 @@ EDITS: Edits = {
         (r'(?s)^""".*?"""', '"""A PyTorch Lightning project: models and data on top, the engine below."""'),
         (r'__version__ = ".*"', '__version__ = "0.1.0"'),
     ],
-    f"{PROJECT}/__main__.py": [(r', commands={"new": .*?}', "")],
+    f"{PROJECT}/__main__.py": [(r'"new": .*?, (?="serve")', "")],
     "pyproject.toml": [
         (r'description = ".*"', 'description = "A PyTorch Lightning project"'),
         (r"(?s)\ntest = \[\n.*?\n\]", f'\ntest = ["{PROJECT}[export]", "pytest>=8.2,<10", "pytest-xdist>=3.5,<4"]'),
-        (rf'"{PROJECT}\[test\]"', f'"{PROJECT}[sweep,test]"'),  # mypy reads what both import
+        (rf'"{PROJECT}\[test\]"', f'"{PROJECT}[serve,sweep,test]"'),  # mypy reads what both import
         (r'    "(mnist|gpu|matrix): .*\n', ""),
         (r"pythonpath = .*\n", ""),
         (rf" \| {PROJECT}\.new", ""),
@@ -59,6 +59,7 @@ BARE_DROPPED: Paragraphs = {
     "pyproject.toml": ["The example's data has no circles"],
 }
 BARE_EDITS: Edits = {
+    f"{PROJECT}/serve.py": [(r"from \S+\.pictures import .*\n", ""), (", PictureReader", "")],
     f"{PROJECT}/engine/README.md": [
         ("knows nothing of MNIST and ", ""),
         (r"\| (a damaged or hostile dataset file|eight processes start) .*\n", ""),

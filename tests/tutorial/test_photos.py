@@ -95,8 +95,8 @@ def test_drawn_digit_comes_out_as_on_clean_paper(tmp_path: Path, change: str) ->
     changed, warning = read_picture(saved(CHANGES[change](), tmp_path / "changed.jpg", quality=90))
     assert not warning
     # The centre of mass may round to the next pixel.
-    shifted = [torch.roll(changed, (down, right), (0, 1)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    off = min((image.float() - clean.float()).abs().mean() / clean.float().mean() for image in shifted)
+    shifted = [np.roll(changed, (down, right), (0, 1)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    off = min(np.abs(image - clean.astype(float)).mean() / clean.mean() for image in shifted)
     assert off < 0.45, f"{off:.2f} of the ink"
 
 
@@ -135,7 +135,7 @@ def test_twelve_megapixels_take_bounded_time_and_memory(tmp_path: Path, suffix: 
     image, _ = read_picture(tmp_path / f"large.{suffix}")
     assert time.perf_counter() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # kilobytes
-    assert image.sum() == pytest.approx(expected.sum(), rel=0.5)
+    assert image.mean() == pytest.approx(expected.mean(), rel=0.5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 300), (64, 64)])
@@ -153,12 +153,12 @@ def test_digit_in_the_form_of_another_training_set(tmp_path: Path) -> None:
     path = saved(sheet(seven()), tmp_path / "seven.png")
     image, _ = read_picture(path, DigitForm(side=32, box=32, light_on_dark=False, centred_by="box"))
     assert image.shape == (32, 32)
-    assert image.dtype == torch.uint8
-    rows, columns = (np.flatnonzero((image.numpy() < 128).any(axis)) for axis in (1, 0))
+    assert image.dtype == np.uint8
+    rows, columns = (np.flatnonzero((image < 128).any(axis)) for axis in (1, 0))
     assert rows[0] <= 1
     assert rows[-1] >= 30
     assert abs(columns[0] - (31 - columns[-1])) <= 1
-    assert image.median() == 255
+    assert np.median(image) == 255
 
 
 # ------------------------------------------------------------------------------------------------- finding files
@@ -371,8 +371,8 @@ def test_two_hundred_photos(trained: Model, kind: str, record_property) -> None:
         try:
             picture, warning = read_picture(photo([images[index]], kind, rng))
         except PictureError:
-            picture, warning = torch.zeros(28, 28, dtype=torch.uint8), ""
-        pictures.append(picture)
+            picture, warning = np.zeros((28, 28), np.uint8), ""
+        pictures.append(torch.from_numpy(picture))
         warned += bool(warning)
     with torch.no_grad():
         predicted = model(torch.stack(pictures)[:, None] / 256).argmax(1).numpy()

@@ -1,0 +1,250 @@
+"""A checkpoint, and an ONNX file of it, behind HTTP: the real server, real requests, real Chromium."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from browser import CHROMIUM, browser
+from common import CONFIGS, ENVIRONMENT, RUN, Run, assert_one_message
+from PIL import Image
+
+from mnist_lit.datasets.digits import make_digits
+
+pytest.importorskip("litserve", reason="needs the extra [serve]")
+
+BEST = RUN / "checkpoints" / "best.ckpt"
+
+
+def free_port() -> int:
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        return tried.getsockname()[1]
+
+
+@contextmanager
+def server(folder: Path, *args: object) -> Iterator[tuple[str, subprocess.Popen]]:
+    port = free_port()
+    command = [sys.executable, "-m", "mnist_lit", "serve", *map(str, args), f"--port={port}"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log)
+        try:
+            for _ in range(600):
+                try:
+                    if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok:
+                        break
+                except requests.ConnectionError:
+                    pass
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(log.read().decode())
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}", process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def run_folder(cli_in: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of fast.yaml on the digits with best.ckpt and best.onnx, and 1,000 images."""
+    folder = tmp_path_factory.mktemp("served")
+    cli_in(folder, "fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=digits", "--trainer.max_epochs=4")
+    cli_in(folder, "export", "--ckpt_path", BEST)
+    (folder / "digits").mkdir()
+    images = make_digits()[2][0][:1000, 0].numpy()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / "digits" / f"{index:04}.png")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ckpt", "onnx"])
+def served(request: pytest.FixtureRequest, run_folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    with server(run_folder, "--ckpt_path", BEST.with_suffix(f".{request.param}")) as started:
+        yield started
+
+
+def rows(answer: requests.Response) -> list[dict]:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["predictions"]
+
+
+@pytest.mark.slow
+def test_probabilities_are_those_of_predict(served: tuple[str, object], run_folder: Path, cli_in: Run) -> None:
+    address, _ = served
+    bar = 1e-5 if requests.get(f"{address}/info", timeout=60).json()["model"]["file"].endswith(".onnx") else 1e-6
+    done = cli_in(run_folder, "predict", "--ckpt_path", BEST, "--data.images", "digits")
+    table = run_folder / next(part for part in done.stdout.split() if part.endswith("predictions.csv"))
+    with table.open(encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    expected = np.array([[float(row[f"p_{name}"]) for name in range(10)] for row in read])
+    files = [run_folder / row["file"] for row in read]
+    batches = [rows(_post(address, files[start : start + 100])) for start in range(0, len(files), 100)]
+    alone = [rows(requests.post(f"{address}/predict", data=path.read_bytes(), timeout=60))[0] for path in files]
+    for found in (sum(batches, []), alone):
+        ours = np.array([list(row["probabilities"].values()) for row in found])
+        assert np.abs(ours - expected).max() <= bar + 5e-7  # the table's sixth digit is rounded
+        assert [row["class"] for row in found] == [row["class"] for row in read]
+
+
+def _post(address: str, files: list[Path]) -> requests.Response:
+    form = [("files", (path.name, path.read_bytes())) for path in files]
+    return requests.post(f"{address}/predict", files=form, timeout=60)
+
+
+@pytest.mark.slow
+def test_every_kind_of_request_has_the_same_answer(served: tuple[str, object], run_folder: Path) -> None:
+    address, _ = served
+    path = run_folder / "digits" / "0003.png"
+    text = base64.b64encode(path.read_bytes()).decode()
+    pixels = np.asarray(Image.open(path)).tolist()
+    form = rows(_post(address, [path, path]))
+    assert [row["name"] for row in form] == [path.name] * 2
+    url, expected = f"{address}/predict", form[0]["probabilities"]
+    seen = rows(requests.post(f"{url}?input=true", data=path.read_bytes(), timeout=60))[0]["input"]
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2]))))
+    assert image.shape == (28, 28)
+    for body in ({"image": text}, {"images": [f"data:image/png;base64,{text}"]}, {"image": image.tolist()}):
+        (row,) = rows(requests.post(url, json=body, timeout=60))
+        assert row["probabilities"] == pytest.approx(expected, abs=1e-6)
+    assert len(rows(requests.post(url, json={"images": [pixels] * 3}, timeout=60))) == 3
+    schema = requests.get(f"{address}/openapi.json", timeout=60).json()
+    assert "application/json" in schema["paths"]["/predict"]["post"]["requestBody"]["content"]
+
+
+def hostile(rng: np.random.Generator, good: bytes) -> Iterator[tuple[dict, bytes]]:
+    kinds = ["image/png", "application/json", "multipart/form-data; boundary=b", "text/html", "", "multipart/form-data"]
+    texts = [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"images": 3}',
+        '{"images": [{}]}',
+        '{"images": []}',
+        '{"image": "%%%"}',
+        "[" * 10**5,
+    ]
+    texts += [
+        '{"image": [[1, 2], [3]]}',
+        '{"image": [[1e999]]}',
+        '{"image": [[' + "9" * 5000 + "]]}",
+        '{"image": null}',
+    ]
+    for text in texts:
+        yield {"content-type": "application/json"}, text.encode()
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    yield {"content-type": "image/png"}, bomb.getvalue()
+    yield {"content-type": "image/png"}, bytes(100_000_000)
+    for _ in range(185):
+        cut = int(rng.integers(1, len(good) // 2))
+        yield (
+            {"content-type": str(rng.choice(kinds))},
+            [good[:cut], rng.bytes(cut), b"--b\r\n" + good[:cut]][rng.integers(3)],
+        )
+
+
+@pytest.mark.slow
+def test_hostile_requests_are_refused_with_one_sentence(served: tuple[str, subprocess.Popen], run_folder: Path) -> None:
+    address, process = served
+    good = (run_folder / "digits" / "0000.png").read_bytes()
+    before = set(os.listdir(tempfile.gettempdir())), set(run_folder.rglob("*"))
+    codes: dict[int, int] = {}
+    for headers, body in hostile(np.random.default_rng(1), good):
+        answer = requests.post(f"{address}/predict", data=body, headers=headers, timeout=60)
+        codes[answer.status_code] = codes.get(answer.status_code, 0) + 1
+        assert 400 <= answer.status_code < 500, (headers, body[:100], answer.text)
+        assert "\n" not in answer.json()["detail"]
+    print(codes)
+    assert rows(requests.post(f"{address}/predict", data=good, timeout=60))
+    assert process.poll() is None
+    assert set(run_folder.rglob("*")) == before[1]
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_is_under_way(run_folder: Path) -> None:
+    paths = sorted((run_folder / "digits").iterdir())[:400]
+    form = [("files", (path.name, path.read_bytes())) for path in paths]
+    with server(run_folder, "--ckpt_path", BEST) as (address, process):
+        body = requests.Request("POST", f"{address}/predict", files=form).prepare()
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client:
+            kind = body.headers["content-type"]
+            head = f"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: {kind}\r\n"
+            client.sendall(f"{head}Content-Length: {len(body.body)}\r\n\r\n".encode() + body.body)
+            time.sleep(0.5)
+            process.terminate()
+            answer = b""
+            while part := client.recv(2**20):
+                answer += part
+        assert process.wait(60) == 0
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert len(json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"]) == 400
+
+
+@pytest.mark.slow
+def test_onnx_is_served_without_torch(run_folder: Path) -> None:
+    with server(run_folder, "--ckpt_path", BEST.with_suffix(".onnx")) as (_, process):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+        for pid in (str(process.pid), *children):
+            assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_mistakes_are_one_message(cli: Run, tmp_path: Path) -> None:
+    assert_one_message(cli("serve", "--ckpt_path=no.ckpt", ok=False), "no.ckpt", "no such checkpoint")
+    (tmp_path / "no.onnx").write_text("no")
+    assert_one_message(cli("serve", "--ckpt_path=no.onnx", ok=False), "no.onnx is no ONNX file")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert_one_message(cli("serve", "--ckpt_path=no.onnx", f"--port={port}", ok=False), f"--port={port}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_page_recognizes_what_is_drawn_and_dropped(served: tuple[str, object], run_folder: Path) -> None:
+    address, _ = served
+    with browser() as page:
+        page.set_viewport_size({"width": 390, "height": 844})  # a phone's
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        box = page.locator("#paper").bounding_box()
+        assert box is not None
+        x, y, side = box["x"], box["y"], box["width"]
+
+        def draw(*points: tuple[float, float]) -> None:
+            page.locator("#clear").click()
+            page.mouse.move(x + points[0][0] * side, y + points[0][1] * side)
+            page.mouse.down()
+            for right, down in points[1:]:
+                page.mouse.move(x + right * side, y + down * side, steps=3)
+            page.mouse.up()
+
+        draw((0.52, 0.2), (0.5, 0.8))
+        page.locator("#bars li.best .name", has_text="1").wait_for()
+        turns = [2 * np.pi * step / 24 for step in range(25)]
+        draw(*[(0.5 + 0.2 * float(np.sin(turn)), 0.5 - 0.3 * float(np.cos(turn))) for turn in turns])
+        page.locator("#bars li.best .name", has_text="0").wait_for()
+        assert page.locator("#input").get_attribute("src").startswith("data:image/png")
+        page.locator("#file").set_input_files(run_folder / "digits" / "0003.png")
+        expected = rows(_post(address, [run_folder / "digits" / "0003.png"]))[0]["class"]
+        page.locator("#bars li.best .name", has_text=expected).wait_for()
+        assert all(url.startswith((address, "data:", "blob:")) for url in asked)
