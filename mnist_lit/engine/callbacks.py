@@ -216,6 +216,11 @@ class ProgressBar(RichProgressBar):
         if self.is_enabled and self._due(batch_idx, self.total_train_batches):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning draws the last epoch's end before the metrics of that epoch are there.
+        self._update_metrics(trainer, pl_module)
+        self.refresh()
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,

@@ -539,13 +539,18 @@ class _Predicting(CLI):
     """Makes what ``predict`` runs with, out of a checkpoint and without its dataset, and runs nothing."""
 
     linked = ()  # to the data module, which would open its dataset
+    content: dict[str, Any]  # of the checkpoint
 
     def _read_checkpoint(self, config: Namespace) -> None:
         super()._read_checkpoint(config)
         options, known = config.model.get("init_args") or {}, (self.checkpoint or {}).get("hyper_parameters", {})
         for name in LINKED:
-            if name in options and options[name] is None:
-                options[name] = known.get(name)
+            if name in options and name in known:
+                options[name] = known[name]
+
+    def after_instantiate_classes(self) -> None:
+        self.content = self.checkpoint or {}
+        super().after_instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -563,7 +568,9 @@ def build(ckpt_path: str, args: Sequence[str] = ()) -> tuple[CLI, dict[str, Any]
     """
     alone = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--trainer.logger=false")
     command = with_config(["export", f"--ckpt_path={ckpt_path}", *join_values(args), *alone])
-    return run(command, cli_class=_Predicting), read_checkpoint(ckpt_path, "--weights_only=false" not in args)
+    built = run(command, cli_class=_Predicting)
+    assert isinstance(built, _Predicting)
+    return built, built.content
 
 
 _keep_accepted = typehints.discard_init_args_on_class_path_change

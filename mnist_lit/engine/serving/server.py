@@ -218,7 +218,7 @@ def check_port(host: str, port: int) -> None:
     """Find out before anything is loaded whether the server may have its port.
 
     Raises:
-        ConfigurationError: naming who else has it, as far as one can tell.
+        ConfigurationError: if it may not.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as tried:

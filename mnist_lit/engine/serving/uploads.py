@@ -45,11 +45,6 @@ class Upload(NamedTuple):
     content: bytes | list[Any]  # a file, or pixels
 
 
-def refuse(status: int, reason: str) -> HTTPException:
-    """The answer to a request that cannot be used."""
-    return HTTPException(status, reason)
-
-
 async def receive(request: Request, reader: ImageReader, limiter: anyio.CapacityLimiter) -> Images:
     """Read the images of a request.
 
@@ -59,11 +54,11 @@ async def receive(request: Request, reader: ImageReader, limiter: anyio.Capacity
     try:
         body = await asyncio.wait_for(_body(request), PATIENCE)
     except (asyncio.TimeoutError, TimeoutError) as error:
-        raise refuse(408, f"the request took more than {PATIENCE:.0f} s to arrive") from error
+        raise HTTPException(408, f"the request took more than {PATIENCE:.0f} s to arrive") from error
     except ClientDisconnect as error:
-        raise refuse(400, "the request broke off") from error
+        raise HTTPException(400, "the request broke off") from error
     if len(body) > MAX_BYTES:
-        raise refuse(413, f"the request has more than {MAX_BYTES >> 20} MiB")
+        raise HTTPException(413, f"the request has more than {MAX_BYTES >> 20} MiB")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         uploads = await _from_form(request, body)
@@ -72,7 +67,7 @@ async def receive(request: Request, reader: ImageReader, limiter: anyio.Capacity
         return await anyio.to_thread.run_sync(_read_json, body, reader, limiter=limiter)
     if kind in UNKNOWN or kind.startswith("image/"):
         return await anyio.to_thread.run_sync(_read, [Upload("", body)], reader, limiter=limiter)
-    raise refuse(415, f"{kind[:100]} is no type of images; {EXPECTED}")
+    raise HTTPException(415, f"{kind[:100]} is no type of images; {EXPECTED}")
 
 
 async def _body(request: Request) -> bytes:
@@ -95,7 +90,7 @@ async def _from_form(request: Request, body: bytes) -> list[Upload]:
         ).parse()
     except (MultiPartException, KeyError, ValueError, LookupError) as error:
         reason = getattr(error, "message", "it is damaged")
-        raise refuse(400, f"not a readable form ({reason}); {EXPECTED}") from error
+        raise HTTPException(400, f"not a readable form ({reason}); {EXPECTED}") from error
     files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     return [Upload(file.filename or "", await file.read()) for file in files]
 
@@ -104,30 +99,30 @@ def _read_json(body: bytes, reader: ImageReader) -> Images:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise refuse(400, f"not readable as JSON; {EXPECTED}") from error
+        raise HTTPException(400, f"not readable as JSON; {EXPECTED}") from error
     items = content.get("images", [content["image"]] if "image" in content else None) if type(content) is dict else None
     if not isinstance(items, list):
-        raise refuse(422, f"no images in the JSON; {EXPECTED}")
+        raise HTTPException(422, f"no images in the JSON; {EXPECTED}")
     uploads = []
     for item in items[: MAX_IMAGES + 1]:
         if isinstance(item, str):
             try:
                 content = base64.b64decode(item.rpartition("base64,")[2], validate=True)
             except (binascii.Error, ValueError) as error:
-                raise refuse(422, f"a text in the JSON is no base64; {EXPECTED}") from error
+                raise HTTPException(422, f"a text in the JSON is no base64; {EXPECTED}") from error
         elif isinstance(item, list):
             content = item
         else:
-            raise refuse(422, f"{type(item).__name__} in the JSON is no image; {EXPECTED}")
+            raise HTTPException(422, f"{type(item).__name__} in the JSON is no image; {EXPECTED}")
         uploads.append(Upload("", content))
     return _read(uploads, reader)
 
 
 def _read(uploads: list[Upload], reader: ImageReader) -> Images:
     if not uploads or not uploads[0].content:
-        raise refuse(422, f"no image in the request; {EXPECTED}")
+        raise HTTPException(422, f"no image in the request; {EXPECTED}")
     if len(uploads) > MAX_IMAGES:
-        raise refuse(413, f"more than {MAX_IMAGES:,} images in one request")
+        raise HTTPException(413, f"more than {MAX_IMAGES:,} images in one request")
     read: list[tuple[np.ndarray, str]] = []
     for number, (name, content) in enumerate(uploads, 1):
         try:
@@ -137,7 +132,7 @@ def _read(uploads: list[Upload], reader: ImageReader) -> Images:
                 read.append(reader(io.BytesIO(content)))
         except ImageError as error:
             which = name[-100:] or (f"image {number}" if len(uploads) > 1 else "")
-            raise refuse(422, f"{which}: {error}" if which else str(error)) from error
+            raise HTTPException(422, f"{which}: {error}" if which else str(error)) from error
     return Images(np.stack([image for image, _ in read]), [u.name for u in uploads], [warning for _, warning in read])
 
 
