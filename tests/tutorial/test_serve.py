@@ -22,6 +22,7 @@ import requests
 from browser import CHROMIUM, browser
 from common import CONFIGS, ENVIRONMENT, RUN, Run, assert_one_message
 from PIL import Image
+from test_folders import CLASSES, make_pets
 
 from mnist_lit.datasets.digits import make_digits
 
@@ -248,3 +249,20 @@ def test_page_recognizes_what_is_drawn_and_dropped(served: tuple[str, object], r
         expected = rows(_post(address, [run_folder / "digits" / "0003.png"]))[0]["class"]
         page.locator("#bars li.best .name", has_text=expected).wait_for()
         assert all(url.startswith((address, "data:", "blob:")) for url in asked)
+
+
+@pytest.mark.slow
+def test_colour_bfloat16_and_two_workers_in_a_folder_with_brackets(cli_in: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "a b [c]"
+    pets = make_pets(folder / "pets", 40, (40, 50))
+    cli_in(
+        folder,
+        *("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=pets", "--data.image_size=32"),
+        *("--data.batch_size=16", "--trainer.max_epochs=3", "--trainer.precision=bf16-mixed", "--run_name=my [run]"),
+    )
+    best = "lightning_logs/my [run]/checkpoints/best.ckpt"
+    with server(folder, "--ckpt_path", best, "--workers=2") as (address, _):
+        found = rows(_post(address, [pets / name / "0000.png" for name in CLASSES]))
+        assert [set(row["probabilities"]) for row in found] == [set(CLASSES)] * 3
+        assert [row["class"] for row in found] == list(CLASSES)
+        assert not requests.get(f"{address}/info", timeout=60).json()["model"]["draws"]
