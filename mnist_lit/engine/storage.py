@@ -44,8 +44,10 @@ def atomic_save(content: Any, path: Path) -> None:
     """
     data = io.BytesIO()
     torch.save(content, data)
-    with atomic_write(path) as part:
-        part.write_bytes(data.getbuffer())
+    with atomic_write(path) as part, part.open("wb") as file:
+        file.write(
+            data.getbuffer()
+        )  # as no variable, which a traceback would keep: Python 3.12.1 crashes on it at exit
 
 
 @contextmanager
