@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from common import CONFIGS, ROOT, Run
@@ -19,6 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from mnist_lit import CNN, FastCNN, Logistic, MNISTDataModule
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
+onnx = pytest.importorskip("onnx", reason="needs the extra [export]")
 
 pytestmark = pytest.mark.slow  # tests/project exports every config and compares, too
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +161,7 @@ def test_names_of_the_classes_are_everywhere(cli: Run, small: Path, tmp_path: Pa
 def test_names_of_the_classes_are_exported(cli: Run, small: Path, tmp_path: Path) -> None:
     cli("fit", *NAMED, "--data.dataset", small, f"--data.class_names=[{', '.join(NAMES)}]", *QUICK)
     cli("export", *NAMED, "--data.dataset", small, "--ckpt_path", CHECKPOINTS / "best.ckpt")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
     session = onnxruntime.InferenceSession(tmp_path / CHECKPOINTS / "best.onnx")
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == NAMES
 

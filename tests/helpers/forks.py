@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from typing import Any
 def serve() -> None:
     """Per line of stdin: forks a run, prints its pid and then its exit code. Returns in the forks only."""
     # ruff: noqa: F401, imported here once for all runs
-    import onnxscript
-    import torch.onnx._internal.exporter._core  # takes a second and a half
+    with suppress(ImportError):  # the extra export
+        import onnxscript
+        import torch.onnx._internal.exporter._core  # takes a second and a half
 
     from mnist_lit import __main__, data, models
     from mnist_lit.engine import cli, sweep
