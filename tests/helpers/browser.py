@@ -1,11 +1,12 @@
 """TensorBoard as people see it: the real server, and its pages in Chromium.
 
 ``python tests/helpers/browser.py LOGDIR FOLDER`` takes the README's pictures, which are of runs of logistic.yaml,
-cnn.yaml and fast.yaml, and of a test of the last.
+cnn.yaml and fast.yaml, and of a test of the last. With an address of ``serve`` for LOGDIR it draws on that page.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -68,8 +69,37 @@ def open_page(page: Page, address: str, name: str) -> None:
     page.locator(selector).first.wait_for()
 
 
-def main(logdir: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def draw(page: Page, *points: tuple[float, float]) -> None:
+    """Draws one line on the page of ``serve``, through points from (0, 0) to (1, 1), where nothing else is."""
+    page.locator("#clear").click()
+    box = page.locator("#paper").bounding_box()
+    assert box is not None
+    places = [(box["x"] + right * box["width"], box["y"] + down * box["height"]) for right, down in points]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=3)
+    page.mouse.up()
+
+
+def arc(right: float, down: float, radius: float, start: float, end: float) -> list[tuple[float, float]]:
+    """Points of a part of a circle; 0 is its top, and a turn is clockwise."""
+    turns = [2 * math.pi * (start + (end - start) * step / 24) for step in range(25)]
+    return [(right + radius * math.sin(turn), down - radius * math.cos(turn)) for turn in turns]
+
+
+def take_serve(address: str, folder: Path) -> None:
+    with browser() as page:
+        page.set_viewport_size({"width": 900, "height": 640})
+        page.goto(address)
+        draw(page, *arc(0.48, 0.34, 0.16, -0.2, 0.5), *arc(0.48, 0.68, 0.18, 0, 0.7))
+        page.locator("#bars li.best").wait_for()
+        page.wait_for_timeout(1000)  # bars grow
+        page.screenshot(path=folder / "serve.png")
+        print(folder / "serve.png")
+
+
+def take_tensorboard(logdir: Path, folder: Path) -> None:
     runs = len(list(logdir.glob("*/events.out.tfevents.*")))
     with tensorboard(logdir, runs) as address, browser() as page:
         for name in PAGES:
@@ -80,4 +110,9 @@ def main(logdir: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    where, folder = sys.argv[1], Path(sys.argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    if where.startswith("http"):
+        take_serve(where, folder)
+    else:
+        take_tensorboard(Path(where), folder)

@@ -6,21 +6,21 @@ import base64
 import csv
 import io
 import json
-import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import requests
-from browser import CHROMIUM, browser
-from common import CONFIGS, ENVIRONMENT, RUN, Run, assert_one_message
+from browser import CHROMIUM, arc, browser, draw
+from common import CONFIGS, ENVIRONMENT, OVERLAYS, RUN, Run, assert_one_message
 from PIL import Image
 from test_folders import CLASSES, make_pets
 
@@ -37,12 +37,19 @@ def free_port() -> int:
         return tried.getsockname()[1]
 
 
+class Started(NamedTuple):
+    address: str
+    process: subprocess.Popen
+    temporary: Path  # its folder for temporary files
+
+
 @contextmanager
-def server(folder: Path, *args: object) -> Iterator[tuple[str, subprocess.Popen]]:
+def server(folder: Path, *args: object) -> Iterator[Started]:
     port = free_port()
     command = [sys.executable, "-m", "mnist_lit", "serve", *map(str, args), f"--port={port}"]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log)
+    with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryFile() as log:
+        environment = ENVIRONMENT | {"TMPDIR": temporary}
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         try:
             for _ in range(600):
                 try:
@@ -54,7 +61,7 @@ def server(folder: Path, *args: object) -> Iterator[tuple[str, subprocess.Popen]
                     log.seek(0)
                     raise RuntimeError(log.read().decode())
                 time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}", process
+            yield Started(f"http://127.0.0.1:{port}", process, Path(temporary))
         finally:
             process.terminate()
             process.wait(60)
@@ -74,7 +81,7 @@ def run_folder(cli_in: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["ckpt", "onnx"])
-def served(request: pytest.FixtureRequest, run_folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+def served(request: pytest.FixtureRequest, run_folder: Path) -> Iterator[Started]:
     with server(run_folder, "--ckpt_path", BEST.with_suffix(f".{request.param}")) as started:
         yield started
 
@@ -85,8 +92,8 @@ def rows(answer: requests.Response) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_probabilities_are_those_of_predict(served: tuple[str, object], run_folder: Path, cli_in: Run) -> None:
-    address, _ = served
+def test_probabilities_are_those_of_predict(served: Started, run_folder: Path, cli_in: Run) -> None:
+    address = served.address
     bar = 1e-5 if requests.get(f"{address}/info", timeout=60).json()["model"]["file"].endswith(".onnx") else 1e-6
     done = cli_in(run_folder, "predict", "--ckpt_path", BEST, "--data.images", "digits")
     table = run_folder / next(part for part in done.stdout.split() if part.endswith("predictions.csv"))
@@ -108,8 +115,8 @@ def _post(address: str, files: list[Path]) -> requests.Response:
 
 
 @pytest.mark.slow
-def test_every_kind_of_request_has_the_same_answer(served: tuple[str, object], run_folder: Path) -> None:
-    address, _ = served
+def test_every_kind_of_request_has_the_same_answer(served: Started, run_folder: Path) -> None:
+    address = served.address
     path = run_folder / "digits" / "0003.png"
     text = base64.b64encode(path.read_bytes()).decode()
     pixels = np.asarray(Image.open(path)).tolist()
@@ -161,10 +168,10 @@ def hostile(rng: np.random.Generator, good: bytes) -> Iterator[tuple[dict, bytes
 
 
 @pytest.mark.slow
-def test_hostile_requests_are_refused_with_one_sentence(served: tuple[str, subprocess.Popen], run_folder: Path) -> None:
-    address, process = served
+def test_hostile_requests_are_refused_with_one_sentence(served: Started, run_folder: Path) -> None:
+    address, process, temporary = served
     good = (run_folder / "digits" / "0000.png").read_bytes()
-    before = set(os.listdir(tempfile.gettempdir())), set(run_folder.rglob("*"))
+    before = set(temporary.rglob("*")), set(run_folder.rglob("*"))
     codes: dict[int, int] = {}
     for headers, body in hostile(np.random.default_rng(1), good):
         answer = requests.post(f"{address}/predict", data=body, headers=headers, timeout=60)
@@ -174,14 +181,32 @@ def test_hostile_requests_are_refused_with_one_sentence(served: tuple[str, subpr
     print(codes)
     assert rows(requests.post(f"{address}/predict", data=good, timeout=60))
     assert process.poll() is None
-    assert set(run_folder.rglob("*")) == before[1]
+    assert (set(temporary.rglob("*")), set(run_folder.rglob("*"))) == before
+
+
+@pytest.mark.slow
+def test_clients_that_hang_keep_nobody_waiting(served: Started, run_folder: Path) -> None:
+    address = served.address
+    host, port = "127.0.0.1", int(address.rpartition(":")[2])
+    good = (run_folder / "digits" / "0000.png").read_bytes()
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(good)}\r\n\r\n".encode()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection((host, port), 60)) for _ in range(100)]
+        for client in clients:
+            client.sendall(head + good[:100])
+        began = time.monotonic()
+        assert rows(requests.post(f"{address}/predict", data=good, timeout=10))
+        for client in clients:
+            assert client.recv(2**16).startswith(b"HTTP/1.1 408")
+        assert time.monotonic() - began < 60
+    assert rows(requests.post(f"{address}/predict", data=good, timeout=60))
 
 
 @pytest.mark.slow
 def test_sigterm_finishes_what_is_under_way(run_folder: Path) -> None:
     paths = sorted((run_folder / "digits").iterdir())[:400]
     form = [("files", (path.name, path.read_bytes())) for path in paths]
-    with server(run_folder, "--ckpt_path", BEST) as (address, process):
+    with server(run_folder, "--ckpt_path", BEST) as (address, process, _):
         body = requests.Request("POST", f"{address}/predict", files=form).prepare()
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client:
             kind = body.headers["content-type"]
@@ -199,7 +224,7 @@ def test_sigterm_finishes_what_is_under_way(run_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_onnx_is_served_without_torch(run_folder: Path) -> None:
-    with server(run_folder, "--ckpt_path", BEST.with_suffix(".onnx")) as (_, process):
+    with server(run_folder, "--ckpt_path", BEST.with_suffix(".onnx")) as (_, process, _):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert children
         for pid in (str(process.pid), *children):
@@ -219,30 +244,20 @@ def test_mistakes_are_one_message(cli: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_page_recognizes_what_is_drawn_and_dropped(served: tuple[str, object], run_folder: Path) -> None:
-    address, _ = served
+def test_page_recognizes_what_is_drawn_and_dropped(served: Started, run_folder: Path) -> None:
+    address = served.address
     with browser() as page:
         page.set_viewport_size({"width": 390, "height": 844})  # a phone's
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        box = page.locator("#paper").bounding_box()
-        assert box is not None
-        x, y, side = box["x"], box["y"], box["width"]
-
-        def draw(*points: tuple[float, float]) -> None:
-            page.locator("#clear").click()
-            page.mouse.move(x + points[0][0] * side, y + points[0][1] * side)
-            page.mouse.down()
-            for right, down in points[1:]:
-                page.mouse.move(x + right * side, y + down * side, steps=3)
-            page.mouse.up()
-
-        draw((0.52, 0.2), (0.5, 0.8))
+        assert page.locator("#hint").is_visible()
+        draw(page, (0.52, 0.2), (0.5, 0.8))
         page.locator("#bars li.best .name", has_text="1").wait_for()
-        turns = [2 * np.pi * step / 24 for step in range(25)]
-        draw(*[(0.5 + 0.2 * float(np.sin(turn)), 0.5 - 0.3 * float(np.cos(turn))) for turn in turns])
+        assert not page.locator("#hint").is_visible()
+        assert len({line.bounding_box()["height"] for line in page.locator("#bars li").all()}) == 1
+        draw(page, *arc(0.5, 0.5, 0.28, 0, 1))
         page.locator("#bars li.best .name", has_text="0").wait_for()
         assert page.locator("#input").get_attribute("src").startswith("data:image/png")
         page.locator("#file").set_input_files(run_folder / "digits" / "0003.png")
@@ -261,8 +276,26 @@ def test_colour_bfloat16_and_two_workers_in_a_folder_with_brackets(cli_in: Run, 
         *("--data.batch_size=16", "--trainer.max_epochs=3", "--trainer.precision=bf16-mixed", "--run_name=my [run]"),
     )
     best = "lightning_logs/my [run]/checkpoints/best.ckpt"
-    with server(folder, "--ckpt_path", best, "--workers=2") as (address, _):
+    with server(folder, "--ckpt_path", best, "--workers=2") as (address, *_):
         found = rows(_post(address, [pets / name / "0000.png" for name in CLASSES]))
         assert [set(row["probabilities"]) for row in found] == [set(CLASSES)] * 3
         assert [row["class"] for row in found] == list(CLASSES)
         assert not requests.get(f"{address}/info", timeout=60).json()["model"]["draws"]
+
+
+@pytest.mark.slow
+def test_regression_is_served_as_values(cli: Run, small: Path, tmp_path: Path) -> None:
+    arrays = dict(np.load(small))
+    for split in ("train", "valid", "test"):
+        arrays[f"y_{split}"] = arrays[f"x_{split}"].mean((1, 2), dtype=np.float32) / 128
+    np.savez(tmp_path / "bright.npz", **arrays)
+    configs = (f"--config={CONFIGS / 'fast.yaml'}", f"--config={OVERLAYS / 'regression.yaml'}")
+    cli("fit", *configs, "--data.dataset=bright.npz", "--data.batch_size=128", "--trainer.max_epochs=1")
+    cli("predict", "--ckpt_path", BEST)
+    with (tmp_path / "lightning_logs" / "version_1" / "predictions.csv").open() as file:
+        expected = [float(row["prediction"]) for row in csv.DictReader(file)][:20]
+    with server(tmp_path, "--ckpt_path", BEST) as (address, *_):
+        body = {"images": arrays["x_test"][:20].tolist()}
+        found = rows(requests.post(f"{address}/predict", json=body, timeout=60))
+    assert [row["values"] for row in found] == [[pytest.approx(value, abs=1e-6)] for value in expected]
+    assert all(row["class"] is row["probabilities"] is row["confidence"] is None for row in found)
