@@ -1,0 +1,31 @@
+"""``python -m benchmarks.plain_server CHECKPOINT PORT``: the handler that one writes by hand, one request at a time."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, Request
+
+from mnist_lit.datasets.pictures import PictureReader
+from mnist_lit.engine.serving.models import Checkpoint
+
+_, path, port = sys.argv
+served = Checkpoint.open(path, [])
+model, reader = served.load("cpu"), PictureReader(served.data)
+app = FastAPI()
+
+
+@app.post("/predict")
+async def predict(request: Request) -> dict[str, float]:
+    """Probabilities of one image: an image file, or JSON with its pixels."""
+    body = await request.body()
+    if request.headers["content-type"] == "application/json":
+        pixels = np.array(json.loads(body)["image"], np.uint8)[None]  # (1, 28, 28)
+    else:
+        pixels, _ = reader(io.BytesIO(body))
+    return dict(zip(served.classes or [], model(pixels[None])[0].tolist(), strict=True))
+
+
+uvicorn.run(app, port=int(port), log_level="warning")
