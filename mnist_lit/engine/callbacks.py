@@ -119,9 +119,9 @@ class TailAveraging(WeightAveraging):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.current_epoch < self.start_epoch and self._average_model is not None:
             self._average_model.n_averaged.zero_()  # PyTorch copies what is the first to average
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class NoProfiler(PassThroughProfiler):

@@ -25,7 +25,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Callback, ModelSummary
+from lightning.pytorch.callbacks import Callback, ModelSummary, WeightAveraging
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -475,18 +475,22 @@ class CLI(LightningCLI):
         """Test, if asked to; print the final metrics and the commands that come next."""
         trainer, run, console = self.trainer, self.run, Console()
         best, epochs, metrics = self._best_or_last(), trainer.current_epoch, dict(trainer.callback_metrics)
+        kept = best_checkpoint(trainer)
+        # The test restores the callbacks as they were when the best checkpoint was written.
+        best_epoch, best_metrics = getattr(kept, "best_epoch", 0), dict(getattr(kept, "best_metrics", {}))
         if best and self.config.fit.test_after_fit:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback._average_model = None  # with it the raw weights are loaded, to train on
             trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
             metrics |= trainer.callback_metrics
         if not trainer.is_global_zero:
             return
-        kept = best_checkpoint(trainer)
-        best_metrics = getattr(kept, "best_metrics", {})
         dataset = getattr(self.datamodule, "dataset_used", type(self.datamodule).__name__)
         taken = timedelta(seconds=round(time.monotonic() - self._started))
         length = f" after {epochs} epoch{'s' * (epochs != 1)}" if epochs else ""  # not known here after ddp_spawn
         title = f"{type(self.model).__name__} on {dataset}{length}, {taken}"
-        columns = ["last", *([f"best: epoch {kept.best_epoch}"] if best_metrics else [])]  # type: ignore[union-attr]
+        columns = ["last", *([f"best: epoch {best_epoch}"] if best_metrics else [])]
         table = Table("metric", *(Column(name, justify="right") for name in columns), title=escape(title))
         table.min_width = len(title) + 2
         for name, value in sorted(metrics.items()):

@@ -268,8 +268,10 @@ def test_table_beside_tensorboard_in_the_folder_of_the_run(fit, tmp_path: Path) 
 @pytest.mark.parametrize("model", ["fast", pytest.param("cnn", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("overlay", ["ema", "swa"])
 def test_checkpoints_hold_the_average_that_was_validated(fit, cli: Run, small: Path, overlay: str, model: str) -> None:
-    settings = ("--trainer.max_epochs=3", "--data.batch_size=64", *NO_PICTURES)
-    fitted = re.search(r"│ val/loss +│ +([\d.]+) │", fit(model, overlay, settings=settings).stdout)
+    settings = ("--trainer.max_epochs=3", "--data.batch_size=64", "--test_after_fit=true", *NO_PICTURES)
+    printed = fit(model, overlay, settings=settings).stdout
+    fitted = re.search(r"│ val/loss +│ +([\d.]+) │ +([\d.]+) │", printed)
+    fit_tested = re.search(r"│ test/loss +│ +([\d.]+) │", printed)
     run = Path("lightning_logs/version_0")
     last, config = run / "checkpoints" / "last.ckpt", run / "config.yaml"
     done = cli("validate", "--config", config, "--ckpt_path", last, "--data.dataset", small)
@@ -277,6 +279,11 @@ def test_checkpoints_hold_the_average_that_was_validated(fit, cli: Run, small: P
     assert fitted is not None
     assert validated is not None
     assert float(validated[1]) == pytest.approx(float(fitted[1]), abs=1e-4)
+    best = run / "checkpoints" / "best.ckpt"
+    done = cli("validate", "--config", config, "--ckpt_path", best, "--data.dataset", small)
+    assert float(re.search(r"val/loss +│ +([\d.]+)", done.stdout)[1]) == pytest.approx(float(fitted[2]), abs=1e-4)
+    done = cli("test", "--config", config, "--ckpt_path", best, "--data.dataset", small)
+    assert float(re.search(r"test/loss +│ +([\d.]+)", done.stdout)[1]) == pytest.approx(float(fit_tested[1]), abs=1e-4)
 
 
 @pytest.mark.slow
