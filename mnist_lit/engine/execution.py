@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -83,6 +83,9 @@ class StepsPerExecution(Callback):
             return
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
             self._refuse(["the scheduler ReduceLROnPlateau"])
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averaging = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+        self._refuse([f"{type(callback).__name__}, which averages after every step" for callback in averaging])
         if getattr(trainer.train_dataloader, "steps_per_execution", 1) != self.steps:
             self._refuse([f"the loader of {type(trainer.datamodule).__name__}"])  # type: ignore[attr-defined]
 

@@ -74,6 +74,13 @@ def test_what_eight_steps_in_one_cannot_honour_is_refused(cli: Run, small: Path,
     assert "Traceback" not in done.stderr
 
 
+def test_averaging_after_every_step_is_refused(cli: Run, small: Path) -> None:
+    ema = ("--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.99")
+    done = cli("fit", "--config", CONFIGS / "cnn.yaml", *EIGHT, "--data.dataset", small, *ema, ok=False)
+    assert "cannot honour EMAWeightAveraging" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_plateau_scheduler_is_refused(cli: Run, small: Path) -> None:
     scheduler = ("--optimizer=SGD", "--optimizer.lr=0.1", "--lr_scheduler=ReduceLROnPlateau")
