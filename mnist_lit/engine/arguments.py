@@ -44,6 +44,9 @@ def with_homes(values: Any) -> Any:
     return values
 
 
+WITH_CHECKPOINT = "validate", "test", "predict", "export"  # commands that need one
+
+
 def with_config(args: Sequence[str], default: str = "") -> list[str]:
     """Put configs first, so that the other options override them wherever they stand, and add one if none is named:
     the config.yaml of the checkpoint's run, or else the default.
@@ -53,7 +56,7 @@ def with_config(args: Sequence[str], default: str = "") -> list[str]:
         default: config of ``fit``, if it is there and no model is named.
 
     Raises:
-        ConfigurationError: if there is no such checkpoint.
+        ConfigurationError: if there is no such checkpoint, or no config for it.
     """
     command, *options = args
     of_configs = argparse.ArgumentParser(prog=f"python -m {PROJECT} {command}", usage=USAGE, **PLAIN)
@@ -62,16 +65,21 @@ def with_config(args: Sequence[str], default: str = "") -> list[str]:
     of_checkpoint.add_argument("--ckpt_path", nargs="?", type=Path)
     found, others = of_configs.parse_known_args(options)
     configs, ckpt_path = found.config, of_checkpoint.parse_known_args(options)[0].ckpt_path
+    names = {option.partition("=")[0] for option in options}
+    whole = names & {"--model", "--model.class_path", "--help", "-h", "--print_schema", "--print_completion"}
     if not configs and ckpt_path is not None and ":/" not in str(ckpt_path):
         if ckpt_path.exists():
             of_run = Run(ckpt_path.absolute().parents[1]).config
             if of_run.is_file():
                 rank_zero_info(f"The config is the run's: {relative(of_run)}")
                 configs = [str(of_run)]
-        elif command in ("validate", "test", "predict", "export"):
+            elif command in WITH_CHECKPOINT and not whole:
+                raise ConfigurationError(
+                    f"--ckpt_path={ckpt_path} is no checkpoint in a run's folder, where its config.yaml would be; name "
+                    "the config that it was trained with: --config=FILE"
+                )
+        elif command in WITH_CHECKPOINT:
             raise ConfigurationError(no_such_checkpoint("ckpt_path", ckpt_path))
-    names = {option.partition("=")[0] for option in options}
-    whole = names & {"--model", "--model.class_path", "--help", "-h", "--print_schema", "--print_completion"}
     if command == "fit" and not configs and not whole and Path(default).is_file():
         rank_zero_info(f"No --config is given: it is {default}")
         configs = [default]

@@ -233,6 +233,8 @@ def test_onnx_is_served_without_torch(run_folder: Path) -> None:
 
 def test_mistakes_are_one_message(cli: Run, tmp_path: Path) -> None:
     assert_one_message(cli("serve", "--ckpt_path=no.ckpt", ok=False), "no.ckpt", "no such checkpoint")
+    for other in (CONFIGS / "cnn.yaml", tmp_path):
+        assert_one_message(cli("serve", "--ckpt_path", other, ok=False), f"{other} is no checkpoint in a run's folder")
     (tmp_path / "no.onnx").write_text("no")
     assert_one_message(cli("serve", "--ckpt_path=no.onnx", ok=False), "no.onnx is no ONNX file")
     with socket.socket() as taken:
