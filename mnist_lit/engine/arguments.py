@@ -69,7 +69,7 @@ def with_config(args: Sequence[str], default: str = "") -> list[str]:
     whole = names & {"--model", "--model.class_path", "--help", "-h", "--print_schema", "--print_completion"}
     if not configs and ckpt_path is not None and ":/" not in str(ckpt_path):
         if ckpt_path.exists():
-            of_run = Run(ckpt_path.absolute().parents[1]).config
+            of_run = Run(ckpt_path.absolute().parent.parent).config
             if of_run.is_file():
                 rank_zero_info(f"The config is the run's: {relative(of_run)}")
                 configs = [str(of_run)]

@@ -62,6 +62,7 @@ from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.finetuning import first_convolution, rename, to_channels
 from mnist_lit.engine.messages import full_disk, leave_out_noise, misfit, raised_by_libraries
 from mnist_lit.engine.metrics import Metrics
+from mnist_lit.engine.parser import Parser, did_you_mean, options_of
 from mnist_lit.engine.predictions import PredictionsFile
 from mnist_lit.engine.provenance import Provenance
 from mnist_lit.engine.resume import ResumeGuard, different_options, longer_if_finished, restored_options
@@ -293,9 +294,9 @@ class CLI(LightningCLI):
                 raise ConfigurationError(str(cause)) from error
             raise
         # Every model is offered what the data know; its hyperparameters are those that it takes.
-        taken = LightningArgumentParser().add_class_arguments(type(self.model), "model", fail_untyped=False)
+        taken = options_of(type(self.model))
         for name in LINKED:
-            if f"model.{name}" not in taken:
+            if name not in taken:
                 self.model.hparams.pop(name, None)
         config = self.config[self.subcommand]  # in the run's config.yaml, too
         config.num_threads = set_threads(config.num_threads, self.trainer.num_devices)
@@ -610,6 +611,7 @@ def run(args: list[str], callbacks: Sequence[Callback] = (), cli_class: type[CLI
         LightningDataModule,
         save_config_callback=RunConfig,
         trainer_class=Trainer,
+        parser_class=Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         # An error is one message and not a screenful of options; a typo is no abbreviation.
@@ -649,6 +651,11 @@ def main(data_module: str = "", default_config: str = "", commands: Mapping[str,
     CLI.more_commands = tuple(modules)
     try:
         command, *args = with_homes(sys.argv[1:]) or [""]
+        names = [*CLI.commands, *modules]
+        if command and not command.startswith("-") and command not in names:
+            raise ConfigurationError(
+                f"no command {command!r}{did_you_mean(command, names)}; the commands are {', '.join(names)}"
+            )
         if command == "sweep" and find_spec("optuna") is None:
             raise ConfigurationError(f"sweep needs optuna: pip install '{PROJECT}[sweep]'")
         if command in modules:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common import CONFIGS, ROOT, Run, assert_same_weights, checkpoint
+from common import CONFIGS, ROOT, Run, assert_one_message, assert_same_weights, checkpoint
 
 from mnist_lit import CNN, MNISTDataModule
 
@@ -196,6 +196,29 @@ def test_wrong_input_is_one_clear_message(cli: Run, tmp_path: Path, case: str) -
     assert len(refused.stderr.splitlines()) < 20
     left = {path.name for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     assert {name for name in left if "tfevents" not in name} == {"file", "wrong.pkl.gz"}
+
+
+NEARLY = {
+    "fitt": ("fitt", "no command 'fitt' (did you mean fit?); the commands are fit, validate"),
+    "option": ("fit --trainr.max_epochs=2", "--trainr.max_epochs=2 (did you mean --trainer.max_epochs?)"),
+    "option of the model": ("fit --model=CNN --model.lrr=3", "'lrr' is not accepted (did you mean lr?)"),
+    "model": ("fit --model=CNNN", "CNNN (did you mean CNN?)"),
+    "optimizer": ("fit --model=CNN --optimizer=AdamWW", "AdamWW (did you mean AdamW?)"),
+    "logger": ("fit --model=CNN --trainer.logger=CVSLogger", "CVSLogger (did you mean CSVLogger?)"),
+    "callback": ("fit --model=CNN --trainer.callbacks+=EarlyStoping", "EarlyStoping (did you mean EarlyStopping?)"),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if i > 2 else []) for i, case in enumerate(NEARLY)]
+)
+def test_nearly_right_name_is_suggested(cli: Run, case: str) -> None:
+    command, message = NEARLY[case]
+    refused = cli(*command.split(), ok=False)
+    assert_one_message(refused, message)
+    assert len(refused.stderr.splitlines()) <= 3
+    assert "Union" not in refused.stderr
+    assert "NestedArg" not in refused.stderr
 
 
 def test_evaluation_needs_a_checkpoint(cli: Run, small: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ from mnist_lit.engine.errors import ConfigurationError, UserError
 from mnist_lit.engine.images import ImageReader
 
 SUFFIX = ".onnx"
+# Options of predict that say how a model is made.
+FURTHER = re.compile(r"-c\b|--(config|data|model|trainer|weights_only)\b")
 
 
 def main(args: list[str], reader: Callable[[dict[str, Any]], ImageReader] = ImageReader) -> None:
@@ -25,6 +28,8 @@ def main(args: list[str], reader: Callable[[dict[str, Any]], ImageReader] = Imag
         reader: makes, from the hyperparameters of the model's data module, what reads the pictures that are sent.
     """
     options, others = _parser().parse_known_args(args)
+    if unknown := [option for option in others if option.startswith("-") and not FURTHER.match(option)]:
+        _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         _serve(options, others, reader)
     except UserError as error:
@@ -43,7 +48,7 @@ def _serve(options: argparse.Namespace, others: list[str], make_reader: Callable
     served: Served
     if path.suffix == SUFFIX:
         if others:
-            _parser().error(f"unrecognized arguments: {' '.join(others)}")
+            _parser().error(f"{' '.join(others)}: an ONNX file takes no options of predict")
         served = OnnxFile.open(path, available_cpus(options.workers))
     else:
         served = Checkpoint.open(str(path), others)
