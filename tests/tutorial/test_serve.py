@@ -6,6 +6,8 @@ import base64
 import csv
 import io
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,6 +155,7 @@ def hostile(rng: np.random.Generator, good: bytes) -> Iterator[tuple[dict, bytes
         '{"image": [[1e999]]}',
         '{"image": [[' + "9" * 5000 + "]]}",
         '{"image": null}',
+        '{"image": [' + "[]," * (5 * 2**20) + "[]]}",
     ]
     for text in texts:
         yield {"content-type": "application/json"}, text.encode()
@@ -159,7 +163,7 @@ def hostile(rng: np.random.Generator, good: bytes) -> Iterator[tuple[dict, bytes
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
     yield {"content-type": "image/png"}, bomb.getvalue()
     yield {"content-type": "image/png"}, bytes(100_000_000)
-    for _ in range(185):
+    for _ in range(184):
         cut = int(rng.integers(1, len(good) // 2))
         yield (
             {"content-type": str(rng.choice(kinds))},
@@ -231,12 +235,32 @@ def test_onnx_is_served_without_torch(run_folder: Path) -> None:
             assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
 
 
+@pytest.mark.slow
+def test_killed_worker_is_replaced_by_one_of_the_same_model(run_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.onnx"
+    path.write_bytes((run_folder / BEST.with_suffix(".onnx")).read_bytes())
+    image = (run_folder / "digits" / "0000.png").read_bytes()
+    with server(tmp_path, "--ckpt_path=copy.onnx") as (address, process, _):
+        expected = requests.post(f"{address}/predict", data=image, timeout=60).json()
+        path.write_text("another one")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (worker,) = (pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(int(worker), signal.SIGKILL)
+        time.sleep(1)
+        assert requests.post(f"{address}/predict", data=image, timeout=60).json() == expected
+        assert process.poll() is None
+
+
 def test_mistakes_are_one_message(cli: Run, tmp_path: Path) -> None:
     assert_one_message(cli("serve", "--ckpt_path=no.ckpt", ok=False), "no.ckpt", "no such checkpoint")
     for other in (CONFIGS / "cnn.yaml", tmp_path):
         assert_one_message(cli("serve", "--ckpt_path", other, ok=False), f"{other} is no checkpoint in a run's folder")
     (tmp_path / "no.onnx").write_text("no")
-    assert_one_message(cli("serve", "--ckpt_path=no.onnx", ok=False), "no.onnx is no ONNX file")
+    reason = "no.onnx is no ONNX file" if find_spec("onnxruntime") else "no.onnx needs onnxruntime: pip install"
+    assert_one_message(cli("serve", "--ckpt_path=no.onnx", ok=False), reason)
+    refused = cli("serve", "--ckpt_path=no.onnx", "--prot=8001", ok=False)
+    assert_one_message(refused, "unrecognized arguments: --prot=8001")
+    assert "--port PORT" in refused.stderr
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -59,6 +59,13 @@ class Served:
 class OnnxFile(Served):
     """A file of ``export``; it needs onnxruntime, and no torch."""
 
+    content: bytes = field(repr=False, default=b"")  # so that a worker that starts later has the same model
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file as it was."""
+        return hashlib.sha256(self.content).hexdigest()
+
     @classmethod
     def open(cls, path: Path, threads: int) -> OnnxFile:
         """Read what the file says of itself.
@@ -71,8 +78,9 @@ class OnnxFile(Served):
             raise ConfigurationError(f"{path} needs onnxruntime: pip install '{PROJECT}[export]'")
         if not path.is_file():
             raise CheckpointError(f"--ckpt_path={path}: no such file; python -m {PROJECT} export makes one")
+        content = path.read_bytes()
         try:
-            meta = _session(path, 1).get_modelmeta()
+            meta = _session(content, 1).get_modelmeta()
         except Exception as error:  # onnxruntime has several, without a common class
             raise CheckpointError(f"{path} is no ONNX file that can be used ({str(error).splitlines()[0]})") from error
         try:
@@ -82,10 +90,10 @@ class OnnxFile(Served):
             raise CheckpointError(
                 f"{path} does not say how it takes images; python -m {PROJECT} export writes files that do"
             ) from error
-        return cls(path, name, data, classes and [str(name) for name in classes], threads)
+        return cls(path, name, data, classes and [str(name) for name in classes], threads, content)
 
     def load(self, device: str) -> Predict:
-        session = _session(self.path, self.threads)
+        session = _session(self.content, self.threads)
         (images,) = session.get_inputs()
         squeezed = len(images.shape) == 3  # (n, H, W): a data module whose grey images have no channel
 
@@ -95,13 +103,13 @@ class OnnxFile(Served):
         return predict
 
 
-def _session(path: Path, threads: int) -> Any:
+def _session(content: bytes, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 @dataclass
