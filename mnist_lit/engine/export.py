@@ -14,6 +14,7 @@ import lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.markup import escape
@@ -126,14 +127,17 @@ class Predictor(nn.Module):
         model: whose ``predict_step`` is called.
         datamodule: whose ``on_after_batch_transfer`` is called before.
         example: a batch of the loader: images, or a tuple or a dict that starts with images.
+        precision: to predict in; by default that of the weights.
 
     Raises:
         ConfigurationError: if the batch or the predictions are of another kind.
     """
 
-    def __init__(self, model: LightningModule, datamodule: LightningDataModule, example: Any) -> None:
+    def __init__(
+        self, model: LightningModule, datamodule: LightningDataModule, example: Any, precision: Precision | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.datamodule = model, datamodule
+        self.model, self.datamodule, self.precision = model, datamodule, precision or Precision()
         self.keys = list(example) if isinstance(example, Mapping) else []
         self.length = len(example) if isinstance(example, (list, tuple)) else 0
 
@@ -154,7 +158,9 @@ class Predictor(nn.Module):
             batch = {key: images if key == self.keys[0] else None for key in self.keys}
         elif self.length:
             batch = (images, *[None] * (self.length - 1))
-        outputs = self.model.predict_step(self.datamodule.on_after_batch_transfer(batch, 0), 0)
+        batch = self.precision.convert_input(self.datamodule.on_after_batch_transfer(batch, 0))
+        with self.precision.predict_step_context():
+            outputs = self.model.predict_step(batch, 0)
         predictions = outputs.get("preds") if isinstance(outputs, Mapping) else outputs
         if not isinstance(predictions, Tensor):
             raise ConfigurationError(

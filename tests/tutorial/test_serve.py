@@ -293,17 +293,23 @@ def test_page_recognizes_what_is_drawn_and_dropped(served: Started, run_folder: 
 
 
 @pytest.mark.slow
-def test_colour_bfloat16_and_two_workers_in_a_folder_with_brackets(cli_in: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_colour_bfloat16_and_two_workers_in_a_folder_with_brackets(cli_in: Run, tmp_path: Path, precision: str) -> None:
     folder = tmp_path / "a b [c]"
     pets = make_pets(folder / "pets", 40, (40, 50))
     cli_in(
         folder,
         *("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=pets", "--data.image_size=32"),
-        *("--data.batch_size=16", "--trainer.max_epochs=3", "--trainer.precision=bf16-mixed", "--run_name=my [run]"),
+        *("--data.batch_size=16", "--trainer.max_epochs=3", f"--trainer.precision={precision}", "--run_name=my [run]"),
     )
     best = "lightning_logs/my [run]/checkpoints/best.ckpt"
+    files = [pets / name / "0000.png" for name in CLASSES]
+    cli_in(folder, "predict", "--ckpt_path", best, "--data.images", *files, "--run_name=predicted")
+    with (folder / "lightning_logs" / "predicted" / "predictions.csv").open() as file:
+        expected = [[float(row[f"p_{name}"]) for name in CLASSES] for row in csv.DictReader(file)]
     with server(folder, "--ckpt_path", best, "--workers=2") as (address, *_):
-        found = rows(_post(address, [pets / name / "0000.png" for name in CLASSES]))
+        found = rows(_post(address, files))
+        assert np.allclose([list(row["probabilities"].values()) for row in found], expected, rtol=0, atol=1e-6)
         assert [set(row["probabilities"]) for row in found] == [set(CLASSES)] * 3
         assert [row["class"] for row in found] == list(CLASSES)
         assert not requests.get(f"{address}/info", timeout=60).json()["model"]["draws"]

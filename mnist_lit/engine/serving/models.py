@@ -116,7 +116,7 @@ def _session(content: bytes, threads: int) -> Any:
 class Checkpoint(Served):
     """A checkpoint, with the model and the data module of its run."""
 
-    predictor: bytes = field(repr=False, default=b"")  # the pickled Predictor, and the precision that it computes in
+    predictor: bytes = field(repr=False, default=b"")  # pickled
 
     @classmethod
     def open(cls, path: str, args: list[str]) -> Checkpoint:
@@ -147,9 +147,11 @@ class Checkpoint(Served):
             )
         model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
         example = torch.zeros(2, int(known["channels"]), *map(int, known["image_size"]), dtype=torch.uint8)
-        predictor = Predictor(model.cpu(), data, (example, None))
+        precision = built.trainer.precision_plugin
+        precision.convert_module(model.cpu())
+        predictor = Predictor(model, data, (example, None), precision)
         try:
-            pickled = pickle.dumps((predictor, built.trainer.precision_plugin))
+            pickled = pickle.dumps(predictor)
             with torch.inference_mode():
                 predictions = predictor(example)
         except Exception as error:  # whatever a model does that cannot be pickled, or wants another batch
@@ -167,11 +169,10 @@ class Checkpoint(Served):
         import torch
 
         torch.set_num_threads(self.threads)
-        predictor, precision = pickle.loads(self.predictor)
-        network: nn.Module = predictor.to(device).eval()
+        network: nn.Module = pickle.loads(self.predictor).to(device).eval()
 
         def predict(pixels: np.ndarray) -> np.ndarray:
-            with torch.inference_mode(), precision.predict_step_context():
+            with torch.inference_mode():
                 return network(torch.from_numpy(pixels).to(device)).float().cpu().numpy()
 
         return predict
