@@ -25,6 +25,7 @@ from mnist_lit.engine import PROJECT
 from mnist_lit.engine.checkpoints import read_checkpoint
 from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
 from mnist_lit.engine.execution import estimated_steps
+from mnist_lit.engine.messages import leave_out_noise
 from mnist_lit.engine.outputs import are_probabilities, class_names, find_classes
 from mnist_lit.engine.storage import atomic_write
 
@@ -36,6 +37,10 @@ Predict = Callable[[Tensor], Tensor]
 
 class Trainer(lightning.pytorch.Trainer):
     """Lightning's, with ``export``, and with schedules that know of several steps per execution."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        leave_out_noise()  # here as well, in a process of ddp_spawn
 
     @property
     def estimated_stepping_batches(self) -> int | float:

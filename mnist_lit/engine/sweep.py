@@ -61,13 +61,6 @@ class Prune(Callback):
         self.trial, self.monitor, self.maximize = trial, monitor, maximize
         self.pruned, self.best = False, float("-inf") if maximize else float("inf")
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.world_size > 1:
-            raise ConfigurationError(
-                "a sweep's trials run in one process each; for several GPUs start as many sweeps of the same "
-                "study, each with a CUDA_VISIBLE_DEVICES of its own"
-            )
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             if self.monitor not in trainer.callback_metrics:
@@ -279,15 +272,31 @@ def open_study(
     raise AssertionError
 
 
-def _metric_that_decides(fit: list[str]) -> tuple[str, str]:
-    """``monitor`` and ``mode`` of a fit with these arguments, as its own parser reads them."""
+def _config_of(fit: list[str]) -> dict[str, Any]:
+    """Options of a fit with these arguments, as its own parser reads them."""
     printed = io.StringIO()
     with redirect_stdout(printed), suppress(SystemExit):
         run(["fit", *fit, "--print_config"])
     config = yaml.safe_load(printed.getvalue())
     if not isinstance(config, dict):
         sys.exit(2)  # the parser has printed what is wrong
-    return config["monitor"], infer_mode(config["monitor"], config["mode"])
+    return config
+
+
+def _check_processes(trainer: dict[str, Any]) -> None:
+    """Find out before the first trial how many processes the trainer of these options would start.
+
+    Raises:
+        ConfigurationError: if it is more than one.
+    """
+    chosen = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
+    plain = {name: value for name, value in chosen.items() if not isinstance(value, dict)}
+    number = Trainer(**plain, logger=False, enable_checkpointing=False, enable_progress_bar=False).world_size
+    if number > 1:
+        raise ConfigurationError(
+            f"a sweep's trials run in one process each, and not in {number}: --trainer.devices=1; for several GPUs "
+            "start as many sweeps of the same study, each with a CUDA_VISIBLE_DEVICES of its own"
+        )
 
 
 def main(args: list[str]) -> None:
@@ -338,10 +347,12 @@ def main(args: list[str]) -> None:
         grid = grid_of(space)
         sampler, size = optuna.samplers.GridSampler(grid), math.prod(map(len, grid.values()))
         trials = min(known.trials or size, size)
+    _, *fit = with_config(["fit", *fit])
+    config = _config_of(fit)
+    monitor, mode = config["monitor"], infer_mode(config["monitor"], config["mode"])
+    _check_processes(config["trainer"])
     if known.storage is None:
         folder.mkdir(parents=True, exist_ok=True)
-    _, *fit = with_config(["fit", *fit])
-    monitor, mode = _metric_that_decides(fit)
     study = open_study(url, known.study, StudyDirection[f"{mode.upper()}IMIZE"], sampler)
     if study.user_attrs.setdefault("space", space) != space:
         raise ConfigurationError(f"the study {known.study} has another space; name a new one with --study")
