@@ -195,7 +195,7 @@ def _describe(
         axes = ["batch", *map(str, predictions.shape[1:])]
         return {"output": {"predictions": str(predictions.dtype)[6:], "axes": axes}}
     number = predictions.shape[1]
-    names = checkpoint.get("class_names") or class_names(datamodule, number)
+    names = class_names(datamodule, number, checkpoint)
     classes = list(range(number)) if names == [str(index) for index in range(number)] else names
     described = {"output": {"probabilities": "float32", "axes": ["batch", "classes"]}, "classes": classes}
     labels = [label for batch in batches if (label := find_classes(batch)) is not None]

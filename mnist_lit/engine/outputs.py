@@ -87,18 +87,21 @@ def are_probabilities(values: Tensor) -> bool:
     return bool((values >= 0).all() and ((values.sum(1) - 1).abs() < 0.02).all())
 
 
-def class_names(source: Trainer | LightningDataModule | None, num_classes: int) -> list[str]:
+def class_names(
+    source: Trainer | LightningDataModule | None, num_classes: int, checkpoint: Mapping[str, Any] | None = None
+) -> list[str]:
     """Names for ``num_classes`` classes.
 
-    They are the ``class_names`` of the data module, else those that came with the checkpoint, else 0, 1, ...
+    They are those in the checkpoint, if one is given, else the ``class_names`` of the data module, else those that
+    the model took from the checkpoint it was loaded from, else 0, 1, ...
 
     Args:
         source: the trainer, or the data module itself.
         num_classes: number of names.
+        checkpoint: its content.
     """
-    datamodule = getattr(source, "datamodule", source)
-    for owner in (datamodule, getattr(source, "lightning_module", None)):
-        names = getattr(owner, "class_names", None)
+    owners = (getattr(source, "datamodule", source), getattr(source, "lightning_module", None))
+    for names in ((checkpoint or {}).get("class_names"), *(getattr(owner, "class_names", None) for owner in owners)):
         if names is not None and len(names) == num_classes:
             return [str(name) for name in names]
     return [str(index) for index in range(num_classes)]

@@ -43,7 +43,7 @@ EDITS: Edits = {
     f"{PROJECT}/__main__.py": [(r'"new": .*?, (?="serve")', "")],
     "pyproject.toml": [
         (r'description = ".*"', 'description = "A PyTorch Lightning project"'),
-        (r"(?s)\ntest = \[\n.*?\n\]", f'\ntest = ["{PROJECT}[export]", "pytest>=8.2,<10", "pytest-xdist>=3.5,!=3.6.0,<4"]'),
+        (r"(?s)\ntest = \[\n.*?\n\]", f'\ntest = ["{PROJECT}[export]", "pytest>=8.2,<10", "pytest-xdist>=3.6.1,<4"]'),
         (rf'"{PROJECT}\[test\]"', f'"{PROJECT}[serve,sweep,test]"'),  # mypy reads what both import
         (r'    "(mnist|gpu|matrix): .*\n', ""),
         (r"pythonpath = .*\n", ""),

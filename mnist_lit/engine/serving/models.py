@@ -162,7 +162,7 @@ class Checkpoint(Served):
             ) from error
         classes = None
         if are_probabilities(predictions):
-            classes = checkpoint.get("class_names") or class_names(data, predictions.shape[1])
+            classes = class_names(data, predictions.shape[1], checkpoint)
         return cls(Path(path), name, known, classes, torch.get_num_threads(), pickled)
 
     def load(self, device: str) -> Predict:
