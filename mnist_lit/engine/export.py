@@ -197,7 +197,10 @@ def _describe(
     number = predictions.shape[1]
     names = class_names(datamodule, number, checkpoint)
     classes = list(range(number)) if names == [str(index) for index in range(number)] else names
-    described = {"output": {"probabilities": "float32", "axes": ["batch", "classes"]}, "classes": classes}
+    described: dict[str, Any] = {
+        "output": {"probabilities": "float32", "axes": ["batch", "classes"]},
+        "classes": classes,
+    }
     labels = [label for batch in batches if (label := find_classes(batch)) is not None]
     if len(labels) == len(batches):
         described["metrics"] = _metrics(predictions, torch.cat(labels), stage)
