@@ -20,6 +20,7 @@ from mnist_lit.engine.storage import printable
 
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
 PLAIN: dict[str, Any] = {"add_help": False, "allow_abbrev": False}
+WITH_CHECKPOINT = "validate", "test", "predict", "export"  # commands that need one
 
 
 def with_homes(values: Any) -> Any:
@@ -42,9 +43,6 @@ def with_homes(values: Any) -> Any:
     elif isinstance(values, list):
         values[:] = map(with_homes, values)
     return values
-
-
-WITH_CHECKPOINT = "validate", "test", "predict", "export"  # commands that need one
 
 
 def with_config(args: Sequence[str], default: str = "") -> list[str]:

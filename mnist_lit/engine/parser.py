@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pkgutil import resolve_name
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse._typehints import get_all_subclass_paths
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,6 +16,8 @@ BOOKKEEPING = re.compile(
     r"Does not validate against|Subtypes: |Errors:|Given value type: |Given value: NestedArg|"
     r"Expected a <class 'NoneType'>|Expected a path but .* not accessible|$"
 )
+# Lines that the next one belongs to.
+HEAD = re.compile(r"(Parser key|Problem with given class_path) .*:$")
 
 
 class Parser(LightningArgumentParser):
@@ -42,28 +44,40 @@ def in_short(message: str, options: Iterable[str] = ()) -> str:
     for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if BOOKKEEPING.match(line):
             continue
-        if line.endswith(":"):
+        if HEAD.match(line):
             found = re.match(r"Problem with given class_path '(.*)':", line)
             head, owner = f"{head}{line} ", found[1] if found else ""
             continue
         known: Iterable[str] = ()
         if found := re.match(r"Option '(.*)' is not accepted", line):
-            known = options_of(resolve_name(owner)) if owner else ()
+            known = options_of(_resolved(owner))
         elif found := re.match(r"Expected a dot import path string: (.*)", line):
-            bases = [resolve_name(base) for base in re.findall(r"<class '(\w+\.[\w.]+)'>", message)]
-            known = [path.rpartition(".")[2] for base in bases for path in get_all_subclass_paths(base)]
+            bases = map(_resolved, re.findall(r"<class '(\w+\.[\w.]+)'>", message))
+            known = [path.rpartition(".")[2] for base in bases if base for path in get_all_subclass_paths(base)]
         elif found := re.match(r"unrecognized arguments: (--[^\s=]+)", line):
             known = options
         line += did_you_mean(found[1], known) if found else ""
         if head or not any(text.endswith(line) for text in said):
             said.append(head + line)
         head = ""
-    return "; ".join(said)
+    return "; ".join([*said, head.strip()] if head else said)
 
 
-def options_of(kind: type) -> list[str]:
-    """Names of the arguments that a class takes, those that it hands on to its base classes among them."""
-    arguments = LightningArgumentParser().add_class_arguments(kind, "of", fail_untyped=False)
+def _resolved(path: str) -> Any:
+    """A class or a function by its import path, None if there is none: a suggestion is not worth an error."""
+    try:
+        return resolve_name(path)
+    except (AttributeError, ImportError, ValueError):
+        return None
+
+
+def options_of(kind: Any) -> list[str]:
+    """Names of the arguments that a class or a function takes, and of those that it hands on."""
+    parser, arguments = LightningArgumentParser(), list[str]()
+    if isinstance(kind, type):
+        arguments = parser.add_class_arguments(kind, "of", fail_untyped=False)
+    elif callable(kind):
+        arguments = parser.add_function_arguments(kind, "of", fail_untyped=False)
     return [name.partition(".")[2] for name in arguments]
 
 

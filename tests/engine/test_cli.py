@@ -202,6 +202,11 @@ NEARLY = {
     "fitt": ("fitt", "no command 'fitt' (did you mean fit?); the commands are fit, validate"),
     "option": ("fit --trainr.max_epochs=2", "--trainr.max_epochs=2 (did you mean --trainer.max_epochs?)"),
     "option of the model": ("fit --model=CNN --model.lrr=3", "'lrr' is not accepted (did you mean lr?)"),
+    "option of a function": (
+        "fit --model=Classifier --model.net=mnist_lit.models.accurate_cnn --model.net.chanels=1",
+        "'chanels' is not accepted (did you mean channels?)",
+    ),
+    "colon at the end": ("fit --model=CNN --mode=min:", "Got value: min:"),
     "model": ("fit --model=CNNN", "CNNN (did you mean CNN?)"),
     "optimizer": ("fit --model=CNN --optimizer=AdamWW", "AdamWW (did you mean AdamW?)"),
     "logger": ("fit --model=CNN --trainer.logger=CVSLogger", "CVSLogger (did you mean CSVLogger?)"),
