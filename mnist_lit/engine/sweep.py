@@ -39,6 +39,11 @@ from mnist_lit.engine.storage import atomic_write
 
 ATTEMPTS = 3  # to open the database
 HEARTBEAT = 5  # seconds; a process that is silent for twice as long counts as dead
+OF_PROCESSES = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+)  # options of the trainer; their number is checked before all trials
 DONE = TrialState.COMPLETE, TrialState.PRUNED
 
 Space = dict[str, dict[str, Any]]
@@ -289,7 +294,7 @@ def _check_processes(trainer: dict[str, Any]) -> None:
     Raises:
         ConfigurationError: if it is more than one.
     """
-    chosen = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
+    chosen = {name: trainer[name] for name in OF_PROCESSES}
     plain = {name: value for name, value in chosen.items() if not isinstance(value, dict)}
     number = Trainer(**plain, logger=False, enable_checkpointing=False, enable_progress_bar=False).world_size
     if number > 1:
@@ -340,6 +345,8 @@ def main(args: list[str]) -> None:
     if known.space is None:
         parser.error("--space: a sweep needs a file that says what to search, such as configs/sweep.yaml")
     space = read_space(known.space)
+    if fixed := [name for name in space if name in {f"trainer.{option}" for option in (*OF_PROCESSES, "strategy")}]:
+        raise ConfigurationError(f"--space={known.space}: {fixed[0]} cannot be searched, all trials run in one process")
     # Optuna's samplers draw new seeds in every process: several of them share a study.
     sampler: optuna.samplers.BaseSampler | None = optuna.samplers.RandomSampler() if known.sampler == "random" else None
     trials = known.trials or 20

@@ -177,6 +177,7 @@ WRONG = {
     "status of nothing": (SPACE, ("--status", "--study=none"), "--status: there is no study"),
     "two processes": (SPACE, ("--trainer.devices=2", "--trainer.accelerator=cpu"), "in one process each, and not in 2"),
     "two nodes": (SPACE, ("--trainer.num_nodes=2", "--trainer.accelerator=cpu"), "in one process each, and not in 2"),
+    "processes in the space": ("trainer.devices: {choices: [2]}", (), "trainer.devices cannot be searched"),
     "no such database": (SPACE, ("--storage=mysql://nowhere",), "--storage=mysql://nowhere"),
 }
 

@@ -326,7 +326,7 @@ def test_regression_is_served_as_values(cli: Run, small: Path, tmp_path: Path) -
     cli("predict", "--ckpt_path", BEST)
     with (tmp_path / "lightning_logs" / "version_1" / "predictions.csv").open() as file:
         expected = [float(row["prediction"]) for row in csv.DictReader(file)][:20]
-    with server(tmp_path, "--ckpt_path", BEST) as (address, *_):
+    with server(tmp_path, "--ckpt_path", BEST, "--num_threads=1", "--data.split_seed", "-3") as (address, *_):
         body = {"images": arrays["x_test"][:20].tolist()}
         found = rows(requests.post(f"{address}/predict", json=body, timeout=60))
     assert [row["values"] for row in found] == [[pytest.approx(value, abs=1e-6)] for value in expected]

@@ -17,7 +17,7 @@ from mnist_lit.engine.images import ImageReader
 
 SUFFIX = ".onnx"
 # Options of predict that say how a model is made.
-FURTHER = re.compile(r"-c\b|--(config|data|model|trainer|weights_only)\b")
+FURTHER = re.compile(r"--(config|data|model|trainer|weights_only|num_threads|seed_everything)\b")
 
 
 def main(args: list[str], reader: Callable[[dict[str, Any]], ImageReader] = ImageReader) -> None:
@@ -28,7 +28,7 @@ def main(args: list[str], reader: Callable[[dict[str, Any]], ImageReader] = Imag
         reader: makes, from the hyperparameters of the model's data module, what reads the pictures that are sent.
     """
     options, others = _parser().parse_known_args(args)
-    if unknown := [option for option in others if option.startswith("-") and not FURTHER.match(option)]:
+    if unknown := [option for option in others if option.startswith("--") and not FURTHER.match(option)]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         _serve(options, others, reader)
