@@ -188,6 +188,8 @@ class CLI(LightningCLI):
         config, parser = self.config[self.subcommand], self._parser(self.subcommand)
         if config.get("lr_scheduler") and not config.get("optimizer"):
             parser.error("--lr_scheduler changes nothing without --optimizer: give both")
+        if config.trainer is None:
+            parser.error("trainer: is empty in the config; leave the line out, or give it options")
         if config.trainer.barebones:
             parser.error(
                 "--trainer.barebones leaves out logger, checkpoints, bar and every callback, which is all that this "

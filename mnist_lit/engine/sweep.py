@@ -285,6 +285,8 @@ def _config_of(fit: list[str]) -> dict[str, Any]:
     config = yaml.safe_load(printed.getvalue())
     if not isinstance(config, dict):
         sys.exit(2)  # the parser has printed what is wrong
+    if config["trainer"] is None:
+        raise ConfigurationError("trainer: is empty in the config; leave the line out, or give it options")
     return config
 
 

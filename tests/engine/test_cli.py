@@ -226,6 +226,13 @@ def test_nearly_right_name_is_suggested(cli: Run, case: str) -> None:
     assert "NestedArg" not in refused.stderr
 
 
+@pytest.mark.parametrize("command", ["fit", "sweep --space=space.yaml"])
+def test_empty_trainer_is_one_message(cli: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "empty.yaml").write_text("model: CNN\ntrainer:\n")
+    (tmp_path / "space.yaml").write_text("model.init_args.lr: {choices: [0.1, 0.2]}")
+    assert_one_message(cli(*command.split(), "--config=empty.yaml", ok=False), "trainer: is empty in the config")
+
+
 def test_evaluation_needs_a_checkpoint(cli: Run, small: Path) -> None:
     config = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small)
     assert "best: test needs the path" in cli("test", *config, "--ckpt_path=best", ok=False).stderr

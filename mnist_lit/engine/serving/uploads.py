@@ -20,7 +20,7 @@ from mnist_lit.engine.images import ImageError, ImageReader
 
 MAX_BYTES = 16 * 2**20  # of a request, five times a phone's photo
 MAX_IMAGES = 1000  # of a request
-MAX_VALUES = 2**20  # in JSON: the parser lets nobody else work, for a tenth of a second here
+MAX_VALUES = 2**20  # commas and brackets in JSON: the parser lets nobody else work, for a tenth of a second here
 PATIENCE = 20.0  # seconds for a request to arrive
 READERS = 2  # threads that decode in each process of the server: each may need 200 MB for a large picture
 
@@ -98,7 +98,9 @@ async def _from_form(request: Request, body: bytes) -> list[Upload]:
 
 def _read_json(body: bytes, reader: ImageReader) -> Images:
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise HTTPException(413, f"more than {MAX_VALUES:,} values in JSON; send files, or several requests")
+        raise HTTPException(
+            413, f"more than {MAX_VALUES:,} commas and brackets in JSON; send files, or several requests"
+        )
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
