@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,17 @@ def become(folder: str, arguments: list[str], environment: dict[str, str], outpu
     sys.argv = ["mnist_lit", *arguments]
 
 
+def wait_for_the_next_second(folder: Path) -> None:
+    """TensorBoard reads a run's files of events in the order of second, host and pid of their start.
+
+    Only a fork is fast enough to resume a run in the second in which it was started. Its pid may then
+    come first: "10002" is before "9998".
+    """
+    seconds = {path.name.split(".")[3] for path in folder.rglob("events.out.tfevents.*")}
+    while str(int(time.time())) in seconds:
+        time.sleep(0.01)
+
+
 class Forks:
     """Runs of ``serve``'s, one at a time."""
 
@@ -63,6 +75,7 @@ class Forks:
 
     def start(self, folder: Path, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> int:
         """The pid of a run that appends what it prints to two files."""
+        wait_for_the_next_second(folder)
         run: dict[str, Any] = {"folder": str(folder), "arguments": arguments, "environment": environment}
         run |= {"output": str(output), "errors": str(errors)}
         assert self.server.stdin is not None
