@@ -188,8 +188,9 @@ class CLI(LightningCLI):
         config, parser = self.config[self.subcommand], self._parser(self.subcommand)
         if config.get("lr_scheduler") and not config.get("optimizer"):
             parser.error("--lr_scheduler changes nothing without --optimizer: give both")
-        if config.trainer is None:
-            parser.error("trainer: is empty in the config; leave the line out, or give it options")
+        if not isinstance(config.trainer, Namespace):
+            found = "is empty" if config.trainer is None else f"is {config.trainer!r}"
+            parser.error(f"trainer: {found} in the config; leave the line out, or give it options")
         if config.trainer.barebones:
             parser.error(
                 "--trainer.barebones leaves out logger, checkpoints, bar and every callback, which is all that this "
@@ -654,16 +655,19 @@ def main(data_module: str = "", default_config: str = "", commands: Mapping[str,
     try:
         command, *args = with_homes(sys.argv[1:]) or [""]
         names = [*CLI.commands, *modules]
-        if command and not command.startswith("-") and command not in names:
-            raise ConfigurationError(
-                f"no command {command!r}{did_you_mean(command, names)}; the commands are {', '.join(names)}"
-            )
+        if not command.startswith("-") and command not in names:
+            wrong = f"no command {command!r}{did_you_mean(command, names)}" if command else "no command is given"
+            raise ConfigurationError(f"{wrong}; the commands are {', '.join(names)}")
+        if command.startswith("-") and not command.startswith(("-c", "--config")):
+            for later in args:
+                if later in names:
+                    raise ConfigurationError(f"the command comes first, and then its options: {later} {command}")
         if command == "sweep" and find_spec("optuna") is None:
             raise ConfigurationError(f"sweep needs optuna: pip install '{PROJECT}[sweep]'")
         if command in modules:
             import_module(modules[command]).main(args)
         else:
-            run(with_config([command, *join_values(args)], default_config) if command else [])
+            run(with_config([command, *join_values(args)], default_config))
     except (UserError, MisconfigurationException) as error:
         if isinstance(error, MisconfigurationException) and not raised_by_libraries(error.__traceback__):
             raise

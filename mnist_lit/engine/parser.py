@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
@@ -13,11 +13,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 # Lines of jsonargparse on how it looks at types, beside those that say what is wrong.
 BOOKKEEPING = re.compile(
-    r"Does not validate against|Subtypes: |Errors:|Given value type: |Given value: NestedArg|"
-    r"Expected a <class 'NoneType'>|Expected a path but .* not accessible|$"
+    r"Does not validate against|Subtypes: |Errors:|Given value type: |Expected a <class 'NoneType'>|"
+    r"Not a valid subclass of|Subclass types expect one of:|a class path \(str\)|a dict with|$"
 )
 # Lines that the next one belongs to.
 HEAD = re.compile(r"(Parser key|Problem with given class_path) .*:$")
+# Of a value that may be a path to a config or the name of a class: whoever writes this means a path.
+NO_FILE = re.compile(r"Expected a path but (.*/.*|.*\.(ya?ml|json)) either not accessible")
+# What is worth a word only if nothing else is said.
+OF_A_TYPE = re.compile(r"Expected a <class '\w+'>$|Expected a path but ")
 
 
 class Parser(LightningArgumentParser):
@@ -34,33 +38,50 @@ def in_short(message: str, options: Iterable[str] = ()) -> str:
 
     Args:
         message: of several lines.
-        options: of the command.
+        options: of the command, such as ``"--trainer.max_epochs"``.
 
     Example:
         >>> in_short("Parser key a:\n  Subtypes: [x, y]\n  Errors:\n    - Expected a number\n  Given value: b")
         'Parser key a: Expected a number; Given value: b'
     """
-    said, head, owner = list[str](), "", ""
+    said, given, head = dict[str, str](), "", ""  # in the order of the message, every line once
     for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
-        if BOOKKEEPING.match(line):
-            continue
         if HEAD.match(line):
-            found = re.match(r"Problem with given class_path '(.*)':", line)
-            head, owner = f"{head}{line} ", found[1] if found else ""
-            continue
-        known: Iterable[str] = ()
-        if found := re.match(r"Option '(.*)' is not accepted", line):
-            known = options_of(_resolved(owner))
-        elif found := re.match(r"Expected a dot import path string: (.*)", line):
-            bases = map(_resolved, re.findall(r"<class '(\w+\.[\w.]+)'>", message))
-            known = [path.rpartition(".")[2] for base in bases if base for path in get_all_subclass_paths(base)]
-        elif found := re.match(r"unrecognized arguments: (--[^\s=]+)", line):
-            known = options
-        line += did_you_mean(found[1], known) if found else ""
-        if head or not any(text.endswith(line) for text in said):
-            said.append(head + line)
-        head = ""
-    return "; ".join([*said, head.strip()] if head else said)
+            head += f"{line} "
+        elif found := re.match(r"Given value: (?:NestedArg\(key='(.*)', val='(.*)'\))?", line):
+            given = f"{found[1]}={found[2]}" if found[1] else line[found.end() :]
+        elif not BOOKKEEPING.match(line):
+            said.setdefault(line, head)
+            head = head if OF_A_TYPE.match(line) else ""
+    missing = [line for line in said if NO_FILE.match(line)]
+    lines = missing or [line for line in said if not OF_A_TYPE.match(line)] or [*said]
+    parts = [said[line] + line + _hint(said[line], line, message, options) for line in lines]
+    if head and not parts:
+        parts.append(head.strip())
+    if given and not any(given.rpartition("=")[2] in part or "is not accepted" in part for part in parts):
+        parts.append(f"Given value: {given}")
+    return "; ".join(parts)
+
+
+def _hint(head: str, line: str, message: str, options: Iterable[str]) -> str:
+    """The names that are close to the unknown one in a line."""
+    if found := re.match(r"Option '(.*)' is not accepted", line):
+        owner = re.search(r".*Problem with given class_path '(.*?)':", head)
+        known = ["class_path", "init_args", *options_of(_resolved(owner[1] if owner else ""))]
+        if (name := found[1].removesuffix("+")) in known:
+            return f"; {name} takes one value"
+        return did_you_mean(name, known)
+    if found := re.match(r"Expected a dot import path string: (.*)", line):
+        bases = map(_resolved, re.findall(r"<class '(\w+\.[\w.]+)'>", message))
+        return did_you_mean(
+            found[1], [path.rpartition(".")[2] for base in bases if base for path in get_all_subclass_paths(base)]
+        )
+    if found := re.search(r"does not accept option '(.*)'", line):
+        return did_you_mean(found[1], [option.lstrip("-") for option in options])
+    if line.startswith("unrecognized arguments: "):
+        unknown = re.findall(r"(?<!\S)-+([^\s=]+)", line)
+        return "".join(did_you_mean(f"--{name}", options) for name in unknown)
+    return ""
 
 
 def _resolved(path: str) -> Any:
@@ -82,11 +103,32 @@ def options_of(kind: Any) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A known name that is close to an unknown one, as an addition to a message, or nothing.
+    """The known names that are close to an unknown one, as an addition to a message, or nothing.
+
+    Of a name with dots, the first part is looked up alone if nothing known starts with it: what comes
+    after it may be an option of a class that is not chosen yet.
 
     Example:
-        >>> did_you_mean("fitt", ["fit", "test"])
+        >>> did_you_mean("Fitt", ["fit", "test"])
         ' (did you mean fit?)'
+        >>> did_you_mean("--dta.size", ["--data", "--data.help"])
+        ' (did you mean --data.size?)'
     """
-    close = get_close_matches(name, [*known], 1, 0.7)
-    return f" (did you mean {close[0]}?)" if close else ""
+    root, dot, rest = name.partition(".")
+    roots = {other.partition(".")[0] for other in known if "." in other}
+    if dot and root not in roots:
+        name, known = root, roots
+    else:
+        known, rest = [other for other in known if not other.endswith(".help")], ""
+    known, name = {other.lower(): other for other in known}, name.lower()
+    likeness = {other: _likeness(name, other) for other in get_close_matches(name, known)}
+    # Others only if they are about as close as the first.
+    close = [
+        known[other] + dot * bool(rest) + rest for other in likeness if likeness[other] > max(likeness.values()) - 0.07
+    ]
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _likeness(one: str, other: str) -> float:
+    """From 0 to 1; the likeliest mistake is that of two letters that have changed places."""
+    return 1 if sorted(one) == sorted(other) else SequenceMatcher(None, other, one).ratio()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shlex
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -198,32 +199,87 @@ def test_wrong_input_is_one_clear_message(cli: Run, tmp_path: Path, case: str) -
     assert {name for name in left if "tfevents" not in name} == {"file", "wrong.pkl.gz"}
 
 
-NEARLY = {
-    "fitt": ("fitt", "no command 'fitt' (did you mean fit?); the commands are fit, validate"),
-    "option": ("fit --trainr.max_epochs=2", "--trainr.max_epochs=2 (did you mean --trainer.max_epochs?)"),
-    "option of the model": ("fit --model=CNN --model.lrr=3", "'lrr' is not accepted (did you mean lr?)"),
+NEARLY = {  # command, what is in its config.yaml, message
+    "command": ("fitt", "", "no command 'fitt' (did you mean fit?); the commands are fit, validate"),
+    "option": ("fit --trainr.max_epochs=2", "", "--trainr.max_epochs=2 (did you mean --trainer.max_epochs?)"),
+    "option of the model": ("fit --model=CNN --model.lrr=3", "", "'lrr' is not accepted (did you mean lr?)"),
     "option of a function": (
-        "fit --model=Classifier --model.net=mnist_lit.models.accurate_cnn --model.net.chanels=1",
+        *("fit --model=Classifier --model.net=mnist_lit.models.accurate_cnn --model.net.chanels=1", ""),
         "'chanels' is not accepted (did you mean channels?)",
     ),
-    "colon at the end": ("fit --model=CNN --mode=min:", "Got value: min:"),
-    "model": ("fit --model=CNNN", "CNNN (did you mean CNN?)"),
-    "optimizer": ("fit --model=CNN --optimizer=AdamWW", "AdamWW (did you mean AdamW?)"),
-    "logger": ("fit --model=CNN --trainer.logger=CVSLogger", "CVSLogger (did you mean CSVLogger?)"),
-    "callback": ("fit --model=CNN --trainer.callbacks+=EarlyStoping", "EarlyStoping (did you mean EarlyStopping?)"),
+    "option of nothing yet": ("fit --dta.dataset=digits", "", "(did you mean --data.dataset?)"),
+    "changed places": ("fit --modle=CNN", "", "--modle=CNN (did you mean --model?)"),
+    "two": ("fit --trainer.epochs=3", "", "(did you mean --trainer.min_epochs or --trainer.max_epochs?)"),
+    "one dash": ("fit -trainer.max_epochs=3", "", "-trainer.max_epochs=3 (did you mean --trainer.max_epochs?)"),
+    "after a stray word": ("fit stray --trainer.max_epoch=3", "", "(did you mean --trainer.max_epochs?)"),
+    "model": ("fit --model=CNNN", "", "CNNN (did you mean CNN?)"),
+    "optimizer": ("fit --model=CNN --optimizer=AdamWW", "", "AdamWW (did you mean AdamW?)"),
+    "logger": ("fit --model=CNN --trainer.logger=CVSLogger", "", "CVSLogger (did you mean CSVLogger?)"),
+    "callback": ("fit --model=CNN --trainer.callbacks+=EarlyStoping", "", "EarlyStoping (did you mean EarlyStopping?)"),
+    "case": ("fit --model=cnn", "", "cnn (did you mean CNN?)"),
+    "case of a command": ("Fit", "", "(did you mean fit?)"),
+    "letters": (
+        "fit --model=CNN --optimizer=SDG",
+        "",
+        'Parser key "optimizer": Expected a dot import path string: SDG (did',
+    ),
+    "key": ("fit --config=config.yaml", "trainer: {max_epoch: 3}", "(did you mean trainer.max_epochs?)"),
+    "key on top": ("fit --config=config.yaml", "modle: CNN", "(did you mean model?)"),
+    "class_path": ("fit --config=config.yaml", "model: {class_pth: CNN}", "(did you mean class_path?)"),
+    "key in a list": (
+        "fit --config=config.yaml",
+        "{model: CNN, trainer: {callbacks: [{class_path: Timer, init_args: {dration: 3}}]}}",
+        "'dration' is not accepted (did you mean duration?)",
+    ),
 }
+WRONG_VALUES = {
+    "colon at the end": ("fit --model=CNN --mode=min:", "Got value: min:"),
+    "two values": ("fit --model=CNN --model.lr 0.1 0.2", "lr takes one value"),
+    "error in a module": (
+        "fit --model=Classifier --model.net=broken.Net",
+        "name 'unknown' is not defined",
+        "net=broken.Net",
+    ),
+    "no file": ("fit --model=my_model.yaml", 'Parser key "model": Expected a path but my_model.yaml'),
+    "no file of an optimizer": ("fit --model=CNN --optimizer=o/adam.yaml", "Expected a path but o/adam.yaml"),
+    "no file of a callback": ("fit --model=CNN --trainer.callbacks=c.yml", "Expected a path but c.yml"),
+    "no file in a model": ("fit --model=Classifier --model.net=n.yaml", 'Parser key "net": Expected a path but n.yaml'),
+    "no command": ("", "no command is given; the commands are fit, validate"),
+    "late command": ("--model=CNN fit", "the command comes first, and then its options: fit --model=CNN"),
+    "number for options": ("fit --config=number.yaml", "trainer: is 3 in the config"),
+}
+
+
+def assert_short(refused: CompletedProcess[str]) -> None:
+    assert len(refused.stderr.removeprefix("Seed set to 1\n").splitlines()) <= 3
+    (message,) = (line for line in refused.stderr.splitlines() if "error:" in line)
+    for internal in ("Union", "NestedArg", "NoneType", "subclass", "class_path entry"):
+        assert internal not in message
+    parts = message.split("; ")
+    assert len(parts) == len(set(parts))
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow if i > 2 else []) for i, case in enumerate(NEARLY)]
 )
-def test_nearly_right_name_is_suggested(cli: Run, case: str) -> None:
-    command, message = NEARLY[case]
+def test_nearly_right_name_is_suggested(cli: Run, tmp_path: Path, case: str) -> None:
+    command, config, message = NEARLY[case]
+    (tmp_path / "config.yaml").write_text(config)
     refused = cli(*command.split(), ok=False)
     assert_one_message(refused, message)
-    assert len(refused.stderr.splitlines()) <= 3
-    assert "Union" not in refused.stderr
-    assert "NestedArg" not in refused.stderr
+    assert_short(refused)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if i > 2 else []) for i, case in enumerate(WRONG_VALUES)]
+)
+def test_wrong_value_is_named_once(cli: Run, tmp_path: Path, case: str) -> None:
+    command, *parts = WRONG_VALUES[case]
+    (tmp_path / "broken.py").write_text("unknown\n\nclass Net: ...")
+    (tmp_path / "number.yaml").write_text("{model: CNN, trainer: 3}")
+    refused = cli(*command.split(), ok=False)
+    assert_one_message(refused, *parts)
+    assert_short(refused)
 
 
 @pytest.mark.parametrize("command", ["fit", "sweep --space=space.yaml"])
