@@ -574,8 +574,9 @@ def build(ckpt_path: str, args: Sequence[str] = ()) -> tuple[CLI, dict[str, Any]
     Returns:
         what has the model, the data module and a trainer of one device, and the checkpoint's content.
     """
-    alone = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--trainer.logger=false")
-    command = with_config(["export", f"--ckpt_path={ckpt_path}", *join_values(args), *alone])
+    alone = ("accelerator=auto", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")  # wherever it was trained
+    further = [*join_values(args), *(f"--trainer.{option}" for option in alone)]
+    command = with_config(["export", f"--ckpt_path={ckpt_path}", *further])
     built = run(command, cli_class=_Predicting)
     assert isinstance(built, _Predicting)
     return built, built.content

@@ -23,6 +23,7 @@ NOISE = (
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run continues in its own folder
     r"Experiment logs directory .* exists and is not empty",  # CSVLogger, in the folder of the run
     r".*configure_optimizers` will be overridden by",  # which is what --optimizer asks for
+    r"Attempting to set identical low and high .lims",  # a sweep's plot of one value
     r"The dirpath has changed from",  # a test of a run's checkpoint has a folder of its own
 )
 # Lines of Lightning's log about what is not there.
@@ -42,7 +43,7 @@ def raised_by_libraries(traceback: TracebackType | None, inside: str = "") -> bo
         inside: the package that has raised it; by default any of them.
     """
     name = ""
-    known = ("lightning", "jsonargparse", "torch", "torchmetrics", *sys.stdlib_module_names)
+    known = ("lightning", "jsonargparse", "optuna", "torch", "torchmetrics", *sys.stdlib_module_names)
     for frame in _frames(traceback):
         name = frame.f_globals.get("__name__", "")
         ours = name in ("__main__", f"{PROJECT}.__main__") or name.startswith(f"{PROJECT}.engine.")

@@ -34,16 +34,14 @@ from mnist_lit.engine import PROJECT
 from mnist_lit.engine.arguments import with_config
 from mnist_lit.engine.cli import infer_mode, run
 from mnist_lit.engine.errors import ConfigurationError, DivergenceError
+from mnist_lit.engine.parser import Parser
 from mnist_lit.engine.runs import LOGS, relative
 from mnist_lit.engine.storage import atomic_write
 
 ATTEMPTS = 3  # to open the database
 HEARTBEAT = 5  # seconds; a process that is silent for twice as long counts as dead
-OF_PROCESSES = (
-    "accelerator",
-    "devices",
-    "num_nodes",
-)  # options of the trainer; their number is checked before all trials
+# Options of the trainer that say how many processes there are; one is all that a trial may have.
+OF_PROCESSES = ("accelerator", "devices", "num_nodes", "strategy")
 DONE = TrialState.COMPLETE, TrialState.PRUNED
 
 Space = dict[str, dict[str, Any]]
@@ -290,19 +288,22 @@ def _config_of(fit: list[str]) -> dict[str, Any]:
     return config
 
 
-def _check_processes(trainer: dict[str, Any]) -> None:
-    """Find out before the first trial how many processes the trainer of these options would start.
+def _check_trainer(options: dict[str, Any]) -> None:
+    """Make a trainer of these options before the first trial, and find out how many processes it would start.
 
     Raises:
         ConfigurationError: if it is more than one.
+        MisconfigurationException: if Lightning refuses the options.
     """
-    chosen = {name: trainer[name] for name in OF_PROCESSES}
-    plain = {name: value for name, value in chosen.items() if not isinstance(value, dict)}
-    number = Trainer(**plain, logger=False, enable_checkpointing=False, enable_progress_bar=False).world_size
-    if number > 1:
+    parser = Parser()
+    parser.add_class_arguments(Trainer, "trainer")
+    leaves_nothing = {"callbacks": None, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    made = parser.instantiate_classes(parser.parse_object({"trainer": options | leaves_nothing})).trainer
+    if made.world_size > 1:
+        option = "num_nodes" if made.num_nodes > 1 else "devices"
         raise ConfigurationError(
-            f"a sweep's trials run in one process each, and not in {number}: --trainer.devices=1; for several GPUs "
-            "start as many sweeps of the same study, each with a CUDA_VISIBLE_DEVICES of its own"
+            f"a sweep's trials run in one process each, and not in {made.world_size}: --trainer.{option}=1; for "
+            "several GPUs start as many sweeps of the same study, each with a CUDA_VISIBLE_DEVICES of its own"
         )
 
 
@@ -347,7 +348,7 @@ def main(args: list[str]) -> None:
     if known.space is None:
         parser.error("--space: a sweep needs a file that says what to search, such as configs/sweep.yaml")
     space = read_space(known.space)
-    if fixed := [name for name in space if name in {f"trainer.{option}" for option in (*OF_PROCESSES, "strategy")}]:
+    if fixed := [name for name in space if name in {f"trainer.{option}" for option in OF_PROCESSES}]:
         raise ConfigurationError(f"--space={known.space}: {fixed[0]} cannot be searched, all trials run in one process")
     # Optuna's samplers draw new seeds in every process: several of them share a study.
     sampler: optuna.samplers.BaseSampler | None = optuna.samplers.RandomSampler() if known.sampler == "random" else None
@@ -359,7 +360,7 @@ def main(args: list[str]) -> None:
     _, *fit = with_config(["fit", *fit])
     config = _config_of(fit)
     monitor, mode = config["monitor"], infer_mode(config["monitor"], config["mode"])
-    _check_processes(config["trainer"])
+    _check_trainer(config["trainer"])
     if known.storage is None:
         folder.mkdir(parents=True, exist_ok=True)
     study = open_study(url, known.study, StudyDirection[f"{mode.upper()}IMIZE"], sampler)

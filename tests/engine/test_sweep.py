@@ -176,7 +176,9 @@ WRONG = {
     "grid without steps": (SPACE, ("--sampler=grid",), "--sampler=grid: model.init_args.lr needs choices"),
     "status of nothing": (SPACE, ("--status", "--study=none"), "--status: there is no study"),
     "two processes": (SPACE, ("--trainer.devices=2", "--trainer.accelerator=cpu"), "in one process each, and not in 2"),
-    "two nodes": (SPACE, ("--trainer.num_nodes=2", "--trainer.accelerator=cpu"), "in one process each, and not in 2"),
+    "two nodes": (SPACE, ("--trainer.num_nodes=2", "--trainer.accelerator=cpu"), "and not in 2: --trainer.num_nodes=1"),
+    "no such strategy": (SPACE, ("--trainer.strategy=ddpp",), "invalid strategy name"),
+    "no such profiler": (SPACE, ("--trainer.profiler=foo",), "for the `profiler` parameter"),
     "processes in the space": ("trainer.devices: {choices: [2]}", (), "trainer.devices cannot be searched"),
     "no such database": (SPACE, ("--storage=mysql://nowhere",), "--storage=mysql://nowhere"),
 }
@@ -190,3 +192,11 @@ def test_wrong_sweep_is_one_message(cli: Run, arguments: tuple, tmp_path: Path, 
         settings = ("--space=nowhere.yaml",)
     assert_one_message(cli(*arguments, *settings, ok=False), message)
     assert not list(tmp_path.glob("lightning_logs/**/sweep-*"))
+
+
+@pytest.mark.slow
+def test_strategy_of_one_process_runs_whatever_the_devices(cli: Run, arguments: tuple, tmp_path: Path) -> None:
+    one = ("--trainer.strategy=SingleDeviceStrategy", "--trainer.strategy.device=cpu", "--trainer.devices=2")
+    done = cli(*arguments, "--trials=1", *one)
+    assert [trial.state.name for trial in trials(tmp_path)] == ["COMPLETE"]
+    assert "Warning" not in done.stderr

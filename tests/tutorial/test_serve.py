@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import requests
+import yaml
 from browser import CHROMIUM, arc, browser, draw
 from common import CONFIGS, ENVIRONMENT, OVERLAYS, RUN, Run, assert_one_message
 from PIL import Image
@@ -236,6 +238,20 @@ def test_onnx_is_served_without_torch(run_folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_run_of_another_machine_is_served_here(run_folder: Path, tmp_path: Path) -> None:
+    """Trained on four GPUs, served without one."""
+    shutil.copytree(run_folder / BEST.parents[1], tmp_path / BEST.parents[1])
+    recorded = tmp_path / BEST.parents[1] / "config.yaml"
+    config = yaml.safe_load(recorded.read_text())
+    config["trainer"] |= {"accelerator": "gpu", "devices": 4, "strategy": "ddp"}
+    recorded.write_text(yaml.safe_dump(config))
+    with server(tmp_path, "--ckpt_path", BEST) as (address, _, _):
+        assert rows(
+            requests.post(f"{address}/predict", data=(run_folder / "digits" / "0000.png").read_bytes(), timeout=60)
+        )
+
+
+@pytest.mark.slow
 def test_killed_worker_is_replaced_by_one_of_the_same_model(run_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "copy.onnx"
     path.write_bytes((run_folder / BEST.with_suffix(".onnx")).read_bytes())
@@ -261,6 +277,9 @@ def test_mistakes_are_one_message(cli: Run, tmp_path: Path) -> None:
     refused = cli("serve", "--ckpt_path=no.onnx", "--prot=8001", ok=False)
     assert_one_message(refused, "unrecognized arguments: --prot=8001")
     assert "--port PORT" in refused.stderr
+    refused = cli("serve", "--ckpt_path=no.ckpt", "--trainer.accelerator=gpu", ok=False)
+    assert_one_message(refused, "unrecognized arguments: --trainer.accelerator=gpu")
+    assert "--devices DEVICES" in refused.stderr
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

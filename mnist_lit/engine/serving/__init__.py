@@ -16,8 +16,11 @@ from mnist_lit.engine.errors import ConfigurationError, UserError
 from mnist_lit.engine.images import ImageReader
 
 SUFFIX = ".onnx"
-# Options of predict that say how a model is made.
-FURTHER = re.compile(r"--(config|data|model|trainer|weights_only|num_threads|seed_everything)\b")
+# Options of predict that say how a model is made; where it runs is what --devices says.
+FURTHER = re.compile(
+    r"--(config|data|model|weights_only|num_threads|seed_everything"
+    r"|trainer(?!\.(accelerator|devices|logger|num_nodes|strategy)\b))\b"
+)
 
 
 def main(args: list[str], reader: Callable[[dict[str, Any]], ImageReader] = ImageReader) -> None:
@@ -79,8 +82,9 @@ def _serve(options: argparse.Namespace, others: list[str], make_reader: Callable
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {PROJECT} serve",
-        description="Serve a model: POST /predict with images, GET / for a page to try it, /docs, /health. Further "
-        "options are those of predict, such as --config and --data.*; the config is that of the checkpoint's run.",
+        description="Serve a model: POST /predict with images, GET / for a page to try it, /docs, /health. Of the "
+        "options of predict it takes those that say how a model is made, such as --config, --model.*, --data.* and "
+        "--trainer.precision; the config is that of the checkpoint's run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
