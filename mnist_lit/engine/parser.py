@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from difflib import SequenceMatcher, get_close_matches
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -14,14 +14,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 # Lines of jsonargparse on how it looks at types, beside those that say what is wrong.
 BOOKKEEPING = re.compile(
     r"Does not validate against|Subtypes: |Errors:|Given value type: |Expected a <class 'NoneType'>|"
-    r"Not a valid subclass of|Subclass types expect one of:|a class path \(str\)|a dict with|$"
+    r"Subclass types expect one of:|a class path \(str\)|a dict with|$"
 )
 # Lines that the next one belongs to.
 HEAD = re.compile(r"(Parser key|Problem with given class_path) .*:$")
 # Of a value that may be a path to a config or the name of a class: whoever writes this means a path.
 NO_FILE = re.compile(r"Expected a path but (.*/.*|.*\.(ya?ml|json)) either not accessible")
-# What is worth a word only if nothing else is said.
-OF_A_TYPE = re.compile(r"Expected a <class '\w+'>$|Expected a path but ")
+# What is worth a word only if nothing else is said, the first most.
+OF_A_TYPE = "Expected a <class '", "Not a valid subclass of", "Expected a path but "
 
 
 class Parser(LightningArgumentParser):
@@ -33,7 +33,7 @@ class Parser(LightningArgumentParser):
         super().error(message, ex)
 
 
-def in_short(message: str, options: Iterable[str] = ()) -> str:
+def in_short(message: str, options: Collection[str] = ()) -> str:
     r"""Make one line of jsonargparse's message.
 
     Args:
@@ -48,22 +48,25 @@ def in_short(message: str, options: Iterable[str] = ()) -> str:
     for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if HEAD.match(line):
             head += f"{line} "
-        elif found := re.match(r"Given value: (?:NestedArg\(key='(.*)', val='(.*)'\))?", line):
+        elif found := re.match(r"Given value: (?:NestedArg\(key='(.*?)', val='?(.*?)'?\)$)?", line):
             given = f"{found[1]}={found[2]}" if found[1] else line[found.end() :]
         elif not BOOKKEEPING.match(line):
             said.setdefault(line, head)
-            head = head if OF_A_TYPE.match(line) else ""
-    missing = [line for line in said if NO_FILE.match(line)]
-    lines = missing or [line for line in said if not OF_A_TYPE.match(line)] or [*said]
+            head = head if _of_a_type(line) else ""
+    lines = [line for line in said if NO_FILE.match(line)] or [line for line in said if not _of_a_type(line)]
+    for kind in OF_A_TYPE:
+        lines = lines or [line for line in said if line.startswith(kind)]
     parts = [said[line] + line + _hint(said[line], line, message, options) for line in lines]
-    if head and not parts:
-        parts.append(head.strip())
     if given and not any(given.rpartition("=")[2] in part or "is not accepted" in part for part in parts):
-        parts.append(f"Given value: {given}")
-    return "; ".join(parts)
+        parts.append(f"{'' if parts else head}Given value: {given}")
+    return "; ".join(parts or [head.strip()])
 
 
-def _hint(head: str, line: str, message: str, options: Iterable[str]) -> str:
+def _of_a_type(line: str) -> bool:
+    return line.startswith(OF_A_TYPE) and "Got value" not in line
+
+
+def _hint(head: str, line: str, message: str, options: Collection[str]) -> str:
     """The names that are close to the unknown one in a line."""
     if found := re.match(r"Option '(.*)' is not accepted", line):
         owner = re.search(r".*Problem with given class_path '(.*?)':", head)
@@ -102,7 +105,7 @@ def options_of(kind: Any) -> list[str]:
     return [name.partition(".")[2] for name in arguments]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Collection[str]) -> str:
     """The known names that are close to an unknown one, as an addition to a message, or nothing.
 
     Of a name with dots, the first part is looked up alone if nothing known starts with it: what comes

@@ -244,6 +244,9 @@ WRONG_VALUES = {
     "no file of an optimizer": ("fit --model=CNN --optimizer=o/adam.yaml", "Expected a path but o/adam.yaml"),
     "no file of a callback": ("fit --model=CNN --trainer.callbacks=c.yml", "Expected a path but c.yml"),
     "no file in a model": ("fit --model=Classifier --model.net=n.yaml", 'Parser key "net": Expected a path but n.yaml'),
+    "wrong kind": ("fit --model=Classifier --model.metrics=3", "Expected a <class 'dict'>; Given value: metrics=3"),
+    "no callback": ("fit --model=CNN --trainer.callbacks=[1]", "Not a valid subclass of Callback. Got value: 1"),
+    "no module": ("fit --model=Classifier --model.net=[1,2]", "Not a valid subclass of Module. Got value: [1, 2]"),
     "no command": ("", "no command is given; the commands are fit, validate"),
     "late command": ("--model=CNN fit", "the command comes first, and then its options: fit --model=CNN"),
     "number for options": ("fit --config=number.yaml", "trainer: is 3 in the config"),
@@ -253,7 +256,7 @@ WRONG_VALUES = {
 def assert_short(refused: CompletedProcess[str]) -> None:
     assert len(refused.stderr.removeprefix("Seed set to 1\n").splitlines()) <= 3
     (message,) = (line for line in refused.stderr.splitlines() if "error:" in line)
-    for internal in ("Union", "NestedArg", "NoneType", "subclass", "class_path entry"):
+    for internal in ("Union", "NestedArg", "NoneType", "Subclass types", "class_path entry"):
         assert internal not in message
     parts = message.split("; ")
     assert len(parts) == len(set(parts))
