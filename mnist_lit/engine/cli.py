@@ -103,6 +103,19 @@ def infer_mode(monitor: str, mode: str) -> str:
     return mode
 
 
+def mistake_in_trainer(options: Any) -> str:
+    """What is wrong with the options of a trainer before one can be made; nothing if all is well."""
+    if not isinstance(options, (dict, Namespace)):
+        found = "is empty" if options is None else f"is {options!r}"
+        return f"trainer: {found} in the config; leave the line out, or give it options"
+    if options["barebones"]:
+        return (
+            "--trainer.barebones leaves out logger, checkpoints, bar and every callback, which is all that this "
+            "command adds to a loop; leave it out, or use Trainer(barebones=True) in a script of your own"
+        )
+    return ""
+
+
 class CLI(LightningCLI):
     """``LightningCLI`` that keeps the best and the last checkpoint, finds mistakes early and ends with a table."""
 
@@ -188,14 +201,8 @@ class CLI(LightningCLI):
         config, parser = self.config[self.subcommand], self._parser(self.subcommand)
         if config.get("lr_scheduler") and not config.get("optimizer"):
             parser.error("--lr_scheduler changes nothing without --optimizer: give both")
-        if not isinstance(config.trainer, Namespace):
-            found = "is empty" if config.trainer is None else f"is {config.trainer!r}"
-            parser.error(f"trainer: {found} in the config; leave the line out, or give it options")
-        if config.trainer.barebones:
-            parser.error(
-                "--trainer.barebones leaves out logger, checkpoints, bar and every callback, which is all that this "
-                "command adds to a loop; leave it out, or use Trainer(barebones=True) in a script of your own"
-            )
+        if mistake := mistake_in_trainer(config.trainer):
+            parser.error(mistake)
         if self.subcommand == "fit":
             config.best_checkpoint.mode = infer_mode(config.monitor, config.mode)
             self._fill_in_monitor(config)
@@ -659,7 +666,7 @@ def main(data_module: str = "", default_config: str = "", commands: Mapping[str,
         if not command.startswith("-") and command not in names:
             wrong = f"no command {command!r}{did_you_mean(command, names)}" if command else "no command is given"
             raise ConfigurationError(f"{wrong}; the commands are {', '.join(names)}")
-        if command.startswith("-") and not command.startswith(("-c", "--config")):
+        if command.startswith("-") and not re.match(r"-[ch]|--(config|help|print_config)\b", command):
             for later in args:
                 if later in names:
                     raise ConfigurationError(f"the command comes first, and then its options: {later} {command}")

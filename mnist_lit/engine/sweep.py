@@ -32,7 +32,7 @@ from sqlalchemy.exc import DBAPIError
 
 from mnist_lit.engine import PROJECT
 from mnist_lit.engine.arguments import with_config
-from mnist_lit.engine.cli import infer_mode, run
+from mnist_lit.engine.cli import infer_mode, mistake_in_trainer, run
 from mnist_lit.engine.errors import ConfigurationError, DivergenceError
 from mnist_lit.engine.parser import Parser
 from mnist_lit.engine.runs import LOGS, relative
@@ -283,8 +283,8 @@ def _config_of(fit: list[str]) -> dict[str, Any]:
     config = yaml.safe_load(printed.getvalue())
     if not isinstance(config, dict):
         sys.exit(2)  # the parser has printed what is wrong
-    if config["trainer"] is None:
-        raise ConfigurationError("trainer: is empty in the config; leave the line out, or give it options")
+    if mistake := mistake_in_trainer(config["trainer"]):
+        raise ConfigurationError(mistake)
     return config
 
 

@@ -61,9 +61,10 @@ def assert_same(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
-def assert_one_message(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+def assert_one_message(done: subprocess.CompletedProcess[str], *parts: str) -> str:
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stdout + done.stderr
     (message,) = (line for line in done.stderr.splitlines() if "error:" in line)
     for part in parts:
         assert part in message
+    return message

@@ -246,9 +246,7 @@ def test_run_of_another_machine_is_served_here(run_folder: Path, tmp_path: Path)
     config["trainer"] |= {"accelerator": "gpu", "devices": 4, "strategy": "ddp"}
     recorded.write_text(yaml.safe_dump(config))
     with server(tmp_path, "--ckpt_path", BEST) as (address, _, _):
-        assert rows(
-            requests.post(f"{address}/predict", data=(run_folder / "digits" / "0000.png").read_bytes(), timeout=60)
-        )
+        assert rows(_post(address, [run_folder / "digits" / "0000.png"]))
 
 
 @pytest.mark.slow
