@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+ENGINE = __name__.partition(".")[0]  # the package that the extras belong to, whichever project runs
+
 
 class UserError(Exception):
     """A user's mistake. The message names the thing, what was expected and the way out."""
@@ -30,3 +34,20 @@ class CheckpointError(UserError):
 
 class DivergenceError(UserError):
     """A loss or weights that are infinite or not a number."""
+
+
+def require(extra: str, *modules: str) -> None:
+    """Ask for an extra before anything takes time.
+
+    Args:
+        extra: of the engine's package.
+        modules: that have to be there.
+
+    Raises:
+        ConfigurationError: naming those that are missing and the command that installs them.
+
+    Example:
+        >>> require("sweep", "optuna", "matplotlib")
+    """
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise ConfigurationError(f"{', '.join(missing)} not installed: pip install '{ENGINE}[{extra}]'")

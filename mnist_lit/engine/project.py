@@ -1,0 +1,32 @@
+"""The project that runs: what a command line is called, and what its commands take unless they are told otherwise."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Project:
+    """A package whose ``__main__`` calls ``main``.
+
+    Args:
+        name: of the package, as in ``python -m NAME``.
+        data_module: import path of the data module that is used where a config names none.
+        default_config: that ``fit`` takes if it is there and the command names neither a config nor a model.
+        commands: further commands, by the module whose ``main(args, project)`` runs each.
+
+    Example:
+        >>> Project("leaf_id").command("fit", "--config", "my configs/cnn.yaml")
+        "python -m leaf_id fit --config 'my configs/cnn.yaml'"
+    """
+
+    name: str
+    data_module: str = ""
+    default_config: str = ""
+    commands: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, *args: object) -> str:
+        """A command of this project, as one would type it."""
+        return shlex.join(["python", "-m", self.name, *map(str, args)])
