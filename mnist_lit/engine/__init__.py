@@ -10,25 +10,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mnist_lit.engine.best import BestCheckpoint
     from mnist_lit.engine.callbacks import Compile, ProgressBar, StopOnNonFinite, TailAveraging
-    from mnist_lit.engine.checkpoints import BestCheckpoint, LastCheckpoint
+    from mnist_lit.engine.checkpoint import Checkpoint
     from mnist_lit.engine.cli import CLI, main
     from mnist_lit.engine.dashboards import Dashboard
+    from mnist_lit.engine.defaults import default_callbacks
     from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
     from mnist_lit.engine.execution import StepsPerExecution
     from mnist_lit.engine.finetuning import FineTuning, adapt
+    from mnist_lit.engine.last import LastCheckpoint
     from mnist_lit.engine.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
     from mnist_lit.engine.metrics import Metrics
     from mnist_lit.engine.outputs import Outputs
     from mnist_lit.engine.predictions import PredictionsFile
     from mnist_lit.engine.project import Project
     from mnist_lit.engine.provenance import Provenance
-    from mnist_lit.engine.runs import Run
+    from mnist_lit.engine.run import Run
     from mnist_lit.engine.schedules import Schedule
+    from mnist_lit.engine.summary import Summary
 
 _MODULES = {
     "callbacks": ["Compile", "ProgressBar", "StopOnNonFinite", "TailAveraging"],
-    "checkpoints": ["BestCheckpoint", "LastCheckpoint"],
+    "best": ["BestCheckpoint"],
+    "checkpoint": ["Checkpoint"],
+    "defaults": ["default_callbacks"],
+    "last": ["LastCheckpoint"],
+    "summary": ["Summary"],
     "cli": ["CLI", "main"],
     "dashboards": ["Dashboard"],
     "errors": ["ConfigurationError", "DatasetError", "UserError"],
@@ -40,7 +48,7 @@ _MODULES = {
     "predictions": ["PredictionsFile"],
     "project": ["Project"],
     "provenance": ["Provenance"],
-    "runs": ["Run"],
+    "run": ["Run"],
     "schedules": ["Schedule"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
