@@ -12,16 +12,17 @@ def main() -> None:
     """
     if sys.argv[1:2] == ["serve"] and any(arg.endswith(".onnx") for arg in sys.argv):  # without torch
         from mnist_lit import serve
+        from mnist_lit.engine import Project
 
-        return serve.main(sys.argv[2:])
+        return serve.main(sys.argv[2:], Project("mnist_lit"))
     gc.disable()
     from mnist_lit import data, models  # noqa: F401, whose classes the configs call by their names
-    from mnist_lit.engine import cli
+    from mnist_lit.engine import main as run
 
     gc.freeze()
     gc.enable()
     commands = {"new": "mnist_lit.new", "serve": "mnist_lit.serve"}
-    cli.main("mnist_lit.MNISTDataModule", "configs/cnn.yaml", commands)
+    run("mnist_lit", "mnist_lit.MNISTDataModule", "configs/cnn.yaml", commands)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit.engine.errors import ConfigurationError
-from mnist_lit.engine.execution import StepsPerExecution
-from mnist_lit.engine.finetuning import adapt
-from mnist_lit.engine.metrics import Metrics
-from mnist_lit.engine.outputs import Outputs
+from mnist_lit.engine import ConfigurationError, Metrics, Outputs, StepsPerExecution, adapt
 
 Batch = tuple[Tensor, Tensor]  # images float32 (B, C, H, W), targets (B,)
 

@@ -1,6 +1,54 @@
 """The lower floor: carries any ``LightningModule`` and any ``LightningDataModule``, and knows neither.
 
-Nothing in here imports from the floor above; ``lint-imports`` checks that.
+These names are the public interface: projects import from here alone, and configs name classes by these paths, such as
+``class_path: mnist_lit.engine.Schedule``. What is not listed here may change between versions. Nothing in here imports
+from the floor above; ``lint-imports`` checks that. Names are imported when they are asked for, because a server of an
+ONNX file needs no torch.
 """
 
-PROJECT = __name__.partition(".")[0]  # the package that this engine is part of, for messages and commands
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnist_lit.engine.callbacks import Compile, ProgressBar, StopOnNonFinite, TailAveraging
+    from mnist_lit.engine.checkpoints import BestCheckpoint, LastCheckpoint
+    from mnist_lit.engine.cli import CLI, main
+    from mnist_lit.engine.dashboards import Dashboard
+    from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
+    from mnist_lit.engine.execution import StepsPerExecution
+    from mnist_lit.engine.finetuning import FineTuning, adapt
+    from mnist_lit.engine.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
+    from mnist_lit.engine.metrics import Metrics
+    from mnist_lit.engine.outputs import Outputs
+    from mnist_lit.engine.predictions import PredictionsFile
+    from mnist_lit.engine.project import Project
+    from mnist_lit.engine.provenance import Provenance
+    from mnist_lit.engine.runs import Run
+    from mnist_lit.engine.schedules import Schedule
+
+_MODULES = {
+    "callbacks": ["Compile", "ProgressBar", "StopOnNonFinite", "TailAveraging"],
+    "checkpoints": ["BestCheckpoint", "LastCheckpoint"],
+    "cli": ["CLI", "main"],
+    "dashboards": ["Dashboard"],
+    "errors": ["ConfigurationError", "DatasetError", "UserError"],
+    "execution": ["StepsPerExecution"],
+    "finetuning": ["FineTuning", "adapt"],
+    "loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
+    "metrics": ["Metrics"],
+    "outputs": ["Outputs"],
+    "predictions": ["PredictionsFile"],
+    "project": ["Project"],
+    "provenance": ["Provenance"],
+    "runs": ["Run"],
+    "schedules": ["Schedule"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

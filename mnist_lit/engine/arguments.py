@@ -12,9 +12,9 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
-from mnist_lit.engine import PROJECT
 from mnist_lit.engine.checkpoints import no_such_checkpoint
 from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.project import Project
 from mnist_lit.engine.runs import Run, relative
 from mnist_lit.engine.storage import printable
 
@@ -45,19 +45,19 @@ def with_homes(values: Any) -> Any:
     return values
 
 
-def with_config(args: Sequence[str], default: str = "") -> list[str]:
+def with_config(args: Sequence[str], project: Project) -> list[str]:
     """Put configs first, so that the other options override them wherever they stand, and add one if none is named:
     the config.yaml of the checkpoint's run, or else the default.
 
     Args:
         args: the command, and its options.
-        default: config of ``fit``, if it is there and no model is named.
+        project: whose default config ``fit`` takes, if it is there and no model is named.
 
     Raises:
         ConfigurationError: if there is no such checkpoint, or no config for it.
     """
     command, *options = args
-    of_configs = argparse.ArgumentParser(prog=f"python -m {PROJECT} {command}", usage=USAGE, **PLAIN)
+    of_configs = argparse.ArgumentParser(prog=project.command(command), usage=USAGE, **PLAIN)
     of_configs.add_argument("-c", "--config", metavar="FILE", action="append", default=[])
     of_checkpoint = argparse.ArgumentParser(**PLAIN)
     of_checkpoint.add_argument("--ckpt_path", nargs="?", type=Path)
@@ -78,9 +78,9 @@ def with_config(args: Sequence[str], default: str = "") -> list[str]:
                 )
         elif command in WITH_CHECKPOINT:
             raise ConfigurationError(no_such_checkpoint("ckpt_path", ckpt_path))
-    if command == "fit" and not configs and not whole and Path(default).is_file():
-        rank_zero_info(f"No --config is given: it is {default}")
-        configs = [default]
+    if command == "fit" and not configs and not whole and Path(project.default_config).is_file():
+        rank_zero_info(f"No --config is given: it is {project.default_config}")
+        configs = [project.default_config]
     return [command, *(f"--config={config}" for config in configs), *others]
 
 

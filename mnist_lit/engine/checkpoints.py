@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shlex
 import signal
 import sys
 import zipfile
@@ -29,7 +28,6 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from mnist_lit.engine import PROJECT
 from mnist_lit.engine.errors import CheckpointError, ConfigurationError, UserError
 from mnist_lit.engine.runs import LOGS, Run, relative
 from mnist_lit.engine.storage import atomic_save, printable
@@ -506,13 +504,11 @@ class LastCheckpoint(Checkpoint):
             with _writing(last):
                 os.replace(self._folder / self.PENDING, last)
         if self._signal:
-            config = relative(self._run.config)
-            command = ["python", "-m", PROJECT, "fit", "--config", config]
-            command += ["--ckpt_path", relative(last)]
-            rank_zero_info(
-                f"Stopped at step {trainer.global_step} by {signal.Signals(self._signal).name}. "
-                f"To go on: {shlex.join(command)}"
-            )
+            said = f"Stopped at step {trainer.global_step} by {signal.Signals(self._signal).name}"
+            if project := self._run.project:
+                config, ckpt_path = relative(self._run.config), relative(last)
+                said += f". To go on: {project.command('fit', '--config', config, '--ckpt_path', ckpt_path)}"
+            rank_zero_info(said)
             sys.exit(128 + self._signal)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

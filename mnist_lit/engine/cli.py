@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -40,7 +39,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from mnist_lit.engine import PROJECT
 from mnist_lit.engine.arguments import USAGE, join_values, with_config, with_homes
 from mnist_lit.engine.callbacks import ModelTable, NoProfiler, ProgressBar, StopOnNonFinite
 from mnist_lit.engine.checkpoints import (
@@ -57,13 +55,14 @@ from mnist_lit.engine.checkpoints import (
     read_weights,
 )
 from mnist_lit.engine.dashboards import Dashboard
-from mnist_lit.engine.errors import CheckpointError, ConfigurationError, UserError
+from mnist_lit.engine.errors import ENGINE, CheckpointError, ConfigurationError, UserError, require
 from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.finetuning import first_convolution, rename, to_channels
 from mnist_lit.engine.messages import full_disk, leave_out_noise, misfit, raised_by_libraries
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.parser import Parser, did_you_mean, options_of
 from mnist_lit.engine.predictions import PredictionsFile
+from mnist_lit.engine.project import Project
 from mnist_lit.engine.provenance import Provenance
 from mnist_lit.engine.resume import ResumeGuard, different_options, longer_if_finished, restored_options
 from mnist_lit.engine.runs import LOGS, Run, RunConfig, as_list, loggers_of, relative
@@ -73,7 +72,6 @@ from mnist_lit.engine.storage import printable
 from mnist_lit.engine.threads import set_threads
 
 LINKED = ("num_classes", "num_pixels", "channels")  # what a model may take from the data module
-SCRIPT = PROJECT.replace("_", "-")
 
 LOWER_IS_BETTER = "loss error err mse rmse mae mape nll perplexity wer cer fid ece hamming".split()
 HIGHER_IS_BETTER = """acc accuracy f1 f1score precision recall specificity auroc auc ap map iou jaccard dice r2
@@ -119,12 +117,10 @@ def mistake_in_trainer(options: Any) -> str:
 class CLI(LightningCLI):
     """``LightningCLI`` that keeps the best and the last checkpoint, finds mistakes early and ends with a table."""
 
-    default_data_module = ""
     # Lightning's, and Trainer.export; with the arguments of each that are no options.
     commands: ClassVar = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
     linked: tuple[str, ...] = LINKED
     command = ""  # of this process; only its options are collected, because those of each take 0.1 s
-    more_commands: tuple[str, ...] = ("sweep",)  # that are no subcommands of LightningCLI
     run = Run()  # that the command makes or resumes
     ckpt_path: str | None = None
     checkpoint: dict[str, Any] | None = None  # its content
@@ -133,13 +129,17 @@ class CLI(LightningCLI):
     _any_seed = False  # whether the seed is chosen at random
     _started = 0.0  # when fit began
 
+    def __init__(self, project: Project, **options: Any) -> None:
+        self.project = project
+        super().__init__(LightningModule, LightningDataModule, **options)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The command of this process, if it is known, else all."""
         return {name: skipped for name, skipped in CLI.commands.items() if CLI.command in (name, "")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        completion = partial(print_completion, commands=[*self.commands, *self.more_commands])
+        completion = partial(print_completion, commands=[*self.commands, *more_commands(self.project)])
         for name, printed, what in (
             ("print_schema", print_schema, "a JSON schema of configs"),
             ("print_completion", completion, "bash completion"),
@@ -184,8 +184,8 @@ class CLI(LightningCLI):
         parser.link_arguments("mode", "best_checkpoint.mode")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Dashboard, "dashboard")
-        if self.default_data_module:
-            parser.set_defaults({"data": {"class_path": self.default_data_module}})
+        if self.project.data_module:
+            parser.set_defaults({"data": {"class_path": self.project.data_module}})
         for name in self.linked:  # ignored if the model or the data module has none
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
@@ -218,6 +218,7 @@ class CLI(LightningCLI):
         if run is None and leaves:
             run = Run.create(Path(config.trainer.default_root_dir or "."), name)
         self.run = run or Run()
+        self.run.project = self.project
         if self.subcommand == "fit":
             self.run.lock()
         if self.run.exists:
@@ -472,7 +473,7 @@ class CLI(LightningCLI):
         for path, reason in broken.items():
             console.print(f"{printable(path)}: {reason}", soft_wrap=True, highlight=False, markup=False)
         total = len(broken) + len(self.datamodule.files)
-        sys.exit(f"{PROJECT}: error: {len(broken)} of {total} files could not be predicted")
+        sys.exit(f"{self.project.name}: error: {len(broken)} of {total} files could not be predicted")
 
     def _best_or_last(self) -> str:
         best = getattr(best_checkpoint(self.trainer), "best_model_path", "")
@@ -511,19 +512,10 @@ class CLI(LightningCLI):
         if not best:
             return
         commands = [command for logger in trainer.loggers if (command := _viewer(logger))]
-        test = [
-            "python",
-            "-m",
-            PROJECT,
-            "test",
-            "--config",
-            relative(run.config),
-            "--ckpt_path",
-            relative(best),
-        ]
+        then = self.project.command("test", "--config", relative(run.config), "--ckpt_path", relative(best))
         console.print(f"The run is in {relative(run.folder)}. What comes next:", highlight=False, markup=False)
-        for command in (*commands, test):
-            console.print(f"  {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
+        for line in (*map(shlex.join, commands), then):
+            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _number(value: Any) -> str:
@@ -571,10 +563,11 @@ class _Predicting(CLI):
         pass
 
 
-def build(ckpt_path: str, args: Sequence[str] = ()) -> tuple[CLI, dict[str, Any]]:
+def build(project: Project, ckpt_path: str, args: Sequence[str] = ()) -> tuple[CLI, dict[str, Any]]:
     """Make the model and the data module of a checkpoint.
 
     Args:
+        project: that runs.
         ckpt_path: the checkpoint.
         args: further options of ``predict``, such as another ``--config`` than its run's.
 
@@ -583,8 +576,8 @@ def build(ckpt_path: str, args: Sequence[str] = ()) -> tuple[CLI, dict[str, Any]
     """
     alone = ("accelerator=auto", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")  # wherever it was trained
     further = [*join_values(args), *(f"--trainer.{option}" for option in alone)]
-    command = with_config(["export", f"--ckpt_path={ckpt_path}", *further])
-    built = run(command, cli_class=_Predicting)
+    command = with_config(["export", f"--ckpt_path={ckpt_path}", *further], project)
+    built = run(project, command, cli_class=_Predicting)
     assert isinstance(built, _Predicting)
     return built, built.content
 
@@ -607,19 +600,20 @@ def _keep_related(parser: Any, previous: Any, value: Any) -> None:
     _keep_accepted(parser, previous, value)
 
 
-def run(args: list[str], callbacks: Sequence[Callback] = (), cli_class: type[CLI] = CLI) -> CLI:
+def run(project: Project, args: list[str], callbacks: Sequence[Callback] = (), cli_class: type[CLI] = CLI) -> CLI:
     """Run one command of ``LightningCLI``.
 
     Args:
+        project: that runs.
         args: as on the command line, the command first.
         callbacks: in addition to those of the config.
         cli_class: to run it with.
     """
     sys.argv[1:] = args  # from which Lightning starts further processes
     CLI.command = args[0] if args and args[0] in CLI.commands else ""
+    script = project.name.replace("_", "-")
     return cli_class(
-        LightningModule,
-        LightningDataModule,
+        project,
         save_config_callback=RunConfig,
         trainer_class=Trainer,
         parser_class=Parser,
@@ -627,8 +621,8 @@ def run(args: list[str], callbacks: Sequence[Callback] = (), cli_class: type[CLI
         subclass_mode_data=True,
         # An error is one message and not a screenful of options; a typo is no abbreviation.
         parser_kwargs={
-            "prog": SCRIPT if Path(sys.argv[0]).name == SCRIPT else f"python -m {PROJECT}",
-            "epilog": f"More commands, each with a --help: {', '.join(CLI.more_commands)}",
+            "prog": script if Path(sys.argv[0]).name == script else project.command(),
+            "epilog": f"More commands, each with a --help: {', '.join(more_commands(project))}",
             "allow_abbrev": False,
             **{command: {"usage": USAGE} for command in CLI.subcommands()},
         },
@@ -637,14 +631,24 @@ def run(args: list[str], callbacks: Sequence[Callback] = (), cli_class: type[CLI
     )
 
 
-def main(data_module: str = "", default_config: str = "", commands: Mapping[str, str] | None = None) -> None:
+def more_commands(project: Project) -> dict[str, str]:
+    """Commands that are no subcommands of ``LightningCLI``, by the module whose ``main`` runs each."""
+    return {"sweep": f"{ENGINE}.engine.sweep", **project.commands}
+
+
+def main(name: str, data_module: str = "", default_config: str = "", commands: Mapping[str, str] | None = None) -> None:
     """Run the command in ``sys.argv``. A user's mistake ends in one message and exit code 1 or 2.
 
     Args:
+        name: of the package that runs, as in ``python -m NAME``.
         data_module: import path of the data module to use where the config names none.
         default_config: that ``fit`` takes if it is there and the command names neither a config nor a model.
-        commands: further commands, by the module whose ``main(args)`` runs each.
+        commands: further commands, by the module whose ``main(args, project)`` runs each.
+
+    Example:
+        >>> main("leaf_id", data_module="leaf_id.data.DataModule", default_config="configs/cnn.yaml")
     """
+    project = Project(name, data_module, default_config, commands or {})
     for signum in (signal.SIGINT, signal.SIGTERM):  # until training starts: there is nothing to save
         signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
     leave_out_noise()
@@ -657,9 +661,7 @@ def main(data_module: str = "", default_config: str = "", commands: Mapping[str,
             stream.reconfigure(errors="replace")
     if (here := os.getcwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)  # your own modules, also for the script, as for python -m
-    CLI.default_data_module = data_module
-    modules = {"sweep": f"{PROJECT}.engine.sweep", **(commands or {})}
-    CLI.more_commands = tuple(modules)
+    modules = more_commands(project)
     try:
         command, *args = with_homes(sys.argv[1:]) or [""]
         names = [*CLI.commands, *modules]
@@ -670,21 +672,21 @@ def main(data_module: str = "", default_config: str = "", commands: Mapping[str,
             for later in args:
                 if later in names:
                     raise ConfigurationError(f"the command comes first, and then its options: {later} {command}")
-        if command == "sweep" and find_spec("optuna") is None:
-            raise ConfigurationError(f"sweep needs optuna: pip install '{PROJECT}[sweep]'")
+        if command == "sweep":
+            require("sweep", "optuna", "matplotlib")
         if command in modules:
-            import_module(modules[command]).main(args)
+            import_module(modules[command]).main(args, project)
         else:
-            run(with_config([command, *join_values(args)], default_config))
+            run(project, with_config([command, *join_values(args)], project))
     except (UserError, MisconfigurationException) as error:
         if isinstance(error, MisconfigurationException) and not raised_by_libraries(error.__traceback__):
             raise
-        sys.exit(f"{PROJECT}: error: {error}")
+        sys.exit(f"{name}: error: {error}")
     except (RuntimeError, TypeError, ValueError) as error:
         if not raised_by_libraries(error.__traceback__, inside="lightning"):
             raise
-        sys.exit(f"{PROJECT}: error: {error}")
+        sys.exit(f"{name}: error: {error}")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(f"{PROJECT}: error: {full_disk(error)}")
+        sys.exit(f"{name}: error: {full_disk(error)}")

@@ -21,8 +21,8 @@ from rich.markup import escape
 from torch import Tensor, nn
 from torch.export import Dim
 
-from mnist_lit.engine import PROJECT
 from mnist_lit.engine.checkpoints import read_checkpoint
+from mnist_lit.engine.errors import ENGINE as PROJECT
 from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
 from mnist_lit.engine.execution import estimated_steps
 from mnist_lit.engine.messages import leave_out_noise

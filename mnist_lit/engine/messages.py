@@ -13,8 +13,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import Tensor, nn
 
-from mnist_lit.engine import PROJECT
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import ENGINE, UserError
 
 # Warnings that a user can do nothing about: they tell one library's authors about another's.
 NOISE = (
@@ -46,7 +45,7 @@ def raised_by_libraries(traceback: TracebackType | None, inside: str = "") -> bo
     known = ("lightning", "jsonargparse", "optuna", "torch", "torchmetrics", *sys.stdlib_module_names)
     for frame in _frames(traceback):
         name = frame.f_globals.get("__name__", "")
-        ours = name in ("__main__", f"{PROJECT}.__main__") or name.startswith(f"{PROJECT}.engine.")
+        ours = name.rpartition(".")[2] == "__main__" or name.startswith(f"{ENGINE}.engine.")
         if not ours and name.partition(".")[0] not in known:
             return False
     return name.startswith(inside)
@@ -115,7 +114,7 @@ def _format_warning(
 ) -> str:
     """Print the package's own warnings without the line of code that they come from."""
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
-        return f"{PROJECT}: warning: {message}\n"
+        return f"warning: {message}\n"
     return _format_other(message, category, filename, lineno, line)
 
 

@@ -21,7 +21,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mnist_lit.engine import PROJECT
 from mnist_lit.engine.checkpoints import best_checkpoint
 from mnist_lit.engine.runs import Run
 from mnist_lit.engine.storage import atomic_write
@@ -52,7 +51,7 @@ class Provenance(Callback):
             return
         commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
         self._start = {
-            "command": shlex.join([PROJECT, *sys.argv[1:]]),
+            "command": shlex.join([run.project.name, *sys.argv[1:]]) if run.project else shlex.join(sys.argv),
             "git": {"commit": commit.strip(), "dirty": bool(changes)} if commit else None,
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
             "device": _device(trainer),

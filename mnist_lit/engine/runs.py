@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.project import Project
 from mnist_lit.engine.storage import atomic_write
 
 LOGS = "lightning_logs"
@@ -45,14 +46,17 @@ class Run(Callback):
         folder: of the run. None in a process that is not the first of several: it learns the folder from the
             first one, as soon as they are connected.
 
+        project: whose command line started it; None for a script or a notebook.
+
     Example:
         >>> run = Run.of(trainer)
         >>> run.folder, run.config, run.checkpoints
         (PosixPath('lightning_logs/version_0'), PosixPath('.../config.yaml'), PosixPath('.../checkpoints'))
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, project: Project | None = None) -> None:
         self._folder = folder
+        self.project = project
         self._chosen: list[dict[str, Any]] = []  # options of loggers as the config has them
 
     @classmethod

@@ -35,7 +35,7 @@ class Schedule(LRScheduler):
     Example, with a twentieth of the run for the warm-up and the rest for the cosine::
 
         lr_scheduler:
-          class_path: mnist_lit.engine.schedules.Schedule
+          class_path: mnist_lit.engine.Schedule
           init_args:
             schedulers:
               - {class_path: LinearLR, init_args: {start_factor: 0.01, total_iters: -1}}

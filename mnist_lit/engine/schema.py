@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from mnist_lit.engine import PROJECT
+from mnist_lit.engine.errors import ENGINE as PROJECT
 
 Schema = dict[str, Any]
 BASH = """\

@@ -30,11 +30,11 @@ from rich.markup import escape
 from rich.table import Column, Table
 from sqlalchemy.exc import DBAPIError
 
-from mnist_lit.engine import PROJECT
 from mnist_lit.engine.arguments import with_config
 from mnist_lit.engine.cli import infer_mode, mistake_in_trainer, run
 from mnist_lit.engine.errors import ConfigurationError, DivergenceError
 from mnist_lit.engine.parser import Parser
+from mnist_lit.engine.project import Project
 from mnist_lit.engine.runs import LOGS, relative
 from mnist_lit.engine.storage import atomic_write
 
@@ -148,10 +148,11 @@ def grid_of(space: Space) -> dict[str, list[Any]]:
 # ------------------------------------------------------------------------------------------- trials
 
 
-def sweep(study: optuna.Study, space: Space, trials: int, fit: list[str], monitor: str) -> None:
+def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit: list[str], monitor: str) -> None:
     """Run trials until the study has enough of them, by whichever of the processes that share it.
 
     Args:
+        project: whose ``fit`` runs each trial.
         study: with the trials so far.
         space: what to search.
         trials: number of trials in all, pruned ones included.
@@ -175,7 +176,7 @@ def sweep(study: optuna.Study, space: Space, trials: int, fit: list[str], monito
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         arguments.append(f"--run_name={study.study_name}-{trial.number}")
         try:
-            cli = run(["fit", *fit, *arguments], [prune])
+            cli = run(project, ["fit", *fit, *arguments], [prune])
         except DivergenceError as error:
             raise optuna.TrialPruned(str(error)) from error
         trial.set_user_attr("run", relative(cli.run.folder))
@@ -209,10 +210,11 @@ def status(study: optuna.Study) -> None:
     Console().print(table)
 
 
-def report(study: optuna.Study, folder: Path, monitor: str) -> None:
+def report(project: Project, study: optuna.Study, folder: Path, monitor: str) -> None:
     """Print the best trials, and write the config of the best one and Optuna's plots.
 
     Args:
+        project: that runs.
         study: with at least one complete trial.
         folder: where ``best.yaml`` and the plots go.
         monitor: the metric that decides.
@@ -250,7 +252,8 @@ def report(study: optuna.Study, folder: Path, monitor: str) -> None:
         pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         pyplot.close("all")
     console.print(f"Wrote {folder}/best.yaml, {', '.join(f'{name}.png' for name in drawn)}", soft_wrap=True)
-    console.print(f"  python -m {PROJECT} fit --config {folder}/best.yaml", soft_wrap=True, highlight=False)
+    again = project.command("fit", "--config", folder / "best.yaml")
+    console.print(f"  {again}", soft_wrap=True, highlight=False, markup=False)
 
 
 def open_study(
@@ -275,11 +278,11 @@ def open_study(
     raise AssertionError
 
 
-def _config_of(fit: list[str]) -> dict[str, Any]:
+def _config_of(project: Project, fit: list[str]) -> dict[str, Any]:
     """Options of a fit with these arguments, as its own parser reads them."""
     printed = io.StringIO()
     with redirect_stdout(printed), suppress(SystemExit):
-        run(["fit", *fit, "--print_config"])
+        run(project, ["fit", *fit, "--print_config"])
     config = yaml.safe_load(printed.getvalue())
     if not isinstance(config, dict):
         sys.exit(2)  # the parser has printed what is wrong
@@ -307,14 +310,18 @@ def _check_trainer(options: dict[str, Any]) -> None:
         )
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str], project: Project) -> None:
     """Start a sweep or resume one.
+
+    Args:
+        args: of the command line, without the command.
+        project: that runs.
 
     Raises:
         ConfigurationError: when the space or the storage cannot be used.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m {PROJECT} sweep",
+        prog=project.command("sweep"),
         usage="%(prog)s --config FILE --space FILE [--trials N] [--KEY=VALUE ...]",
         description="Search hyperparameters with Optuna for the best --monitor. Options that are not listed here go to "
         "the fit of every trial. The same command again resumes where it stopped.",
@@ -357,8 +364,8 @@ def main(args: list[str]) -> None:
         grid = grid_of(space)
         sampler, size = optuna.samplers.GridSampler(grid), math.prod(map(len, grid.values()))
         trials = min(known.trials or size, size)
-    _, *fit = with_config(["fit", *fit])
-    config = _config_of(fit)
+    _, *fit = with_config(["fit", *fit], project)
+    config = _config_of(project, fit)
     monitor, mode = config["monitor"], infer_mode(config["monitor"], config["mode"])
     _check_trainer(config["trainer"])
     if known.storage is None:
@@ -368,7 +375,7 @@ def main(args: list[str]) -> None:
         raise ConfigurationError(f"the study {known.study} has another space; name a new one with --study")
     study.set_user_attr("space", space)
     study.set_user_attr("monitor", monitor)
-    sweep(study, space, trials, fit, monitor)
+    sweep(project, study, space, trials, fit, monitor)
     if not study.get_trials(states=[TrialState.COMPLETE]):
         raise ConfigurationError(f"none of {trials} trials came to an end: every one diverged or was pruned")
-    report(study, folder, monitor)
+    report(project, study, folder, monitor)

@@ -15,8 +15,9 @@ import tempfile
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from mnist_lit.engine import PROJECT
+from mnist_lit.engine.errors import ENGINE as PROJECT
 from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.project import Project
 from mnist_lit.new.template import ROOT, write_project
 
 RESERVED = (PROJECT, *"build configs data dist lightning_logs tests".split())  # folders of a project
@@ -112,14 +113,15 @@ def _commit(project: Path, package: str) -> str | None:
     return None
 
 
-def main(args: list[str]) -> None:
+def main(args: list[str], project: Project) -> None:
     """Run the command ``new``.
 
     Args:
         args: of the command line, without the command.
+        project: that runs.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m {PROJECT} new",
+        prog=project.command("new"),
         description="Start a project from this one: package, configs, tests, README, CI.",
         allow_abbrev=False,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from mnist_lit.engine import PROJECT
+from mnist_lit.engine.errors import ENGINE as PROJECT
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent

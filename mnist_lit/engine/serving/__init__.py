@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mnist_lit.engine import PROJECT
+from mnist_lit.engine.errors import ENGINE as PROJECT
 from mnist_lit.engine.errors import ConfigurationError, UserError
 from mnist_lit.engine.images import ImageReader
+from mnist_lit.engine.project import Project
 
 SUFFIX = ".onnx"
 # Options of predict that say how a model is made; where it runs is what --devices says.
@@ -23,23 +24,26 @@ FURTHER = re.compile(
 )
 
 
-def main(args: list[str], reader: Callable[[dict[str, Any]], ImageReader] = ImageReader) -> None:
+def main(args: list[str], project: Project, reader: Callable[[dict[str, Any]], ImageReader] = ImageReader) -> None:
     """Serve until it is stopped.
 
     Args:
         args: of the command line.
+        project: that runs.
         reader: makes, from the hyperparameters of the model's data module, what reads the pictures that are sent.
     """
     options, others = _parser().parse_known_args(args)
     if unknown := [option for option in others if option.startswith("--") and not FURTHER.match(option)]:
         _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        _serve(options, others, reader)
+        _serve(project, options, others, reader)
     except UserError as error:
         sys.exit(f"{PROJECT}: error: {error}")
 
 
-def _serve(options: argparse.Namespace, others: list[str], make_reader: Callable[..., ImageReader]) -> None:
+def _serve(
+    project: Project, options: argparse.Namespace, others: list[str], make_reader: Callable[..., ImageReader]
+) -> None:
     if missing := [name for name in ("litserve", "python_multipart") if find_spec(name) is None]:
         raise ConfigurationError(f"serve needs {', '.join(missing)}: pip install '{PROJECT}[serve]'")
     from mnist_lit.engine.serving.models import Checkpoint, OnnxFile, Served
@@ -54,7 +58,7 @@ def _serve(options: argparse.Namespace, others: list[str], make_reader: Callable
             _parser().error(f"{' '.join(others)}: an ONNX file takes no options of predict")
         served = OnnxFile.open(path, available_cpus(options.workers))
     else:
-        served = Checkpoint.open(str(path), others)
+        served = Checkpoint.open(project, str(path), others)
     try:
         reader = make_reader(served.data)
     except (KeyError, TypeError, ValueError) as error:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist_lit.engine import PROJECT
+from mnist_lit.engine.errors import ENGINE as PROJECT
 from mnist_lit.engine.errors import CheckpointError, ConfigurationError
+from mnist_lit.engine.project import Project
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,10 +120,11 @@ class Checkpoint(Served):
     predictor: bytes = field(repr=False, default=b"")  # pickled
 
     @classmethod
-    def open(cls, path: str, args: list[str]) -> Checkpoint:
+    def open(cls, project: Project, path: str, args: list[str]) -> Checkpoint:
         """Build the model as ``predict`` does, without its dataset.
 
         Args:
+            project: that runs.
             path: of the checkpoint.
             args: further options of ``predict``.
 
@@ -136,7 +138,7 @@ class Checkpoint(Served):
         from mnist_lit.engine.export import Predictor
         from mnist_lit.engine.outputs import are_probabilities, class_names
 
-        built, checkpoint = build(path, args)
+        built, checkpoint = build(project, path, args)
         known = {**checkpoint.get("hyper_parameters", {}), **checkpoint.get("datamodule_hyper_parameters", {})}
         model, data = built.model.eval(), built.datamodule
         name = type(model).__name__
