@@ -66,9 +66,9 @@ class ProjectSuite:
 
         def start(command: str, *options: object, folder: str = "run") -> Callable[..., Path]:
             root, output = tmp_path / folder, tmp_path / f"{folder}-{command}.txt"
-            arguments = [command, f"--config={config}", f"--trainer.default_root_dir={root}", *QUICK, *map(str, options)]
-            run = self.package, config.parents[1], output, [*arguments, *self.options]
-            process = context.Process(target=_run, args=run)
+            places = f"--config={config}", f"--trainer.default_root_dir={root}"
+            arguments = [command, *places, *QUICK, *map(str, options), *self.options]
+            process = context.Process(target=_run, args=(self.package, config.parents[1], output, arguments))
             process.start()
 
             def wait(*codes: int) -> Path:
