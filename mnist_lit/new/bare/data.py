@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from mnist_lit.engine.loaders import BatchTensorDataset, eval_dataloader, train_dataloader
+from mnist_lit.engine.data.loaders import BatchTensorDataset, eval_dataloader, train_dataloader
 
 
 class DataModule(LightningDataModule):
