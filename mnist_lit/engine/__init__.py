@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from mnist_lit.engine.checkpoints import BestCheckpoint, LastCheckpoint
     from mnist_lit.engine.cli import CLI, main
     from mnist_lit.engine.dashboards import Dashboard
+    from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
+    from mnist_lit.engine.data.module import ImageDataModule
     from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
     from mnist_lit.engine.execution import StepsPerExecution
     from mnist_lit.engine.finetuning import FineTuning, adapt
-    from mnist_lit.engine.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
     from mnist_lit.engine.metrics import Metrics
     from mnist_lit.engine.outputs import Outputs
     from mnist_lit.engine.predictions import PredictionsFile
@@ -31,10 +32,11 @@ _MODULES = {
     "checkpoints": ["BestCheckpoint", "LastCheckpoint"],
     "cli": ["CLI", "main"],
     "dashboards": ["Dashboard"],
+    "data.module": ["ImageDataModule"],
     "errors": ["ConfigurationError", "DatasetError", "UserError"],
     "execution": ["StepsPerExecution"],
     "finetuning": ["FineTuning", "adapt"],
-    "loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
+    "data.loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
     "metrics": ["Metrics"],
     "outputs": ["Outputs"],
     "predictions": ["PredictionsFile"],
