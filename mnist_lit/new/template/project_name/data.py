@@ -35,14 +35,15 @@ class DataModule(ImageDataModule):
 
 def make_example() -> None:
     """Make up grey images (n, 24, 24) with a disc, a square or a cross somewhere in noise."""
-    rng, arrays = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
     for split, n in (("train", 2000), ("valid", 500), ("test", 500)):
         labels = np.arange(n) % 3
         x = abs(np.arange(24) - rng.uniform(7, 17, (n, 1, 1)))  # (n, 1, 24), the distance from the middle
         y = abs(np.arange(24)[:, None] - rng.uniform(7, 17, (n, 1, 1)))  # (n, 24, 1)
         near, far = np.minimum(x, y), np.maximum(x, y)  # (n, 24, 24)
         shapes = np.stack([x**2 + y**2 < 25, far < 4.5, (near < 1.5) & (far < 6)])  # (3, n, 24, 24)
-        images = 100 * shapes[labels, np.arange(n)] + rng.uniform(0, 150, (n, 24, 24))
+        images = 100 * shapes[labels, np.arange(n)] + rng.uniform(0, 50, (n, 24, 24))
         arrays |= {f"x_{split}": images.astype(np.uint8), f"y_{split}": labels}
     EXAMPLE.parent.mkdir(exist_ok=True)
     part = EXAMPLE.with_suffix(f".{os.getpid()}.npz")  # complete whenever another process looks
