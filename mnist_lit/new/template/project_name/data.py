@@ -36,7 +36,7 @@ class DataModule(ImageDataModule):
 def make_example() -> None:
     """Make up grey images (n, 24, 24) with a disc, a square or a cross somewhere in noise."""
     rng = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for split, n in (("train", 2000), ("valid", 500), ("test", 500)):
         labels = np.arange(n) % 3
         x = abs(np.arange(24) - rng.uniform(7, 17, (n, 1, 1)))  # (n, 1, 24), the distance from the middle
