@@ -250,7 +250,7 @@ NET, TRAIN, PREDICT = "return self.net(images)", "preds = self(images)\n", "retu
     ("old", "new_", "test", "message"),
     [
         (NET, "return self.net[-1](self.net[:-1](images).detach())", "overfits", "does not change net.0.weight"),
-        (TRAIN, "self.net.eval()\n        " + TRAIN, "overfits", "in eval mode while training: model.net"),
+        (TRAIN, "self.net.eval()\n        " + TRAIN, "overfits", "in eval mode while training: net"),
         (TRAIN, TRAIN[:-1] + " + random.SystemRandom().random() * images.mean()\n", "resumes", "a resumed run differs"),
         (PREDICT, PREDICT + ".squeeze()", "predicts", "do not match"),
         (PREDICT, PREDICT + ".T", "predicts", "do not match"),

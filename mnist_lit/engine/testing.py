@@ -7,7 +7,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-PRELOADED = ["mnist_lit.engine.cli", "mnist_lit.engine.testing", "onnxscript", "torch.onnx"]
 QUICK = """--trainer.accelerator=cpu --trainer.devices=1 --trainer.logger=false --trainer.enable_progress_bar=false
 --trainer.val_check_interval=1.0 --trainer.check_val_every_n_epoch=1 --dashboard.every_n_epochs=0""".split()
 OVERFIT = """--trainer.max_epochs=25 --trainer.overfit_batches=4 --trainer.check_val_every_n_epoch=25
@@ -58,23 +57,22 @@ class ProjectSuite:
 
     @pytest.fixture
     def start(self, config: Path, tmp_path: Path) -> Start:
-        """Start a command, with a folder for its runs; returns a function that waits for one of its exit codes."""
+        """Start a command; returns a function that waits for one of its exit codes and returns the runs' folder."""
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two commands run at the same time
         # On Linux each is a fork of a process that has imported the engine.
         context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload(["mnist_lit.engine.cli", __name__, "onnxscript", "torch.onnx"])
 
-        def start(command: str, *options: object, folder: str = "run") -> Callable[..., Path]:
-            root, output = tmp_path / folder, tmp_path / f"{folder}-{command}.txt"
-            places = f"--config={config}", f"--trainer.default_root_dir={root}"
-            arguments = [command, *places, *QUICK, *map(str, options), *self.options]
-            process = context.Process(target=_run, args=(self.package, config.parents[1], output, arguments))
+        def start(command: str, *options: str, folder: str = "run") -> Callable[..., Path]:
+            places = f"--config={config}", f"--trainer.default_root_dir={tmp_path / folder}"
+            arguments = [command, *places, *QUICK, *options, *self.options]
+            process = context.Process(target=_run, args=(self.package, config.parents[1], arguments))
             process.start()
 
             def wait(*codes: int) -> Path:
                 process.join()
-                assert process.exitcode in (codes or (0,)), output.read_text("utf-8", "replace")
-                return root
+                assert process.exitcode in (codes or (0,)), f"{command} ended with {process.exitcode}, see its output"
+                return tmp_path / folder
 
             return wait
 
@@ -90,17 +88,19 @@ class ProjectSuite:
             number = getattr(signal, name, signal.SIGTERM)  # Windows has the first alone
             kill = (f"--trainer.callbacks.kill={int(number)}", f"--trainer.callbacks.epoch={epoch}")
             start("fit", *SHORT, "--ckpt_path=last", WATCH, *kill)(number, -number, 128 + number)
-        resumed = start("fit", *SHORT, "--ckpt_path=last")
-        ours, theirs = (torch.load(_checkpoint(wait(), "last")) for wait in (resumed, whole))
+        states = []
+        for wait in (start("fit", *SHORT, "--ckpt_path=last"), whole):
+            (path,) = wait().glob("lightning_logs/*/checkpoints/last.ckpt")
+            states.append(apply_to_collection(torch.load(path), Tensor, _bits))
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
-            assert _bits(ours[key]) == _bits(theirs[key]), (
+            assert states[0][key] == states[1][key], (
                 f"{key} of a resumed run differs: are there random numbers of a generator of your own, state that "
                 "is not in the checkpoint, or a training loader that forgets its position?"
             )
 
     def test_predicts_each_sample_and_exports(self, start: Start) -> None:
         """A sample alone is predicted as in its batch, and the exported file agrees with the model."""
-        best = _checkpoint(start("fit", *SHORT)(), "best")
+        (best,) = start("fit", *SHORT)().glob("lightning_logs/*/checkpoints/best.ckpt")
         predict = start("predict", f"--ckpt_path={best}", "--trainer.precision=32-true", WATCH)
         pytest.importorskip("onnxruntime", reason="needs the extra [export]")
         start("export", f"--ckpt_path={best}")()  # compares the two
@@ -108,7 +108,7 @@ class ProjectSuite:
 
 
 class Watch(Callback):
-    """Fail if training or prediction goes wrong in a way that raises no error; send a signal in the midst of an epoch.
+    """Fail if training or prediction goes wrong without an error, and send a signal in the middle of an epoch.
 
     Args:
         kill: number of the signal.
@@ -125,63 +125,43 @@ class Watch(Callback):
     ) -> None:
         self.losses.append(float(outputs["loss"] if isinstance(outputs, Mapping) else outputs))
         if not self.weights:  # after a step, which gives lazy layers their shapes
-            trained = ((name, weight) for name, weight in pl_module.named_parameters() if weight.requires_grad)
-            self.weights = {name: weight.detach().clone() for name, weight in trained}
-        modules = list(_in_eval_mode(pl_module))
-        assert not modules, f"in eval mode while training: {', '.join(modules)}"
+            self.weights = {name: weight.detach().clone() for name, weight in _trainable(pl_module).items()}
+        resting = [name for name, part in pl_module.named_modules() if not part.training and _trainable(part)]
+        assert not resting, f"in eval mode while training: {', '.join(name or 'all' for name in resting)}"
         if self.kill and (trainer.current_epoch, batch_idx) == (self.epoch, trainer.num_training_batches // 2):
             os.kill(os.getpid(), self.kill)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.overfit_batches:  # type: ignore[attr-defined]
-            weights = dict(pl_module.named_parameters())
-            same = [name for name, weight in self.weights.items() if torch.equal(weight, weights[name])]
-            assert not same, f"training does not change {', '.join(same)}; is it detached from the loss?"
+            weights = _trainable(pl_module)
+            same = [name for name in weights.keys() & self.weights if torch.equal(weights[name], self.weights[name])]
+            assert not same, f"training does not change {', '.join(sorted(same))}; is it detached from the loss?"
             first, last = sum(self.losses[:4]) / 4, sum(self.losses[-4:]) / 4
             assert last < 0.5 * first, f"the loss on four batches falls from {first:.4g} to {last:.4g} only"
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        self.predicted += len(_predictions(outputs))
-        alone = apply_to_collection(batch, Tensor, lambda tensor: tensor[:1])
-        for ours, theirs in ((_predictions(pl_module.predict_step(alone, 0)), _predictions(outputs)[:1]),):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        alone = pl_module.predict_step(apply_to_collection(batch, Tensor, lambda tensor: tensor[:1]), batch_idx)
+        single, batched = (each["preds"] if isinstance(each, Mapping) else each for each in (alone, outputs))
+        torch.testing.assert_close(single, batched[:1], rtol=1e-4, atol=1e-5)
+        self.predicted += len(batched)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader: Any = trainer.predict_dataloaders
         assert self.predicted == len(loader.dataset), f"{self.predicted} predictions of {len(loader.dataset)} samples"
 
 
-def _run(package: str, root: Path, output: Path, arguments: list[str]) -> None:
-    """``python -m`` the package, in the project's folder."""
+def _run(package: str, root: Path, arguments: list[str]) -> None:
     os.chdir(root)
     sys.path.insert(0, str(root))
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(file, stream)
     sys.argv = [package, *arguments]
-    runpy.run_module(package, run_name="__main__", alter_sys=True)
+    runpy.run_module(package, run_name="__main__", alter_sys=True)  # as python -m does
 
 
-def _checkpoint(folder: Path, name: str) -> Path:
-    (path,) = folder.glob(f"lightning_logs/*/checkpoints/{name}.ckpt")
-    return path
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _bits(state: Any) -> Any:
-    return apply_to_collection(state, Tensor, lambda tensor: tensor.flatten().view(torch.uint8).numpy().tobytes())
-
-
-def _predictions(outputs: Any) -> Tensor:
-    return outputs["preds"] if isinstance(outputs, Mapping) else outputs
-
-
-def _in_eval_mode(module: nn.Module, name: str = "model") -> Iterator[str]:
-    """Names of modules, but for those whose weights are all frozen."""
-    weights = list(module.parameters())
-    if not weights or any(weight.requires_grad for weight in weights):
-        if not module.training:
-            yield name
-        for part, child in module.named_children():
-            yield from _in_eval_mode(child, f"{name}.{part}")
+def _trainable(module: nn.Module) -> dict[str, Tensor]:
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
