@@ -215,7 +215,7 @@ def barebones(args: argparse.Namespace, mark: Marks) -> None:
     """Lightning's loop alone: no logging, no metric, no callback, and batches as cheap as mnist_lit's."""
     import lightning as L
 
-    from mnist_lit.engine.loaders import BatchTensorDataset, identity_collate
+    from mnist_lit.engine.data.loaders import BatchTensorDataset, identity_collate
 
     class LitModel(L.LightningModule):
         def __init__(self) -> None:

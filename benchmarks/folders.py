@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from mnist_lit.datasets.sources import FolderOptions, open_dataset
+from mnist_lit.engine.data.sources import FolderOptions, open_dataset
 
 SIDE = 64  # pixels to which they are brought
 CLASSES = 10

@@ -1,29 +1,29 @@
-"""A new project, made, installed and tested as its owner would."""
+"""A new project, made, installed, tested and updated as its owner would."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
-from common import Run
+import yaml
+from common import ROOT
 
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine import ConfigurationError
 from mnist_lit.new import new
 
-ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MNIST_LIT_ARCHIVE")}
-OLD = "mnist_lit"
-CREDIT = f"Made from the project template {OLD}."
-LINES = 10_935  # of a project before there were two floors
 KINDS = pytest.mark.parametrize("bare", [False, True], ids=["full", "bare"])
+REQUIREMENT = "from mnist_lit.new import requirement; print(requirement())"
 
 
-def shell(command: str, folder: Path, **environment: str) -> str:
+def shell(command: str, folder: Path, ok: bool = True, **environment: str) -> str:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=folder,
@@ -31,91 +31,65 @@ def shell(command: str, folder: Path, **environment: str) -> str:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert (done.returncode == 0) == ok, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout
 
 
-def command(*args: str | bytes, folder: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """``python -m mnist_lit new``."""
-    done = subprocess.run(
-        [sys.executable, "-m", OLD, "new", *args],
-        cwd=folder,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-    )
-    assert done.returncode == code, done.stderr
-    assert b"Traceback" not in done.stderr
-    return done
-
-
-def files(folder: Path, *ignored: str) -> dict[str, bytes]:
-    """The content of all files but those below certain folders, by path."""
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    ignored = (".git", "__pycache__", *ignored)
-    return {name: path.read_bytes() for name, path in paths.items() if not {*ignored} & {*name.split("/")}}
+def texts(folder: Path) -> dict[str, str]:
+    """The files of a project, by path."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not {".git", "__pycache__"} & set(path.parts)]
+    return {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in paths}
 
 
 @pytest.fixture(autouse=True)
-def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A git configuration to write to."""
-    config = tmp_path / "gitconfig"
-    config.write_text("[user]\nname = Someone\nemail = someone@example.com\n")
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
-    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    return config
+def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user whom git knows."""
+    (tmp_path / "gitconfig").write_text("[user]\nname = Someone\nemail = someone@example.com\n")
+    for variables in (os.environ, ENVIRONMENT):
+        monkeypatch.setitem(variables, "GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+        monkeypatch.setitem(variables, "GIT_CONFIG_NOSYSTEM", "1")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A clone of this package, whose commit is on the branch of a bare repository ``origin.git``."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT / "mnist_lit", folder / "mnist_lit", ignore=shutil.ignore_patterns("*cache*"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    shell("git init --quiet --bare --initial-branch=main ../origin.git && git init --quiet", folder)
+    shell("git add --all && git commit --quiet -m Engine && git remote add origin ../origin.git", folder)
+    shell("git push --quiet origin HEAD:main", folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ what is in it
 
 
 @KINDS
-def test_project_is_complete_and_has_no_trace_of_the_old_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture, bare: bool
-) -> None:
-    project = tmp_path / "made" / "derived_project"
+def test_project_is_small_and_complete(tmp_path: Path, capsys: pytest.CaptureFixture, bare: bool) -> None:
+    project = tmp_path / "made" / "My leaf-id"
     new(project, bare=bare)
-    package = files(ROOT / OLD, "new", *(["datasets", "transforms.py"] if bare else []))
-    expected = {f"derived_project/{name}" for name in package if not name.split("/")[-1].startswith(".")}
-    expected |= {f"{folder}/{name}" for folder in ("configs", "tests/project") for name in files(ROOT / folder)}
-    expected -= {"configs/overlays/augment.yaml", "configs/accurate.yaml"} if bare else set()
-    expected |= {"LICENSE", "README.md", "pyproject.toml", ".gitignore", ".pre-commit-config.yaml", ".ci/run"}
-    expected |= {".github/workflows/ci.yml", "lightning_logs/.gitignore"}
-    found = files(project)
-    assert found.keys() == expected
-    lines = sum(content.count(b"\n") for name, content in found.items() if not name.endswith(".npz"))
-    assert lines <= (0.69 if bare else 0.93) * LINES
-    words = r"(?i)mnist|tutorial" if bare else r"(?i)mnist[_-]lit"
-    traces = [
-        f"{name}: {line}"
-        for name, content in found.items()
-        if not name.endswith(".npz")
-        for line in content.decode("utf-8").splitlines()
-        if re.search(words, line)
-    ]
-    assert traces == [f"README.md: {CREDIT}"]
-    assert found["README.md"].decode().splitlines()[-1] == CREDIT
-    assert found["README.md"].count(b"\n") <= 70
-    assert shell("git log --format='%s, by %an'", project) == f"A new project from {OLD}, by Someone\n"
-    assert set(shell("git ls-files", project).split()) == expected
-    assert shell("git status --short", project) == ""
-    assert (project / ".ci" / "run").stat().st_mode & 0o111
-    assert "pip install -e '.[test]' && pytest" in capsys.readouterr().out
-
-
-@KINDS
-def test_nothing_names_what_is_left_out(tmp_path: Path, bare: bool) -> None:
-    project = tmp_path / "derived"
-    new(project, bare=bare)
-    for name in files(project):
+    found = texts(project)
+    lines = {name: text.count("\n") for name, text in found.items()}
+    python = sum(count for name, count in lines.items() if name.endswith(".py"))
+    assert len(found) <= 40
+    assert python <= (140 if bare else 160)
+    assert sum(lines.values()) <= (700 if bare else 720)
+    assert lines["README.md"] <= 70
+    assert lines["my_leaf_id/__main__.py"] <= 10
+    assert not any("project_name" in name + text for name, text in found.items())
+    assert not any("mnist" in re.sub("mnist_lit", "", text) for text in found.values())
+    for name, text in found.items():
         if name.endswith(".md"):
-            text = (project / name).read_text(encoding="utf-8")
-            for link in re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", text):
+            for link in re.findall(r"\]\(([^):#]+)\)", text):
                 assert (project / name).parent.joinpath(link).exists(), f"{name}: {link}"
-    pyproject = (project / "pyproject.toml").read_text(encoding="utf-8")
-    for word in ("force-include", "derived.new", "playwright", "template", "pythonpath", '"mnist: ', '"gpu: '):
-        assert word not in pyproject
-    assert ("requests" in pyproject) == ("derived.datasets" in pyproject) == (not bare)
-    for name in ("__main__.py", "engine/cli.py", "engine/schema.py"):
-        assert not re.search(r"[\"' ]new[\"':,( ]+(start|derived)", (project / "derived" / name).read_text("utf-8"))
-    if bare:
-        assert len((project / "derived" / "data.py").read_text(encoding="utf-8").splitlines()) < 60
+    assert shell("git log --format='%s, by %an'", project) == "Start from mnist_lit, by Someone\n"
+    assert set(shell("git ls-files", project).split()) == found.keys()
+    assert (project / ".ci" / "run").stat().st_mode & 0o111
+    printed = capsys.readouterr().out.splitlines()[1:4]
+    install = "pip install -e . && python -m my_leaf_id fit"
+    assert printed == [f"  cd '{project}'", f"  {install}", "  pip install -e '.[test]' && pytest"]
 
 
 @KINDS
@@ -126,11 +100,11 @@ def test_code_is_formatted_whatever_the_name(tmp_path: Path, package: str, bare:
     shell("ruff check . && ruff format --check .", tmp_path / "project")
 
 
-@pytest.mark.parametrize("folder", ["my-project", "My Project", "my.project", "my_project"])
-def test_package_is_named_after_the_folder(tmp_path: Path, folder: str) -> None:
-    new(tmp_path / folder)
-    assert (tmp_path / folder / "my_project" / "engine" / "cli.py").exists()
-    assert "\nmy-project = " in (tmp_path / folder / "pyproject.toml").read_text(encoding="utf-8")
+def test_overlays_do_what_those_of_this_project_do() -> None:
+    for path in (ROOT / "mnist_lit/new/template/configs/overlays").glob("*.yaml"):
+        ours = (ROOT / "configs/overlays" / path.name).read_text("utf-8")
+        theirs = path.read_text("utf-8").replace("project_name", "mnist_lit")
+        assert yaml.safe_load(theirs) == yaml.safe_load(ours), path.name
 
 
 @pytest.mark.parametrize(
@@ -138,170 +112,158 @@ def test_package_is_named_after_the_folder(tmp_path: Path, folder: str) -> None:
     [
         ("there", None, "there exists already"),
         ("nowhere", None, "nowhere exists already"),  # a link that leads nowhere
-        ("project", "torch", "--package=torch: a package of that name exists"),
-        ("numpy", None, "--package=numpy: a package of that name exists"),
-        ("project", "json", "--package=json: a package of that name exists"),
-        ("project", OLD, f"--package={OLD}: a package of that name exists"),
-        ("project", "tests", "--package=tests: a package of that name exists"),
-        ("project", "my-project", "--package=my-project: choose a name such as --package=my_project"),
-        ("project", "class", "--package=class: choose a name"),
-        ("project", "café", "--package=café: choose a name"),
-        ("2024", None, "no package can be called 2024: choose a name"),
+        ("numpy", None, "a package numpy already"),
+        ("project", "json", "a package json already"),
+        ("project", "mnist_lit", "a package mnist_lit already"),
+        ("project", "tests", "a package tests already"),
+        ("project", "my-project", "my-project cannot be the name of a package"),
+        ("project", "class", "class cannot be the name"),
+        ("2024", None, "2024 cannot be the name"),
         ("file/derived", None, "cannot write .*file/derived: "),
-        ("file[/b]/derived", None, r"cannot write .*file\[/b\]/derived: "),
     ],
 )
 def test_nothing_is_written_over(tmp_path: Path, folder: str, package: str | None, message: str) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
-    for name in ("file", "file[/b]"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("mine")
+    (tmp_path / "file").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigurationError, match=message):
         new(tmp_path / folder, package)
     assert sorted(tmp_path.rglob("*")) == before
-    assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_command_ends_in_one_message(cli: Run, tmp_path: Path) -> None:
-    (tmp_path / "a[/b]").mkdir(parents=True)
-    done = cli("new", "a[/b]", ok=False)
-    assert done.stderr.endswith(f"{OLD}: error: a[/b] exists already; name a folder that does not\n")
+def test_no_repository_in_a_repository_or_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell("git init --quiet mono", tmp_path)
+    new(tmp_path / "mono" / "leaf_id")
+    monkeypatch.setenv("PATH", "")
+    new(tmp_path / "leaf_id")
+    assert not list(tmp_path.glob("**/leaf_id/.git"))
+    assert texts(tmp_path / "leaf_id") == texts(tmp_path / "mono" / "leaf_id")
 
 
-def test_folders_beside_it_take_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every folder where ``python -m`` is started can be imported."""
-    (tmp_path / "here" / "demo").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.syspath_prepend(str(tmp_path / "here"))
-    new(Path("../demo"))
-
-
-def fail_to_sign(config: Path) -> None:
-    with config.open("a") as file:
-        file.write("[commit]\ngpgsign = true\n[gpg]\nprogram = false\n")
-
-
-def fail_in_hook(config: Path) -> None:
-    hook = config.parent / "hooks" / "pre-commit"
-    hook.parent.mkdir()
-    hook.write_text("#!/bin/sh\necho 'not allowed' >&2; exit 1\n")
-    hook.chmod(0o755)
-    with config.open("a") as file:
-        file.write(f"[core]\nhooksPath = {hook.parent}\n")
-
-
-def fail_in_hook_of_template(config: Path) -> None:
-    fail_in_hook(config)
-    config.write_text(config.read_text().replace("[core]\nhooksPath", "[init]\ntemplateDir").replace("/hooks", ""))
-
-
-def fail_to_run(config: Path) -> None:
-    config.write_text("no configuration at all [\n")
+# ------------------------------------------------------------------------------------------- what it asks for
 
 
 @pytest.mark.parametrize(
-    ("fail", "reason"),
+    ("origin", "expected"),
     [
-        (fail_to_sign, "git: "),
-        (fail_in_hook, "git: not allowed"),
-        (fail_in_hook_of_template, "git: not allowed"),
-        (fail_to_run, "git: "),
-        (None, "git is not installed"),
+        ({}, ">=0.2,<1"),
+        ({"vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}, " @ git+https://host/it.git@c0ffee"),
+        ({"archive_info": {}, "url": "file:///wheels/it.whl"}, " @ file:///wheels/it.whl"),
+        ({"dir_info": {}, "url": "file:///nowhere/it"}, " @ file:///nowhere/it"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=["index", "git", "wheel", "folder"],
 )
-def test_git_that_fails_leaves_a_project_without_a_commit(
-    tmp_path: Path, git: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fail, reason: str
-) -> None:
-    new(tmp_path / "good", "derived")
-    assert "no first commit" not in capsys.readouterr().out
-    if fail is None:
-        monkeypatch.setenv("PATH", str(tmp_path))
-    else:
-        fail(git)
-    new(tmp_path / "bad", "derived")
-    assert files(tmp_path / "bad") == files(tmp_path / "good")
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "no first commit" in line)
-    assert re.fullmatch(rf"There is no first commit \({reason}.*\); the files are complete.", line)
-    assert not list(tmp_path.glob("bad/.git/refs/heads/*"))
+def test_requirement_follows_from_the_installation(tmp_path: Path, origin: dict, expected: str) -> None:
+    """By the files that pip leaves."""
+    shutil.copytree(ROOT / "mnist_lit", tmp_path / "site" / "mnist_lit", ignore=shutil.ignore_patterns("*cache*"))
+    metadata = tmp_path / "site" / "mnist_lit-0.2.7.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mnist_lit\nVersion: 0.2.7\n")
+    if origin:
+        (metadata / "direct_url.json").write_text(json.dumps({"url": "https://host/it.git"} | origin))
+    assert shell(f"{sys.executable} -c '{REQUIREMENT}'", tmp_path, PYTHONPATH="site") == expected + "\n"
 
 
-def test_commit_does_not_land_in_another_repository(tmp_path: Path, git: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from a hook of that repository, and with a global list of files to ignore."""
-    (tmp_path / "other").mkdir()
-    shell("git init --quiet", tmp_path / "other")
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
-    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "other" / ".git" / "index"))
-    (tmp_path / "ignore").write_text("*.npz\nconfigs\n")
-    git.write_text(f"[core]\nexcludesFile = {tmp_path / 'ignore'}\n")  # and no name or address of a user
-    new(tmp_path / "derived")
-    assert not list((tmp_path / "other" / ".git").glob("refs/heads/*"))
-    monkeypatch.delenv("GIT_DIR")
-    monkeypatch.delenv("GIT_INDEX_FILE")
-    assert set(shell("git ls-files", tmp_path / "derived").split()) == set(files(tmp_path / "derived"))
-    assert shell("git log --format=%an", tmp_path / "derived", GIT_CONFIG_GLOBAL=str(git)) == "derived\n"
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("true", "git+file://{parent}/origin.git@{commit}"),
+        ("git remote set-url origin git@host:me/it.git", "git+ssh://git@host/me/it.git@{commit}"),
+        ("git remote set-url origin https://me:secret@host/it", "git+https://host/it@{commit}"),
+        ("touch notes.txt && git checkout --quiet --detach", "git+file://{parent}/origin.git@{commit}"),
+        ("git commit --quiet --allow-empty -m Mine", "file://{parent}/checkout"),
+        ("echo >> mnist_lit/__init__.py", "file://{parent}/checkout"),
+        ("rm -rf .git", "file://{parent}/checkout"),
+    ],
+)
+def test_requirement_of_a_checkout_is_its_commit_on_a_remote(checkout: Path, change: str, expected: str) -> None:
+    commit = shell("git rev-parse HEAD", checkout).strip()
+    shell(change, checkout)
+    printed = shell(f"{sys.executable} -c '{REQUIREMENT}'", checkout)
+    assert printed.strip() == "@ " + expected.format(parent=checkout.parent, commit=commit)
 
 
-@pytest.mark.slow
-def test_encoding_of_the_terminal_and_brackets_do_no_harm(tmp_path: Path) -> None:
-    new(tmp_path / "expected", "derived")
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}
-    done = command("x[/y]/prøject ☃".encode(), "--package=derived", folder=tmp_path, **ascii_only)
-    assert b"cd 'x[/y]/pr" in done.stdout
-    assert files(tmp_path / "x[" / "y]" / "prøject ☃") == files(tmp_path / "expected")
-
-
-@KINDS
-def test_installed_package_makes_the_same_project(tmp_path: Path, bare: bool) -> None:
-    """From the files that a wheel has, without what is beside the package in a checkout."""
-    site, ignored = tmp_path / "site", shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / OLD, site / OLD, ignore=ignored)
-    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    section = pyproject.partition("wheel.force-include]\n")[2].partition("\n\n")[0]
-    for source, target in re.findall(r'^"(.*)" = "(.*)"$', section, re.MULTILINE):
-        (site / target).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / source).is_dir():
-            shutil.copytree(ROOT / source, site / target, ignore=ignored)
-        else:
-            shutil.copy(ROOT / source, site / target)
-    code = f"from pathlib import Path; from {OLD}.new import new; new(Path('derived'), bare={bare})"
-    shell(f'{sys.executable} -c "{code}"', tmp_path, PYTHONPATH=str(site))
-    new(tmp_path / "expected" / "derived", bare=bare)
-    assert files(tmp_path / "derived") == files(tmp_path / "expected" / "derived")
-
-
-@pytest.mark.slow
-@pytest.mark.matrix  # the next test runs it, too
-@KINDS
-def test_suite_of_a_project_passes(tmp_path: Path, bare: bool) -> None:
-    project = tmp_path / "derived"
-    new(project, bare=bare)
-    printed = shell(f"{sys.executable} -m pytest -n 2", project, PYTHONPATH=str(project))
-    assert re.search(r"\d+ passed", printed)
-    assert "failed" not in printed
-    shell("git status --short | (! grep .)", project)
-
-
-@pytest.mark.slow
-def test_readme_commands_of_a_project_work_at_once(tmp_path: Path) -> None:
-    """mnist_lit from its wheel in a fresh environment makes a project there, whose own commands then run."""
+@pytest.fixture
+def venv(tmp_path: Path) -> str:
+    """A PATH with a fresh virtual environment, which finds what this one has installed but for mnist_lit."""
     shell(f"{sys.executable} -m venv venv", tmp_path)
+    (site,) = tmp_path.glob("venv/lib/python*/site-packages")
+    (site / "installed.pth").write_text(sysconfig.get_path("purelib"))
     path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
-    shell(f"pip wheel --quiet --no-deps --wheel-dir wheels {ROOT}", tmp_path, PATH=path)
-    shell("pip install --quiet wheels/*.whl", tmp_path, PATH=path)
-    shell(f"python -m {OLD} new my_project && python -m {OLD} new --bare bare", tmp_path, PATH=path)
-    for bare, name in ((False, "my_project"), (True, "bare")):
-        new(tmp_path / "expected" / name, bare=bare)
-        assert files(tmp_path / name) == files(tmp_path / "expected" / name)
-    shell(f"pip uninstall --quiet --yes {OLD}", tmp_path, PATH=path)
-    for name, model in (("my_project", "CNN on "), ("bare", "CNN on DataModule")):
-        project = tmp_path / name
-        lines = (project / "README.md").read_text(encoding="utf-8").splitlines()
-        first, second = (line for line in lines if line.startswith("pip install"))
-        assert model in shell(first, project, PATH=path)
-        assert (project / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt").exists()
-        printed = shell(second, project, PATH=path)
-        assert re.search(r"\d+ passed", printed)
-        assert "failed" not in printed
+    shell("pip install --quiet --upgrade pip", tmp_path, PATH=path)  # the oldest reject git+file:///
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("install", "expected"),
+    [
+        ("git+file://{parent}/origin.git", "git+file://{parent}/origin.git@{commit}"),
+        ("checkout", "git+file://{parent}/origin.git@{commit}"),
+        ("-e checkout", "git+file://{parent}/origin.git@{commit}"),
+        ("wheels/*.whl", "file://{parent}/wheels/mnist_lit-*.whl"),
+    ],
+)
+def test_project_installs_what_made_it(venv: str, checkout: Path, install: str, expected: str) -> None:
+    parent, commit = checkout.parent, shell("git rev-parse HEAD", checkout).strip()
+    if "whl" in install:
+        shell("pip wheel --quiet --no-deps --wheel-dir wheels ./checkout", parent, PATH=venv)
+    shell(f"pip install --quiet {install.format(parent=parent).replace('checkout', './checkout')}", parent, PATH=venv)
+    shell("python -m mnist_lit new leaf_id && pip uninstall --quiet --yes mnist_lit", parent, PATH=venv)
+    wanted = (parent / "leaf_id" / "pyproject.toml").read_text("utf-8")
+    pattern = re.escape(expected.format(parent=parent, commit=commit)).replace(r"\*", "[^/]*")
+    for extra in ("", "[sweep]", "[export]"):
+        assert re.search(rf'"mnist_lit{re.escape(extra)} @ {pattern}"', wanted)
+    shell("pip install --quiet -e './leaf_id[sweep]'", parent, PATH=venv)
+    printed = shell("python -c 'import mnist_lit; print(mnist_lit.__file__)'", parent / "leaf_id", PATH=venv)
+    assert printed.startswith(str(parent / "venv"))
+
+
+@pytest.mark.slow
+@KINDS
+def test_readme_commands_work_at_once_and_after_an_update(venv: str, checkout: Path, bare: bool) -> None:
+    parent = checkout.parent
+    shell("git commit --quiet --allow-empty -m 'On no remote'", checkout)
+    shell("pip install --quiet ./checkout", parent, PATH=venv)
+    said = shell(f"python -m mnist_lit new leaf_id {'--bare' * bare}", parent, PATH=venv)
+    assert said.splitlines()[-1].startswith("It installs on this machine only")
+    project = parent / "leaf_id"
+    commands = [line for line in (project / "README.md").read_text("utf-8").splitlines() if line.startswith("pip ")]
+    assert "CNN on " in shell(commands[0], project, PATH=venv)
+    assert (project / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt").exists()
+    assert re.search("3 passed in", shell(commands[1], project, PATH=venv))
+    assert shell("git status --short", project) == ""
+
+    shell("echo 'FIXED = True' >> mnist_lit/__init__.py && git commit --quiet -am Fix", checkout)
+    shell("pip install --quiet --upgrade -e .", project, PATH=venv)
+    shell("python -c 'import mnist_lit; assert mnist_lit.FIXED' && pytest", project, PATH=venv)
+
+
+# --------------------------------------------------------------------------------------------------- its suite
+
+NET, TRAIN, PREDICT = "return self.net(images)", "preds = self(images)\n", "return self(images).softmax(1)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new_", "test", "message"),
+    [
+        (NET, "return self.net[-1](self.net[:-1](images).detach())", "overfits", "does not change net.0.weight"),
+        (TRAIN, "self.net.eval()\n        " + TRAIN, "overfits", "in eval mode while training: net"),
+        (TRAIN, TRAIN[:-1] + " + random.SystemRandom().random() * images.mean()\n", "resumes", "a resumed run differs"),
+        (PREDICT, PREDICT + ".squeeze()", "predicts", "do not match"),
+        (PREDICT, PREDICT + ".T", "predicts", "do not match"),
+        (PREDICT, PREDICT.replace("(1)", "(0)"), "predicts", "not close"),
+        (PREDICT, PREDICT + ".repeat(2, 1)", "predicts", "800 predictions of 400 samples"),
+    ],
+)
+def test_suite_finds_a_broken_module(tmp_path: Path, old: str, new_: str, test: str, message: str) -> None:
+    new(tmp_path / "leaf_id", bare=True)
+    models = tmp_path / "leaf_id" / "leaf_id" / "models.py"
+    text = models.read_text("utf-8")
+    assert text.count(old) == 1
+    models.write_text(text.replace(old, new_).replace("import torch\n", "import random\n\nimport torch\n", 1))
+    printed = shell(f"{sys.executable} -m pytest -k {test}", tmp_path / "leaf_id", ok=False, PYTHONPATH=str(ROOT))
+    assert "1 failed" in printed
+    assert message in printed

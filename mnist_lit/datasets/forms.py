@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mnist_lit.datasets.pictures import DigitForm
-from mnist_lit.engine.loaders import BatchTensorDataset
+from mnist_lit.engine.data.loaders import BatchTensorDataset
 
 SAMPLE = 1000  # images to look at
 EVEN = 8  # grey values by which a background may differ from black or white

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 import requests
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from mnist_lit.datasets.files import Splits, content_digest, read_dataset
+from mnist_lit.datasets.pickles import read_pickle
+from mnist_lit.engine.data.files import Splits, content_digest, read_dataset
 from mnist_lit.engine.errors import DatasetError, DownloadError
 from mnist_lit.engine.storage import locked_directory
 
@@ -45,7 +46,7 @@ def read_mnist(archive: Path) -> Splits:
     Raises:
         DatasetError: if the file is damaged or holds anything but MNIST.
     """
-    splits = read_dataset(archive)
+    splits = read_dataset(archive, read_pickle)
     digest = content_digest(splits)
     if digest != DIGEST:
         raise DatasetError(

@@ -6,9 +6,14 @@ import io
 import pickle
 import pickletools
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mnist_lit.engine.data.files import Pair, check_kind, read_bytes
+
+FIRST_BYTES = b"\x80(])c"  # one of them starts a pickle; protocol 0 has no mark of its own
 
 # The opcodes that tuples and lists of numpy arrays and of numbers are written with, by protocols 0 to 5. All others
 # are refused before anything is built: those that make other containers can exhaust memory or the C stack, and one
@@ -23,6 +28,22 @@ ALLOWED_OPCODES = frozenset(
 MAX_OPCODES = 1_000_000  # the tutorial's archive has 142; a list has one for each of its numbers
 MAX_NUMBERS = 2**26  # in nested lists; MNIST has 55 million pixels
 MAX_DEPTH = 10  # of lists and tuples: of splits, images, channels, rows
+
+
+def read_pickle(path: Path) -> dict[str, Pair]:
+    """Read a pickle of ``((x_train, y_train), (x_valid, y_valid), (x_test, y_test))``, gzipped or not.
+
+    Raises:
+        ValueError: if the pickle holds anything else.
+    """
+    content = read_bytes(path)
+    check_kind(content[:1024])
+    if content[:1] not in FIRST_BYTES:
+        raise ValueError("this is neither a pickle nor an .npz nor an IDX file")
+    splits = unpickle_arrays(io.BytesIO(content))
+    if [len(pair) for pair in splits] != [2, 2, 2]:
+        raise ValueError("((x_train, y_train), (x_valid, y_valid), (x_test, y_test)) expected")
+    return {name: (to_array(x), to_array(y)) for name, (x, y) in zip(("train", "valid", "test"), splits, strict=True)}
 
 
 def unpickle_arrays(stream: io.BytesIO) -> Any:

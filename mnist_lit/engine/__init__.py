@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from mnist_lit.engine.checkpoint import Checkpoint
     from mnist_lit.engine.cli import CLI, main
     from mnist_lit.engine.dashboards import Dashboard
+    from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
+    from mnist_lit.engine.data.module import ImageDataModule
     from mnist_lit.engine.defaults import default_callbacks
     from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
     from mnist_lit.engine.execution import StepsPerExecution
     from mnist_lit.engine.finetuning import FineTuning, adapt
     from mnist_lit.engine.last import LastCheckpoint
-    from mnist_lit.engine.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
     from mnist_lit.engine.metrics import Metrics
     from mnist_lit.engine.outputs import Outputs
     from mnist_lit.engine.predictions import PredictionsFile
@@ -31,18 +32,18 @@ if TYPE_CHECKING:
     from mnist_lit.engine.summary import Summary
 
 _MODULES = {
-    "callbacks": ["Compile", "ProgressBar", "StopOnNonFinite", "TailAveraging"],
     "best": ["BestCheckpoint"],
+    "callbacks": ["Compile", "ProgressBar", "StopOnNonFinite", "TailAveraging"],
     "checkpoint": ["Checkpoint"],
-    "defaults": ["default_callbacks"],
-    "last": ["LastCheckpoint"],
-    "summary": ["Summary"],
     "cli": ["CLI", "main"],
     "dashboards": ["Dashboard"],
+    "data.loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
+    "data.module": ["ImageDataModule"],
+    "defaults": ["default_callbacks"],
     "errors": ["ConfigurationError", "DatasetError", "UserError"],
     "execution": ["StepsPerExecution"],
     "finetuning": ["FineTuning", "adapt"],
-    "loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
+    "last": ["LastCheckpoint"],
     "metrics": ["Metrics"],
     "outputs": ["Outputs"],
     "predictions": ["PredictionsFile"],
@@ -50,6 +51,7 @@ _MODULES = {
     "provenance": ["Provenance"],
     "run": ["Run"],
     "schedules": ["Schedule"],
+    "summary": ["Summary"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

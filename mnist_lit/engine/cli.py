@@ -427,7 +427,8 @@ def run(project: Project, args: list[str], callbacks: Sequence[Callback] = (), c
 
 def more_commands(project: Project) -> dict[str, str]:
     """Commands that are not subcommands of ``LightningCLI``, by the module whose ``main`` runs each."""
-    return {"sweep": f"{ENGINE}.engine.sweep", **project.commands}
+    modules = {name: f"{ENGINE}.engine.{name}" for name in ("sweep", "serve")}
+    return {**modules, **project.commands}
 
 
 def main(name: str, data_module: str = "", default_config: str = "", commands: Mapping[str, str] | None = None) -> None:

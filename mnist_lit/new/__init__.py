@@ -1,116 +1,117 @@
-"""``python -m mnist_lit new``: start a project from this one, under another name."""
+"""``python -m mnist_lit new``: start a project that uses the engine."""
 
 from __future__ import annotations
 
 import argparse
-import io
+import json
 import keyword
 import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
-import tempfile
-from importlib.machinery import PathFinder
+from importlib.metadata import distribution
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from mnist_lit.engine.errors import ENGINE as PROJECT
-from mnist_lit.engine.errors import ConfigurationError
-from mnist_lit.engine.project import Project
-from mnist_lit.new.template import ROOT, write_project
+from mnist_lit.engine import ConfigurationError, Project
 
-RESERVED = (PROJECT, *"build configs data dist lightning_logs tests".split())  # folders of a project
-# Set by git for its hooks, these would lead its commands to another repository.
-GIT_PLACES = """GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY
-GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_NAMESPACE GIT_PREFIX""".split()
+ENGINE = __name__.partition(".")[0]
+TEMPLATE = Path(__file__).parent / "template"
+BARE = TEMPLATE / "bare"  # files that take the place of others
+NAME = "project_name"  # of the package in the template
+FOLDERS = "build configs data dist lightning_logs tests".split()  # beside the package
 
 
 def new(folder: Path, package: str | None = None, bare: bool = False) -> None:
-    """Make a complete project: package, configs, tests, README, CI and a first commit.
+    """Make a project: package, configs, tests, README and CI; a first commit unless it is in a repository.
 
     Args:
         folder: of the project, which must not exist.
         package: name of its package, by default made from that of the folder.
-        bare: leave out the example's datasets, and start from a data module to be replaced.
+        bare: start from a data module of thirty lines that reads no files.
 
     Raises:
         ConfigurationError: if there is something at ``folder``, it cannot be written, or the name cannot be used.
 
     Example:
-        >>> new(Path("../my-project"))  # with the package my_project
+        >>> new(Path("../leaf-id"))  # with the package leaf_id
     """
+    package = package or re.sub(r"[-. ]+", "_", folder.absolute().name.lower())
+    if not re.fullmatch(r"[a-z]([a-z0-9_]*[a-z0-9])?", package) or keyword.iskeyword(package):
+        raise ConfigurationError(f"{package} cannot be the name of a package; choose one such as --package=my_project")
+    if package in FOLDERS or ((spec := find_spec(package)) and spec.origin):  # a mere folder has no origin
+        raise ConfigurationError(f"there is a package {package} already; choose another name with --package")
     if os.path.lexists(folder):
         raise ConfigurationError(f"{folder} exists already; name a folder that does not")
-    package = _package_name(folder, package)
+    wanted = requirement()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
-            project = Path(temporary) / "project"
-            write_project(project, package, bare)
-            problem = _commit(project, package)
-            os.rename(project, folder)
+        for root in (TEMPLATE, BARE)[: 1 + bare]:
+            for source in root.rglob("*"):
+                part = source.relative_to(root)
+                if source.is_dir() or part.parts[0] == BARE.name or "cache" in str(part):
+                    continue
+                text = source.read_text(encoding="utf-8").replace(NAME, package)
+                if part.name == "pyproject.toml":
+                    text = re.sub(rf'"{ENGINE}(\[.*?\])?"', rf'"{ENGINE}\1{wanted}"', text)
+                target = folder / str(part).replace(NAME, package)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text, encoding="utf-8", newline="\n")
+        (folder / ".ci" / "run").chmod(0o755)
     except OSError as error:
         raise ConfigurationError(f"cannot write {folder}: {error.strerror}") from error
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the folder's name may not be in the terminal's encoding
+    if not _git(folder, "rev-parse", "--is-inside-work-tree"):
+        for command in ("init --quiet", "add --all", f"commit --quiet --message 'Start from {ENGINE}'"):
+            _git(folder, *shlex.split(command))
     print(f"Made {folder}. What comes next:\n  cd {shlex.quote(str(folder))}")
-    for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("pip install"):
-            print(f"  {line}")
-    if problem:
-        print(f"There is no first commit ({problem}); the files are complete.")
+    print(f"  pip install -e . && {Project(package).command('fit')}\n  pip install -e '.[test]' && pytest")
+    if "file:" in wanted:
+        print(f"It installs on this machine only; for others write '{ENGINE} @ git+URL@COMMIT' in its pyproject.toml.")
 
 
-def _package_name(folder: Path, package: str | None) -> str:
-    name = package or re.sub(r"[-. ]+", "_", folder.absolute().name.lower())
-    if not re.fullmatch(r"[a-z]([a-z0-9_]*[a-z0-9])?", name) or keyword.iskeyword(name):
-        what = f"--package={name}" if package else f"no package can be called {name}"
-        raise ConfigurationError(f"{what}: choose a name such as --package=my_project")
-    by_chance = [Path.cwd().resolve(), ROOT.resolve()]  # all of whose folders can be imported
-    path = [entry for entry in sys.path if entry and Path(entry).resolve() not in by_chance]
-    if name in RESERVED or name in sys.stdlib_module_names or PathFinder.find_spec(name, path):
-        raise ConfigurationError(f"--package={name}: a package of that name exists, choose another")
-    return name
+def requirement() -> str:
+    """What follows the package's name where a project asks for it as it is installed here.
+
+    By PEP 610: ``>=0.2,<1`` from an index, and from git or from a folder whose commit a remote has
+    `` @ git+https://host/path@COMMIT``. Any other folder or file is asked for by its ``file://`` address.
+    """
+    checkout = Path(__file__).parents[2]
+    if (checkout / "pyproject.toml").exists():  # where it is imported from, whatever is installed
+        return f" @ {_pushed(checkout) or checkout.as_uri()}"
+    installed = distribution(ENGINE)
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    if not origin:
+        major, minor, *_ = installed.version.split(".")
+        return f">={major}.{minor},<{int(major) + 1}"
+    if vcs := origin.get("vcs_info"):
+        return f" @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
+    pushed = _pushed(Path(url2pathname(urlsplit(origin["url"]).path))) if "dir_info" in origin else ""
+    return f" @ {pushed or origin['url']}"
 
 
-def _commit(project: Path, package: str) -> str | None:
-    """Make the first commit. Returns what went wrong, in one line, or else None."""
+def _pushed(checkout: Path) -> str:
+    """The address of a checkout's commit on a remote; nothing if no remote has it, or if the package differs."""
+    branches = _git(checkout, "branch", "--remotes", "--contains", "HEAD", "--format=%(refname:lstrip=2)")
+    if not branches or _git(checkout, "status", "--porcelain", "--", ENGINE):
+        return ""
+    url = _git(checkout, "remote", "get-url", branches.partition("/")[0])
+    url = re.sub(r"^(https?://)[^/]*@", r"\1", url)  # a password stays here
+    if "://" not in url:  # as git spells ssh addresses and folders
+        ssh = re.fullmatch(r"([^/:]{2,}):(.*)", url)
+        url = f"ssh://{ssh[1]}/{ssh[2].lstrip('/')}" if ssh else (checkout / url).resolve().as_uri()
+    return f"git+{url}@{_git(checkout, 'rev-parse', 'HEAD')}"
 
-    def git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-        environment = {name: value for name, value in os.environ.items() if name not in GIT_PLACES}
-        return subprocess.run(
-            ["git", *arguments],
-            cwd=project,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=60,  # for one that waits for a passphrase
-        )
 
-    if shutil.which("git") is None:
-        return "git is not installed"
+def _git(folder: Path, *args: str) -> str:
+    """What git prints in a folder; nothing where it fails or is not installed."""
     try:
-        author = []
-        for key, value in (("user.name", package), ("user.email", "")):
-            if git("config", key).returncode:
-                author += ["-c", f"{key}={value}"]
-        for command in (
-            ["init", "--quiet"],
-            ["symbolic-ref", "HEAD", "refs/heads/main"],
-            ["add", "--all", "--force"],  # whatever git is told to ignore elsewhere
-            [*author, "commit", "--quiet", "--message", f"A new project from {PROJECT}"],
-        ):
-            done = git(*command)
-            if done.returncode:
-                lines = (done.stderr or done.stdout).decode(errors="replace").split("\n")
-                said = next((line.strip() for line in lines if line.strip()), f"exit code {done.returncode}")
-                return f"git: {said}"
-    except subprocess.TimeoutExpired as error:
-        return f"git did not answer within {error.timeout:.0f} seconds"
-    except OSError as error:
-        return f"git: {error.strerror}"
-    return None
+        done = subprocess.run(
+            ["git", *args], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("utf-8", "replace").strip()
 
 
 def main(args: list[str], project: Project) -> None:
@@ -120,17 +121,9 @@ def main(args: list[str], project: Project) -> None:
         args: of the command line, without the command.
         project: that runs.
     """
-    parser = argparse.ArgumentParser(
-        prog=project.command("new"),
-        description="Start a project from this one: package, configs, tests, README, CI.",
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(prog=project.command("new"), description="Start a project.", allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="of the new project, such as ../my_project")
     parser.add_argument("--package", help="name of its package (default: made from that of the folder)")
-    parser.add_argument(
-        "--bare",
-        action="store_true",
-        help="leave out the example's datasets; data.py is a short data module to be replaced",
-    )
-    known = parser.parse_args(args)
-    new(known.folder, known.package, known.bare)
+    parser.add_argument("--bare", action="store_true", help="start from a short data module that reads no files")
+    options = parser.parse_args(args)
+    new(options.folder, options.package, options.bare)

@@ -13,14 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import ENVIRONMENT
 from hostile import hostile
 from mirror import server
 
-from mnist_lit.datasets import files, mnist
-from mnist_lit.datasets.files import Splits, cached, content_digest, read_dataset
+from mnist_lit.datasets import mnist
+from mnist_lit.datasets.pickles import read_pickle
+from mnist_lit.engine.data import files
+from mnist_lit.engine.data.files import Splits, cached, content_digest
 from mnist_lit.engine.errors import DatasetError, DownloadError
 
 Arrays = tuple[tuple[np.ndarray, np.ndarray], ...]
+
+
+def read_dataset(path: Path) -> Splits:
+    return files.read_dataset(path, read_pickle)
 
 
 def arrays(sizes: tuple[int, ...] = (30, 20, 10), side: int = 28) -> Arrays:
@@ -185,13 +192,15 @@ def test_decompression_bomb_is_refused_in_bounded_memory(tmp_path: Path) -> None
         for _ in range(64):
             file.write(bytes(1 << 25))  # 2 GiB of zeros in a few MB
     program = (
-        "import resource, sys; from pathlib import Path; from mnist_lit.datasets.files import *\n"
+        "import resource, sys; from pathlib import Path; from test_archive import *\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: read_dataset(Path(sys.argv[1]))\n"
         "except DatasetError as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, check=True, env=ENVIRONMENT
+    )
     message, grown = done.stdout.splitlines()
     assert f"decodes to more than {files.MAX_DECODED_BYTES:,} bytes" in message
     assert int(grown) * 1024 < 1.5 * files.MAX_DECODED_BYTES

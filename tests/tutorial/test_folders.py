@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run
 
-from mnist_lit.datasets.folders import ImageFolder
-from mnist_lit.datasets.sources import FolderOptions, Source, open_dataset
+from mnist_lit.engine.data.folders import ImageFolder
+from mnist_lit.engine.data.sources import FolderOptions, Source, open_dataset
 from mnist_lit.engine.errors import DatasetError
 from mnist_lit.engine.images import read_image
 

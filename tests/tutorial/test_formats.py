@@ -12,11 +12,12 @@ import pytest
 import torch
 from common import CONFIGS, Run
 from mirror import folder_server, server
-from test_archive import Arrays, arrays, assert_holds
+from test_archive import Arrays, arrays, assert_holds, read_dataset
 
-from mnist_lit.datasets import idx, mnist
-from mnist_lit.datasets.files import Splits, content_digest, read_dataset
-from mnist_lit.datasets.sources import FolderOptions, open_dataset
+from mnist_lit.datasets import mnist
+from mnist_lit.engine.data import idx
+from mnist_lit.engine.data.files import Splits, content_digest
+from mnist_lit.engine.data.sources import FolderOptions, open_dataset
 from mnist_lit.engine.errors import DatasetError, DownloadError
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from mnist_lit.datasets.digits import make_digits
-from mnist_lit.datasets.files import read_dataset
 from mnist_lit.datasets.forms import find_digit_form
-from mnist_lit.engine.loaders import BatchTensorDataset
+from mnist_lit.datasets.mnist import read_mnist
+from mnist_lit.engine.data.loaders import BatchTensorDataset
 
 MNIST = {"side": 28, "box": 20, "light_on_dark": True, "centred_by": "mass"}
 
@@ -66,7 +66,7 @@ def test_other_images_have_none(digits: Tensor) -> None:
 
 @pytest.mark.mnist
 def test_mnist_has_its_own_form(mnist_archive: Path) -> None:
-    assert form_of(read_dataset(mnist_archive).train[0]) == MNIST
+    assert form_of(read_mnist(mnist_archive).train[0]) == MNIST
 
 
 OTHERS = {
@@ -83,7 +83,7 @@ def test_pictures_are_brought_into_the_form_of_the_training_data(
     cli: Run, mnist_archive: Path, tmp_path: Path, kind: str
 ) -> None:
     """Of 200 pictures, dark on light and light on dark, as many are right as of the test images in that form."""
-    splits, arrays = read_dataset(mnist_archive), {}
+    splits, arrays = read_mnist(mnist_archive), {}
     for name, (images, labels), n in zip(("train", "valid", "test"), splits, (20_000, 1000, 1000), strict=True):
         arrays[f"x_{name}"], arrays[f"y_{name}"] = OTHERS[kind](images[:n]).numpy(), labels[:n].numpy()
     np.savez(tmp_path / "own.npz", **arrays)

@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mnist_lit.datasets.files import MAX_CLASSES, Splits, stratified
+from mnist_lit.engine.data.files import MAX_CLASSES, Splits, stratified
 from mnist_lit.engine.errors import DatasetError
 from mnist_lit.engine.images import SUFFIXES, ImageError, Size, read_image, unreadable
 from mnist_lit.engine.threads import available_cpus

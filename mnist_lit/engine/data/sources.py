@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mnist_lit.datasets import digits, idx
-from mnist_lit.datasets.files import Splits, cached, file_fingerprint, read_dataset
-from mnist_lit.datasets.folders import Format, ImageFiles, ImageFolder, Size, decode_folder, find_format
-from mnist_lit.datasets.mnist import find_mnist, read_mnist
+from mnist_lit.engine.data import idx
+from mnist_lit.engine.data.files import Splits, cached, file_fingerprint, read_dataset
+from mnist_lit.engine.data.folders import Format, ImageFiles, ImageFolder, Size, decode_folder, find_format
+from mnist_lit.engine.data.loaders import BatchTensorDataset
 from mnist_lit.engine.errors import DatasetError
-from mnist_lit.engine.loaders import BatchTensorDataset
 from mnist_lit.engine.storage import atomic_write, locked_directory
 
 
@@ -48,33 +48,26 @@ class FolderOptions(NamedTuple):
     memory_limit: float = 2.0  # GiB
 
 
-def open_dataset(name: str, data_dir: Path, options: FolderOptions) -> Source:
+def open_dataset(
+    name: str, data_dir: Path, options: FolderOptions, read: Callable[[Path], Splits] = read_dataset
+) -> Source:
     """Open a dataset, and make its fast copy first if there is none.
 
     Args:
-        name: ``mnist``, ``digits``, or the path of a dataset file or of a folder.
-        data_dir: of MNIST, and of the fast copies.
+        name: the path of a dataset file or of a folder.
+        data_dir: of the fast copies.
         options: of a folder of images.
+        read: reads a dataset file.
 
     Raises:
         DatasetError: if there is no such dataset, it is damaged, or its copy cannot be written.
     """
-    if name == "digits":
-        splits, _ = cached(data_dir / "digits" / "digits.pt", digits.VERSION, digits.make_digits)
-        return _in_memory(name, splits, digits.VERSION)  # pixels may differ by a rounding from machine to machine
-    if name == "mnist":
-        archive = find_mnist(data_dir / "mnist")
-        if archive is None:
-            raise DatasetError(f"there is no MNIST in {data_dir / 'mnist'}")
-        return _in_memory(
-            name, *cached(data_dir / "mnist" / "mnist.pt", file_fingerprint(archive), lambda: read_mnist(archive))
-        )
     path = Path(name).resolve()
     copy = data_dir / "copies" / f"{path.name}-{hashlib.sha256(bytes(path)).hexdigest()[:8]}.pt"
     train = _find_idx(path)
     if path.is_dir() and train is None:
         return _open_folder(name, path, copy, options)
-    source = _in_memory(name, *cached(copy, file_fingerprint(train or path), lambda: read_dataset(path)))
+    source = in_memory(name, *cached(copy, file_fingerprint(train or path), lambda: read(path)))
     return source._replace(class_names=idx.class_names(train)) if train else source
 
 
@@ -85,7 +78,8 @@ def _find_idx(path: Path) -> Path | None:
         raise DatasetError(f"{path}: {error}") from error
 
 
-def _in_memory(name: str, splits: Splits, digest: str) -> Source:
+def in_memory(name: str, splits: Splits, digest: str) -> Source:
+    """Wrap a dataset in memory, whose content the digest identifies."""
     pairs = splits._asdict()
     datasets: dict[str, Dataset] = {split: BatchTensorDataset(*pair) for split, pair in pairs.items()}
     _, channels, height, width = splits.train[0].shape
@@ -100,7 +94,7 @@ def _open_folder(name: str, path: Path, copy: Path, options: FolderOptions) -> S
     digest = f"{folder.content} {form.channels} {form.size}"
     if size <= options.memory_limit * 2**30:
         splits, _ = cached(copy, f"{folder.fingerprint} {form}", lambda: decode_folder(folder, form))
-        return _in_memory(name, splits, digest)._replace(class_names=folder.class_names)
+        return in_memory(name, splits, digest)._replace(class_names=folder.class_names)
     datasets: dict[str, Dataset] = {split: ImageFiles(folder, split, form) for split in Splits._fields}
     empty = torch.empty(0, dtype=torch.int64)
     targets = {split: folder.labels.get(split, empty) for split in datasets}

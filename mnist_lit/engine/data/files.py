@@ -11,7 +11,7 @@ import io
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.progress import open as open_with_progress
 from torch import Tensor
 
-from mnist_lit.datasets import idx
-from mnist_lit.datasets.pickles import to_array, unpickle_arrays
+from mnist_lit.engine.data import idx
 from mnist_lit.engine.errors import DatasetError
 from mnist_lit.engine.storage import atomic_save, locked_directory
 from mnist_lit.engine.threads import available_cpus
@@ -58,16 +57,16 @@ def content_digest(splits: Splits) -> str:
     return digest.hexdigest()
 
 
-def read_dataset(path: Path) -> Splits:
+def read_dataset(path: Path, other: Callable[[Path], Mapping[str, Pair]] | None = None) -> Splits:
     """Read a dataset file, or the folder of one, and check what is in it. Its kind is told by its content.
 
     Args:
-        path: a pickle of ``((x_train, y_train), (x_valid, y_valid), (x_test, y_test))``, gzipped or not (the
-            tutorial's); an ``.npz`` with ``x_train, y_train`` and optionally ``x_valid, y_valid, x_test, y_test``
+        path: an ``.npz`` with ``x_train, y_train`` and optionally ``x_valid, y_valid, x_test, y_test``
             (Keras' has no ``valid``); or MNIST's four IDX files, by the first of them or by their folder
             (torchvision's). Images (n, H, W), (n, 1 or 3, H, W), (n, H, W, 1 or 3) or rows (n, H * H), as uint8 or
             as floats k/256 (the tutorial's) or k/255 with integer k. Targets (n,): integers from 0 are classes;
             floats, in an ``.npz``, are values to regress on.
+        other: reads the arrays of each split from a file of another kind, which has classes; it may raise anything.
 
     Returns:
         the dataset. Without a validation split it is held out of the training images: the last sixth of them, as
@@ -77,7 +76,7 @@ def read_dataset(path: Path) -> Splits:
         DatasetError: naming the file and what is wrong with it.
     """
     try:
-        arrays, kinds = _read(path)
+        arrays, kinds = _read(path, other)
         splits = {name: _tensors(name, *pair, kinds) for name, pair in arrays.items()}
         if "valid" not in splits:
             splits["train"], splits["valid"] = _hold_out(*splits["train"])
@@ -197,20 +196,21 @@ FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: git lfs pull",
 }
 
-PICKLES = b"\x80(])c"  # by their first byte; protocol 0 has no mark of its own
 
-
-def _read(path: Path) -> tuple[dict[str, Pair], str]:
+def _read(path: Path, other: Callable[[Path], Mapping[str, Pair]] | None) -> tuple[Mapping[str, Pair], str]:
     """The arrays of each split, and the kinds of numbers that its targets may be."""
     if (train := idx.find_idx(path)) is not None:
-        return dict(zip(("train", "test"), idx.read_idx(train, _content), strict=True)), "iu"
+        return dict(zip(("train", "test"), idx.read_idx(train, read_bytes), strict=True)), "iu"
     if path.is_dir():
         raise ValueError("a folder with neither MNIST's IDX files nor a folder of images for each class")
     with path.open("rb") as file:
         head = file.read(4)
     if head.startswith(b"PK"):
         return _read_npz(path), "iuf"
-    return _read_pickle(path), "iu"  # the tutorial's layout has classes
+    if other is not None:
+        return other(path), "iu"
+    check_kind(head)
+    raise ValueError("neither an .npz nor an IDX file")
 
 
 def _read_npz(path: Path) -> dict[str, Pair]:
@@ -227,16 +227,7 @@ def _read_npz(path: Path) -> dict[str, Pair]:
         return {name: (arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in splits}
 
 
-def _read_pickle(path: Path) -> dict[str, Pair]:
-    content = _content(path)
-    _check_kind(content[:1024])
-    splits = unpickle_arrays(io.BytesIO(content))
-    if [len(pair) for pair in splits] != [2, 2, 2]:
-        raise ValueError("((x_train, y_train), (x_valid, y_valid), (x_test, y_test)) expected")
-    return {name: (to_array(x), to_array(y)) for name, (x, y) in zip(Splits._fields, splits, strict=True)}
-
-
-def _content(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     """The bytes of a file, decompressed if it is gzipped, with a progress bar if that takes time."""
     console, content = Console(stderr=True), io.BytesIO()
     quiet = not console.is_terminal
@@ -250,14 +241,13 @@ def _content(path: Path) -> bytes:
     return content.getvalue()
 
 
-def _check_kind(head: bytes) -> None:
+def check_kind(head: bytes) -> None:
+    """Raise a ValueError that says what a file is, if its first bytes are those of a well-known other kind."""
     for magic, kind in FOREIGN.items():
         if head.lstrip().startswith(magic) if magic == b"<" else head.startswith(magic):
             raise ValueError(f"this is {kind}")
     if head[257:262] == b"ustar":
         raise ValueError("this is a tar archive: unpack it, and use --data.dataset=FOLDER")
-    if head[:1] not in PICKLES:
-        raise ValueError("this is neither a pickle nor an .npz nor an IDX file")
 
 
 def _check_size(size: int) -> None:

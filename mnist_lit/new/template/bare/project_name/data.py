@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningDataModule
+from mnist_lit.engine import BatchTensorDataset, eval_dataloader, train_dataloader
 from torch.utils.data import DataLoader
-
-from mnist_lit.engine.loaders import BatchTensorDataset, eval_dataloader, train_dataloader
 
 
 class DataModule(LightningDataModule):
@@ -17,14 +16,14 @@ class DataModule(LightningDataModule):
     """
 
     class_names = ("left", "middle", "right")  # in tables and dashboards
-    num_classes, channels, num_pixels = 3, 1, 1 * 12 * 16  # for the model
+    num_classes, channels = 3, 1  # for the model
 
     def __init__(self, batch_size: int = 64) -> None:
         super().__init__()
         self.batch_size, self.seed = batch_size, torch.initial_seed()
 
     def setup(self, stage: str) -> None:
-        """Replace this: a ``BatchTensorDataset`` of images (n, C, H, W) and targets (n,) for each split."""
+        """Replace this: images (n, C, H, W) and classes (n,) of each split, or any other ``Dataset``."""
         generator = torch.Generator().manual_seed(0)
         target = torch.arange(2400) % self.num_classes
         images = torch.rand(2400, 1, 12, 16, generator=generator)

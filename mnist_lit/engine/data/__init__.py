@@ -1,0 +1,1 @@
+"""Data of any kind as a ``LightningDataModule``: arrays, folders of images, loaders that resume."""
