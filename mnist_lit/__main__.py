@@ -12,8 +12,9 @@ def main() -> None:
     """
     if sys.argv[1:2] == ["serve"] and any(arg.endswith(".onnx") for arg in sys.argv):  # without torch
         from mnist_lit import serve
+        from mnist_lit.engine.project import Project
 
-        return serve.main(sys.argv[2:])
+        return serve.main(sys.argv[2:], Project("mnist_lit"))
     gc.disable()
     from mnist_lit import data, models  # noqa: F401, whose classes the configs call by their names
     from mnist_lit.engine import cli

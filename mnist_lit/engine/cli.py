@@ -64,6 +64,7 @@ from mnist_lit.engine.messages import full_disk, leave_out_noise, misfit, raised
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.parser import Parser, did_you_mean, options_of
 from mnist_lit.engine.predictions import PredictionsFile
+from mnist_lit.engine.project import Project
 from mnist_lit.engine.provenance import Provenance
 from mnist_lit.engine.resume import ResumeGuard, different_options, longer_if_finished, restored_options
 from mnist_lit.engine.runs import LOGS, Run, RunConfig, as_list, loggers_of, relative
@@ -571,10 +572,11 @@ class _Predicting(CLI):
         pass
 
 
-def build(ckpt_path: str, args: Sequence[str] = ()) -> tuple[CLI, dict[str, Any]]:
+def build(project: Project, ckpt_path: str, args: Sequence[str] = ()) -> tuple[CLI, dict[str, Any]]:
     """Make the model and the data module of a checkpoint.
 
     Args:
+        project: that runs.
         ckpt_path: the checkpoint.
         args: further options of ``predict``, such as another ``--config`` than its run's.
 
@@ -582,7 +584,7 @@ def build(ckpt_path: str, args: Sequence[str] = ()) -> tuple[CLI, dict[str, Any]
         what has the model, the data module and a trainer of one device, and the checkpoint's content.
     """
     alone = ("accelerator=auto", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")  # wherever it was trained
-    further = [*join_values(args), *(f"--trainer.{option}" for option in alone)]
+    further = [*(f"--trainer.{option}" for option in alone), *join_values(args)]
     command = with_config(["export", f"--ckpt_path={ckpt_path}", *further])
     built = run(command, cli_class=_Predicting)
     assert isinstance(built, _Predicting)
@@ -673,7 +675,7 @@ def main(data_module: str = "", default_config: str = "", commands: Mapping[str,
         if command == "sweep" and find_spec("optuna") is None:
             raise ConfigurationError(f"sweep needs optuna: pip install '{PROJECT}[sweep]'")
         if command in modules:
-            import_module(modules[command]).main(args)
+            import_module(modules[command]).main(args, *([Project(PROJECT)] if command == "serve" else []))
         else:
             run(with_config([command, *join_values(args)], default_config))
     except (UserError, MisconfigurationException) as error:
