@@ -5,9 +5,11 @@ Without torch at its top, so that a server of an ONNX file need not import it.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ import numpy as np
 from mnist_lit.engine.errors import CheckpointError, ConfigurationError, require
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.threads import available_cpus
+
+TOGETHER = 64  # images that are computed at once
 
 Predict = Callable[[np.ndarray], np.ndarray]  # images uint8 (n, C, H, W) to predictions (n, ...)
 
@@ -106,3 +110,37 @@ def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
         ) from error
     classes = class_names(built.datamodule, found.shape[1], checkpoint) if are_probabilities(found) else None
     return Served(predict, type(model).__name__, hashlib.sha256(path.read_bytes()).hexdigest(), data, classes)
+
+
+class Together:
+    """Computes the images of several requests at once: while one thread computes, others gather."""
+
+    def __init__(self, predict: Predict) -> None:
+        self.predict, self.thread = predict, ThreadPoolExecutor(1)
+        self.waiting: list[tuple[np.ndarray, asyncio.Future]] = []
+        self.worker: asyncio.Task | None = None
+
+    async def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Predictions (n, ...) of images uint8 (n, C, H, W)."""
+        loop = asyncio.get_running_loop()
+        starts = range(0, len(images), TOGETHER)
+        parts = [(images[start : start + TOGETHER], loop.create_future()) for start in starts]
+        self.waiting += parts
+        if self.worker is None or self.worker.done():
+            self.worker = loop.create_task(self._work())
+        return np.concatenate(await asyncio.gather(*(future for _, future in parts)))
+
+    async def _work(self) -> None:
+        while self.waiting:
+            sizes = np.cumsum([len(images) for images, _ in self.waiting])
+            count = int((sizes <= TOGETHER).sum())
+            batch, self.waiting = self.waiting[:count], self.waiting[count:]
+            images = np.concatenate([images for images, _ in batch])
+            try:
+                rows = await asyncio.get_running_loop().run_in_executor(self.thread, self.predict, images)
+                results: list[Any] = np.split(rows, sizes[: count - 1])
+            except Exception as error:  # whatever a model does
+                results = [error] * count
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():  # its request was given up
+                    future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)

@@ -27,7 +27,7 @@ import numpy as np
 
 from mnist_lit.engine.errors import ENGINE, ConfigurationError, UserError, require
 from mnist_lit.engine.images import ImageError, ImageReader
-from mnist_lit.engine.predictors import Predict, Served, open_checkpoint, open_onnx
+from mnist_lit.engine.predictors import Served, Together, open_checkpoint, open_onnx
 from mnist_lit.engine.project import Project
 
 require("serve", "fastapi", "uvicorn", "python_multipart")
@@ -38,13 +38,13 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers, UploadFile
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BYTES = 16 * 2**20  # of a request, five times a phone's photo
 MAX_IMAGES = 1000  # of a request
 MAX_VALUES = 2**20  # commas and brackets in JSON: to parse them takes a tenth of a second, in which nothing else runs
 PATIENCE = 20  # seconds for a request to arrive
-TOGETHER = 64  # images that are computed at once
 READERS = 2  # threads that decode: each may need 200 MB for a large picture
 EXPECTED = 'send an image, a form with files, or {"images": [...]} with files in base64 or arrays of pixels'
 # The page talks to this server alone.
@@ -78,40 +78,6 @@ class Answer(BaseModel):
 
     predictions: list[Prediction]
     model: dict[str, str]
-
-
-class Together:
-    """Computes the images of several requests at once: while one thread computes, others gather."""
-
-    def __init__(self, predict: Predict) -> None:
-        self.predict, self.thread = predict, ThreadPoolExecutor(1)
-        self.waiting: list[tuple[np.ndarray, asyncio.Future]] = []
-        self.worker: asyncio.Task | None = None
-
-    async def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Predictions (n, ...) of images uint8 (n, C, H, W)."""
-        loop = asyncio.get_running_loop()
-        starts = range(0, len(images), TOGETHER)
-        parts = [(images[start : start + TOGETHER], loop.create_future()) for start in starts]
-        self.waiting += parts
-        if self.worker is None or self.worker.done():
-            self.worker = loop.create_task(self._work())
-        return np.concatenate(await asyncio.gather(*(future for _, future in parts)))
-
-    async def _work(self) -> None:
-        while self.waiting:
-            sizes = np.cumsum([len(images) for images, _ in self.waiting])
-            count = int((sizes <= TOGETHER).sum())
-            batch, self.waiting = self.waiting[:count], self.waiting[count:]
-            images = np.concatenate([images for images, _ in batch])
-            try:
-                rows = await asyncio.get_running_loop().run_in_executor(self.thread, self.predict, images)
-                results: list[Any] = np.split(rows, sizes[: count - 1])
-            except Exception as error:  # whatever a model does
-                results = [error] * count
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():  # its request was given up
-                    future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)
 
 
 class Guard:
@@ -193,6 +159,8 @@ def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI
                     uploads = [("", await request.body())]
         except TimeoutError as error:
             raise HTTPException(408, f"the request took more than {PATIENCE} s to arrive") from error
+        except ClientDisconnect as error:
+            raise HTTPException(400, "the request broke off") from error
 
         def read() -> tuple[np.ndarray, list[dict[str, Any]]]:
             return reader.read(from_json(uploads[0][1]) if kind == JSON else uploads, MAX_IMAGES, input)
