@@ -3,17 +3,19 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request
 
 from mnist_lit.datasets.pictures import PictureReader
-from mnist_lit.engine.serving.models import Checkpoint
+from mnist_lit.engine.predictors import open_checkpoint
+from mnist_lit.engine.project import Project
 
 _, path, port = sys.argv
-served = Checkpoint.open(path, [])
-model, reader = served.load("cpu"), PictureReader(served.data)
+served = open_checkpoint(Project("mnist_lit"), Path(path), [])
+model, reader = served.predict, PictureReader(served.data)
 app = FastAPI()
 
 

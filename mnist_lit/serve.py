@@ -3,6 +3,8 @@
 from functools import partial
 
 from mnist_lit.datasets.pictures import PictureReader
-from mnist_lit.engine import serving
+from mnist_lit.engine import serve
+from mnist_lit.engine.project import Project
 
-main = partial(serving.main, reader=PictureReader)
+main = partial(serve.main, reader=PictureReader)
+app = partial(serve.app, Project("mnist_lit", "mnist_lit.MNISTDataModule"), PictureReader)

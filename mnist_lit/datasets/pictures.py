@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from mnist_lit.datasets.paper import edge_of
 from mnist_lit.datasets.photos import find_digit
 from mnist_lit.engine.errors import DatasetError
-from mnist_lit.engine.images import SUFFIXES, File, ImageError, ImageReader, unreadable
+from mnist_lit.engine.images import FORMATS, SUFFIXES, File, ImageError, ImageReader, unreadable
 
 MAX_PIXELS = 50_000_000
 WORK_SIDE = 400  # pixels; a digit a fifth as high still has three times the pixels of MNIST's
@@ -141,7 +141,7 @@ def read_picture(file: File, form: DigitForm = DigitForm()) -> tuple[np.ndarray,
         PictureError: if the file is not an image, or nothing is on it.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             lossless = image.format not in ("JPEG", "WEBP")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from typing import IO, Any
 
@@ -9,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")  # of Pillow's others, EPS starts a program
 MAX_PIXELS = 100_000_000  # of one image; more is a bomb
 
 Size = tuple[int, int]  # height, width
@@ -23,7 +26,7 @@ def read_image(file: File, channels: int, size: Size | None = None) -> np.ndarra
     """Read an image file.
 
     Args:
-        file: of any format and mode that Pillow reads; of several frames the first.
+        file: of one of ``FORMATS`` and any mode; of several frames the first.
         channels: 1 for grey, 3 for colour.
         size: height and width. The image is scaled to cover it, and what is over is cut off evenly.
 
@@ -34,7 +37,7 @@ def read_image(file: File, channels: int, size: Size | None = None) -> np.ndarra
         ImageError: if it is no image.
     """
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ImageError(f"{opened.width} x {opened.height} pixels are more than {MAX_PIXELS:,}")
             if size and opened.format == "JPEG":
@@ -84,3 +87,61 @@ class ImageReader:
 
     def __call__(self, file: File) -> tuple[np.ndarray, str]:
         return read_image(file, self.channels, self.size), ""
+
+    def read(
+        self, uploads: list[tuple[str, bytes | list[Any]]], most: int, show: bool
+    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """Read what a request has brought.
+
+        Args:
+            uploads: of each image its name, and its file or array.
+            most: number of images.
+            show: whether to add the images as data URLs.
+
+        Returns:
+            images uint8 (n, C, H, W), and of each its name, warning and data URL.
+
+        Raises:
+            ImageError: naming the one that cannot be read.
+        """
+        if not 1 <= len(uploads) <= most:
+            raise ImageError(f"{len(uploads):,} images, expected 1 to {most:,}")
+        images, about = [], []
+        for number, (name, content) in enumerate(uploads, 1):
+            try:
+                image, warning = self(io.BytesIO(content)) if isinstance(content, bytes) else (self.take(content), "")
+            except ImageError as error:
+                which = f"{name[-100:] or f'image {number}'}: " if len(uploads) > 1 else ""
+                raise ImageError(f"{which}{error}") from error
+            images.append(image)
+            about.append({"name": name, "warning": warning, "input": png_url(image) if show else None})
+        return np.stack(images), about
+
+    def take(self, values: list[Any]) -> np.ndarray:
+        """An array (H, W), (C, H, W) or (H, W, C) of whole numbers as an image uint8 (C, H, W) of the model's size.
+
+        Raises:
+            ImageError: if it has another size, or other values.
+        """
+        shape = channels, height, width = self.channels, *self.size
+        try:
+            array = np.array(values)
+        except ValueError:  # rows of several lengths
+            array = np.empty(0)
+        if array.shape == (height, width, channels):
+            array = array.transpose(2, 0, 1)
+        elif array.shape == (height, width) and channels == 1:
+            array = array[None]
+        if array.shape != shape or array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
+            raise ImageError(
+                f"an array must have the model's size, {' x '.join(map(str, shape))}, and whole numbers from 0 to 255; "
+                "images of other sizes come as files"
+            )
+        return array.astype(np.uint8)
+
+
+def png_url(image: np.ndarray) -> str:
+    """An image uint8 (C, H, W) as a PNG in a data URL."""
+    file = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

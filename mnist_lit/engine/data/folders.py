@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mnist_lit.engine.data.files import MAX_CLASSES, Splits, stratified
 from mnist_lit.engine.errors import DatasetError
-from mnist_lit.engine.images import SUFFIXES, ImageError, Size, read_image, unreadable
+from mnist_lit.engine.images import FORMATS, SUFFIXES, ImageError, Size, read_image, unreadable
 from mnist_lit.engine.threads import available_cpus
 
 SPLITS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
@@ -160,7 +160,7 @@ def probe(path: str) -> tuple[int, Size]:
         ImageError: if it is no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             # Photos may be turned by a quarter, according to their Exif orientation. Of a PNG it stands at the end.
             turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
