@@ -1,0 +1,74 @@
+"""The engine from Python: a plain ``Trainer`` with ``default_callbacks``, in a script and in a notebook."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from common import ENVIRONMENT, RUN, assert_same, checkpoint
+
+SCRIPT = """
+import sys
+from lightning.pytorch import Trainer, seed_everything
+from interrupt import SignalAt
+from mnist_lit import CNN, MNISTDataModule
+from mnist_lit.engine import BestCheckpoint, default_callbacks
+
+dataset, signum, *ckpt_path = sys.argv[1:]
+seed_everything(1)
+own = [BestCheckpoint(monitor="val/acc"), *([SignalAt(signum, "on_train_batch_end", 20)] if signum else [])]
+trainer = Trainer(max_epochs=2, log_every_n_steps=4, accelerator="cpu", callbacks=default_callbacks(*own))
+trainer.fit(CNN(), datamodule=MNISTDataModule(dataset), ckpt_path=ckpt_path[0] if ckpt_path else None)
+"""
+
+
+@pytest.mark.slow
+def test_script_has_what_the_command_line_has(small: Path, tmp_path: Path) -> None:
+    """Bar, curves, table, best and last; Ctrl-C saves, and the resumed run ends in the uninterrupted one's weights."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def run(*args: object, ends_with: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "script.py", *map(str, args)]
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == ends_with, done.stderr
+        return done
+
+    whole = run(small, "")
+    for shown in ("Epoch 2/2", "CNN on", "best: epoch", "val/acc", "tensorboard --logdir lightning_logs"):
+        assert shown in whole.stdout
+    assert "python -m" not in whole.stdout  # no command line started it
+    for name in ("best.ckpt", "last.ckpt"):
+        assert (tmp_path / RUN / "checkpoints" / name).is_file()
+    assert (tmp_path / RUN / "provenance.json").is_file()
+
+    stopped = tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt"
+    said = run(small, "SIGINT", ends_with=130).stderr
+    assert "ckpt_path='lightning_logs/version_1/checkpoints/last.ckpt'" in said
+    assert checkpoint(stopped)["global_step"] == 20
+    run(small, "", stopped)
+    ours, theirs = (checkpoint(tmp_path / f"lightning_logs/version_{n}/checkpoints/last.ckpt") for n in (2, 0))
+    for key in ("state_dict", "optimizer_states", "global_step"):
+        assert_same(ours[key], theirs[key])
+
+
+@pytest.mark.slow
+def test_notebook_has_what_the_command_line_has(small: Path, tmp_path: Path) -> None:
+    """The same in cells: an interrupted one ends with an error, and the next one resumes."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    setup, _, fit = SCRIPT.partition("dataset, signum")
+    fit = f"dataset, signum{fit}"
+    cells = [f"{setup}\nsys.argv[1:] = [{str(small)!r}, 'SIGINT']\n{fit}"]
+    last = "lightning_logs/version_0/checkpoints/last.ckpt"
+    cells.append(f"sys.argv[1:] = [{str(small)!r}, '', {last!r}]\n{fit}")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, allow_errors=True, resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute(env=ENVIRONMENT)
+    stopped, resumed = ("".join(map(str, cell.outputs)) for cell in notebook.cells)
+    assert "Stopped at step 20 by SIGINT" in stopped
+    for shown in ("Epoch 2/2", "CNN on", "best: epoch", "val/acc"):
+        assert shown in resumed
+    assert checkpoint(tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 32
