@@ -10,34 +10,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mnist_lit.engine.callbacks import Compile, ProgressBar, StopOnNonFinite, TailAveraging
+    from mnist_lit.engine.averaging import TailAveraging
     from mnist_lit.engine.checkpoints import BestCheckpoint, LastCheckpoint
     from mnist_lit.engine.cli import CLI, main
-    from mnist_lit.engine.dashboards import Dashboard
+    from mnist_lit.engine.compiling import Compile
+    from mnist_lit.engine.dashboard import Dashboard
+    from mnist_lit.engine.divergence import StopOnNonFinite
     from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
     from mnist_lit.engine.execution import StepsPerExecution
     from mnist_lit.engine.finetuning import FineTuning, adapt
     from mnist_lit.engine.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
     from mnist_lit.engine.metrics import Metrics
     from mnist_lit.engine.outputs import Outputs
+    from mnist_lit.engine.overhead import LessOverhead
     from mnist_lit.engine.predictions import PredictionsFile
+    from mnist_lit.engine.progress import ProgressBar
     from mnist_lit.engine.project import Project
     from mnist_lit.engine.provenance import Provenance
     from mnist_lit.engine.runs import Run
     from mnist_lit.engine.schedules import Schedule
 
 _MODULES = {
-    "callbacks": ["Compile", "ProgressBar", "StopOnNonFinite", "TailAveraging"],
+    "averaging": ["TailAveraging"],
     "checkpoints": ["BestCheckpoint", "LastCheckpoint"],
     "cli": ["CLI", "main"],
-    "dashboards": ["Dashboard"],
+    "compiling": ["Compile"],
+    "dashboard": ["Dashboard"],
+    "divergence": ["StopOnNonFinite"],
     "errors": ["ConfigurationError", "DatasetError", "UserError"],
     "execution": ["StepsPerExecution"],
     "finetuning": ["FineTuning", "adapt"],
     "loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
     "metrics": ["Metrics"],
     "outputs": ["Outputs"],
+    "overhead": ["LessOverhead"],
     "predictions": ["PredictionsFile"],
+    "progress": ["ProgressBar"],
     "project": ["Project"],
     "provenance": ["Provenance"],
     "runs": ["Run"],

@@ -24,7 +24,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Callback, ModelSummary, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -40,7 +40,6 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from mnist_lit.engine.arguments import USAGE, join_values, with_config, with_homes
-from mnist_lit.engine.callbacks import ModelTable, NoProfiler, ProgressBar, StopOnNonFinite
 from mnist_lit.engine.checkpoints import (
     DEFAULT_MONITOR,
     EXCEPTION,
@@ -54,14 +53,17 @@ from mnist_lit.engine.checkpoints import (
     read_checkpoint,
     read_weights,
 )
-from mnist_lit.engine.dashboards import Dashboard
+from mnist_lit.engine.dashboard import Dashboard
+from mnist_lit.engine.divergence import StopOnNonFinite
 from mnist_lit.engine.errors import ENGINE, CheckpointError, ConfigurationError, UserError, require
 from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.finetuning import first_convolution, rename, to_channels
 from mnist_lit.engine.messages import full_disk, leave_out_noise, misfit, raised_by_libraries
 from mnist_lit.engine.metrics import Metrics
+from mnist_lit.engine.overhead import LessOverhead
 from mnist_lit.engine.parser import Parser, did_you_mean, options_of
 from mnist_lit.engine.predictions import PredictionsFile
+from mnist_lit.engine.progress import ProgressBar
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.provenance import Provenance
 from mnist_lit.engine.resume import ResumeGuard, different_options, longer_if_finished, restored_options
@@ -338,10 +340,6 @@ class CLI(LightningCLI):
             isinstance(callback, AnyProgressBar) for callback in callbacks
         ):
             callbacks = [*callbacks, ProgressBar()]
-        if config.enable_model_summary is not False and not any(isinstance(c, ModelSummary) for c in callbacks):
-            callbacks = [*callbacks, ModelTable()]
-        if config.profiler is None:
-            kwargs["profiler"] = NoProfiler()
         if self.subcommand == "predict":
             callbacks = [*callbacks, PredictionsFile()]
         if self.subcommand == "fit":
@@ -627,7 +625,7 @@ def run(project: Project, args: list[str], callbacks: Sequence[Callback] = (), c
             **{command: {"usage": USAGE} for command in CLI.subcommands()},
         },
         seed_everything_default=1,
-        trainer_defaults={"callbacks": [StopOnNonFinite(), RandomState(), *callbacks]},
+        trainer_defaults={"callbacks": [StopOnNonFinite(), RandomState(), LessOverhead(), *callbacks]},
     )
 
 
