@@ -65,6 +65,7 @@ class Classifier(LightningModule):
         self.metrics = metrics or {"acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}
         self.activation = activation or nn.Softmax(dim=1)
         self.lr, self.momentum, self.steps_per_execution = lr, momentum, steps_per_execution
+        self.execution = StepsPerExecution(steps_per_execution)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes), or to values (B,) if the network has one output."""
@@ -72,7 +73,7 @@ class Classifier(LightningModule):
         return outputs.squeeze(1) if outputs.shape[1:] == (1,) else outputs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Outputs:
-        return self._step(batch)
+        return self.execution.run(self, batch, self._step)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         return self._step(batch)
@@ -95,7 +96,7 @@ class Classifier(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Log the metrics of the outputs above, and take several steps at once where asked to."""
-        return [Metrics(self.metrics), StepsPerExecution(self.steps_per_execution)]
+        return [Metrics(self.metrics), *([self.execution] if self.steps_per_execution > 1 else [])]
 
 
 # --------------------------------------------------------------------------------------------- the tutorial's

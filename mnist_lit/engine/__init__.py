@@ -10,21 +10,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mnist_lit.engine.averaging import TailAveraging
     from mnist_lit.engine.best import BestCheckpoint
-    from mnist_lit.engine.callbacks import Compile, ProgressBar, StopOnNonFinite, TailAveraging
     from mnist_lit.engine.checkpoint import Checkpoint
     from mnist_lit.engine.cli import CLI, main
-    from mnist_lit.engine.dashboards import Dashboard
+    from mnist_lit.engine.compiling import Compile
+    from mnist_lit.engine.dashboard import Dashboard
     from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
     from mnist_lit.engine.data.module import ImageDataModule
     from mnist_lit.engine.defaults import default_callbacks
+    from mnist_lit.engine.divergence import StopOnNonFinite
     from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
     from mnist_lit.engine.execution import StepsPerExecution
     from mnist_lit.engine.finetuning import FineTuning, adapt
     from mnist_lit.engine.last import LastCheckpoint
     from mnist_lit.engine.metrics import Metrics
     from mnist_lit.engine.outputs import Outputs
+    from mnist_lit.engine.overhead import LessOverhead
     from mnist_lit.engine.predictions import PredictionsFile
+    from mnist_lit.engine.progress import ProgressBar
     from mnist_lit.engine.project import Project
     from mnist_lit.engine.provenance import Provenance
     from mnist_lit.engine.run import Run
@@ -32,21 +36,25 @@ if TYPE_CHECKING:
     from mnist_lit.engine.summary import Summary
 
 _MODULES = {
+    "averaging": ["TailAveraging"],
     "best": ["BestCheckpoint"],
-    "callbacks": ["Compile", "ProgressBar", "StopOnNonFinite", "TailAveraging"],
     "checkpoint": ["Checkpoint"],
     "cli": ["CLI", "main"],
-    "dashboards": ["Dashboard"],
+    "compiling": ["Compile"],
+    "dashboard": ["Dashboard"],
     "data.loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
     "data.module": ["ImageDataModule"],
     "defaults": ["default_callbacks"],
+    "divergence": ["StopOnNonFinite"],
     "errors": ["ConfigurationError", "DatasetError", "UserError"],
     "execution": ["StepsPerExecution"],
     "finetuning": ["FineTuning", "adapt"],
     "last": ["LastCheckpoint"],
     "metrics": ["Metrics"],
     "outputs": ["Outputs"],
+    "overhead": ["LessOverhead"],
     "predictions": ["PredictionsFile"],
+    "progress": ["ProgressBar"],
     "project": ["Project"],
     "provenance": ["Provenance"],
     "run": ["Run"],

@@ -20,7 +20,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Callback, ModelSummary, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -39,7 +39,7 @@ from mnist_lit.engine.checkpoint import (
     newest_checkpoint,
     no_such_checkpoint,
 )
-from mnist_lit.engine.dashboards import Dashboard
+from mnist_lit.engine.dashboard import Dashboard
 from mnist_lit.engine.defaults import default_callbacks
 from mnist_lit.engine.errors import ENGINE, CheckpointError, ConfigurationError, UserError, require
 from mnist_lit.engine.export import Trainer
@@ -248,7 +248,6 @@ class CLI(LightningCLI):
         switches = (
             ("enable_checkpointing", Checkpointing),
             ("enable_progress_bar", ProgressBar),
-            ("enable_model_summary", ModelSummary),
         )
         off = tuple(kind for switch, kind in switches if config[switch] is False)
         callbacks = [callback for callback in every if callback in own or not isinstance(callback, off)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.callbacks import Callback, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 
-from mnist_lit.engine import callbacks
 from mnist_lit.engine.best import BestCheckpoint
-from mnist_lit.engine.dashboards import Dashboard
+from mnist_lit.engine.dashboard import Dashboard
+from mnist_lit.engine.divergence import StopOnNonFinite
 from mnist_lit.engine.last import LastCheckpoint, RandomState
 from mnist_lit.engine.metrics import Metrics
+from mnist_lit.engine.overhead import LessOverhead
 from mnist_lit.engine.predictions import PredictionsFile
+from mnist_lit.engine.progress import ProgressBar
 from mnist_lit.engine.provenance import Provenance
 from mnist_lit.engine.resume import ResumeGuard
 from mnist_lit.engine.summary import Summary
@@ -28,11 +31,11 @@ def default_callbacks(*own: Callback) -> list[Callback]:
     """
     defaults: list[tuple[type, type[Callback]]] = [
         (Provenance, Provenance),
-        (ProgressBar, callbacks.ProgressBar),
-        (ModelSummary, callbacks.ModelTable),
+        (AnyProgressBar, ProgressBar),
         (Metrics, Metrics),
         (Dashboard, Dashboard),
-        (callbacks.StopOnNonFinite, callbacks.StopOnNonFinite),
+        (StopOnNonFinite, StopOnNonFinite),
+        (LessOverhead, LessOverhead),
         (RandomState, RandomState),
         (ResumeGuard, ResumeGuard),
         (PredictionsFile, PredictionsFile),

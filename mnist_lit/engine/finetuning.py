@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import compress
-from operator import not_
 from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from mnist_lit.engine.errors import ConfigurationError
 
@@ -103,7 +100,7 @@ def find_head(module: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d | None]:
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            weight = layer._parameters.get("weight")
+            weight = dict(layer.named_parameters(recurse=False)).get("weight")
             if weight is not None and not is_lazy(weight):
                 yield name, layer
 
@@ -143,18 +140,18 @@ def rename(theirs: Mapping[str, Tensor], ours: Iterable[str]) -> dict[str, Tenso
 # ------------------------------------------------------------------------------------------------ training
 
 
-class FineTuning(BaseFinetuning):
+class FineTuning(Callback):
     """Train the head alone for some epochs, then everything, the rest with a lower learning rate than the head.
 
-    It works with any optimizer and schedule. Frozen weights need no gradients, and the running statistics of batch
-    norms stand still: those layers normalize as in validation. What the module has frozen itself stays frozen.
+    It works with any optimizer and schedule. Frozen weights need no gradients, and layers with running statistics
+    normalize as in validation. Weights that the module has frozen itself stay frozen.
 
-    The groups of parameters are split into head and rest before the first step, and the schedules follow both from
-    there on. Lightning's own way, a group that is added when it is unfrozen, is one that ``OneCycleLR`` and others do
-    not know.
+    The lower learning rate is a part of each step: after the optimizer's step the weights go back most of the way. That
+    is the same as a lower learning rate for every optimizer whose step is proportional to it, and leaves groups of
+    parameters and schedules alone. It needs memory for one more copy of the weights.
 
     Args:
-        unfreeze_at_epoch: epochs, counted from 0, before which the head is trained alone.
+        unfreeze_at_epoch: number of epochs in which the head is trained alone.
         lr_factor: learning rate of everything but the head, as a factor of the head's.
         head: name of the head; by default the last ``Linear`` or ``Conv2d`` that the module registers.
 
@@ -168,148 +165,82 @@ class FineTuning(BaseFinetuning):
     def __init__(
         self, unfreeze_at_epoch: NonNegativeInt = 1, lr_factor: PositiveFloat = 0.1, head: str | None = None
     ) -> None:
-        super().__init__()
         self.unfreeze_at_epoch, self.lr_factor, self.head = int(unfreeze_at_epoch), float(lr_factor), head
-        self._frozen: list[nn.Parameter] = []
+        self._rest: list[nn.Parameter] = []  # everything but the head that is trained
+        self._before: list[Tensor] = []  # its values before the step
         self._norms: list[nn.Module] = []
+        self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find mistakes. Nothing is frozen yet: an optimizer might leave out what is frozen, and DDP would."""
-        if stage != "fit":
-            return
-        self._find_head(pl_module)
+        if stage == "fit":
+            self._find_head(pl_module)  # before anything takes time
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name, head = self._find_head(pl_module)
         strategy = trainer.strategy
-        if isinstance(strategy, ParallelStrategy) and not (
-            isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("find_unused_parameters")
-        ):
+        if isinstance(strategy, ParallelStrategy) and not getattr(strategy.model, "find_unused_parameters", False):
             raise ConfigurationError(
                 f"FineTuning cannot freeze weights under {type(strategy).__name__}; of the strategies for several "
                 "devices it takes --trainer.strategy=ddp_find_unused_parameters_true"
             )
-        if trainer.max_epochs not in (None, -1) and self.unfreeze_at_epoch >= trainer.max_epochs:
-            rank_zero_warn(
-                f"FineTuning trains the head alone: unfreeze_at_epoch={self.unfreeze_at_epoch} is never reached with "
-                f"--trainer.max_epochs={trainer.max_epochs}"
-            )
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Split the optimizers' groups, before the state of a resumed run is restored into them."""
-        name, head = self._find_head(pl_module)
-        ours = set(map(id, head.parameters()))
+        ours = set(head.parameters())
+        self._rest = [weight for weight in pl_module.parameters() if weight.requires_grad and weight not in ours]
         for optimizer in trainer.optimizers:
-            factors = _split(optimizer, ours, self.lr_factor)
-            for config in trainer.lr_scheduler_configs:
-                if config.scheduler.optimizer is optimizer:
-                    _extend(config.scheduler, factors)
+            self._hooks += [
+                optimizer.register_step_pre_hook(self._remember),
+                optimizer.register_step_post_hook(self._go_back),
+            ]
         rank_zero_info(
             f"FineTuning: {name} alone until epoch {self.unfreeze_at_epoch}, "
             f"then everything, the rest with {self.lr_factor:g} of its learning rate"
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze; a run that is resumed within an epoch does not pass its start."""
+        """Freeze, in a run that is resumed within an epoch as well."""
         if trainer.current_epoch < self.unfreeze_at_epoch:
-            self.freeze_before_training(pl_module)
+            _, head = self._find_head(pl_module)
+            for weight in self._rest:
+                weight.requires_grad_(False)
+            rest = (module for module in pl_module.modules() if module not in set(head.modules()))
+            self._norms = [m for m in rest if m.training and getattr(m, "track_running_stats", False)]
+            for module in self._norms:
+                module.eval()
 
-    def freeze_before_training(self, pl_module: LightningModule) -> None:
-        """Freeze everything but the head."""
-        _, head = self._find_head(pl_module)
-        ours = set(map(id, head.parameters()))
-        self._frozen = [p for p in pl_module.parameters() if p.requires_grad and id(p) not in ours]
-        for weight in self._frozen:
-            weight.requires_grad_(False)
-        # Lightning's own way would have them normalize by the batch, and not as in validation.
-        norms = (module for module in pl_module.modules() if isinstance(module, _NormBase) and module.training)
-        self._norms = [module for module in norms if module not in set(head.modules())]
-        for module in self._norms:
-            module.eval()
-
-    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
-        """Unfreeze, at the start of an epoch."""
-        if epoch >= self.unfreeze_at_epoch:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch >= self.unfreeze_at_epoch:
             self._unfreeze()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
+        """Leave module and optimizers as they were."""
         self._unfreeze()
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the epoch tells what is frozen, and Lightning's own state would be groups to put in place."""
-        return {}
+        """Have Lightning warn when a run is resumed without this callback."""
+        return {"unfreeze_at_epoch": self.unfreeze_at_epoch}
 
     def _unfreeze(self) -> None:
-        for weight in self._frozen:
+        for weight in self._rest:
             weight.requires_grad_(True)
         for module in self._norms:
             module.train()
-        self._frozen, self._norms = [], []
+        self._norms = []
+
+    def _remember(self, *_: Any) -> None:
+        self._before = [weight.detach().clone() for weight in self._rest if weight.requires_grad]
+
+    def _go_back(self, *_: Any) -> None:
+        with torch.no_grad():
+            for weight, before in zip(self._rest, self._before, strict=False):
+                weight.lerp_(before, 1 - self.lr_factor)
+        self._before = []
 
     def _find_head(self, module: LightningModule) -> tuple[str, nn.Module]:
-        if self.head is None:
-            name, head = find_head(module)
-            if head is None:
-                raise ConfigurationError(
-                    f"FineTuning finds no head in {type(module).__name__}, which has neither Linear nor Conv2d layers; "
-                    "name a submodule with the callback's option head, or leave the callback out"
-                )
-            return name, head
-        try:
-            return self.head, module.get_submodule(self.head)
-        except AttributeError as error:
-            names = ", ".join(name for name, _ in _layers(module)) or "none"
+        name, head = find_head(module) if self.head is None else (self.head, module.get_submodule(self.head))
+        if head is None:
             raise ConfigurationError(
-                f"FineTuning finds no head={self.head} in {type(module).__name__}; its layers: {names}"
-            ) from error
-
-
-RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # in a group of an optimizer
-# What schedulers keep in lists with one entry for each group.
-RATES_OF_GROUPS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
-OTHERS_OF_GROUPS = ("lr_lambdas", "base_momentums", "max_momentums")
-
-Factors = list[tuple[int, float]]  # for each new group: that which it was before, and the factor of its rates
-
-
-def _split(optimizer: Optimizer, head: set[int], factor: float) -> Factors:
-    """Split every group into the head's parameters and the rest.
-
-    The head stays where it was, so that the learning rate of the first group, which is logged, is its.
-    """
-    factors: Factors = []
-    added: list[tuple[int, dict[str, Any]]] = []
-    for index, group in enumerate(optimizer.param_groups):
-        mine = [id(weight) in head for weight in group["params"]]
-        scaled = {key: group[key] * factor for key in RATES if key in group}
-        if all(mine):
-            factors.append((index, 1.0))
-        elif not any(mine):
-            group.update(scaled)
-            factors.append((index, factor))
-        else:
-            ours, rest = dict(group), {**group, **scaled}
-            for key in group.keys() & {"params", "param_names"}:
-                ours[key] = list(compress(group[key], mine))
-                rest[key] = list(compress(group[key], map(not_, mine)))
-            group.update(ours)
-            added.append((index, rest))
-            factors.append((index, 1.0))
-    for index, group in added:
-        if names := group.pop("param_names", None):
-            group["params"] = list(zip(names, group["params"], strict=True))
-        optimizer.add_param_group(group)
-        factors.append((index, factor))
-    return factors
-
-
-def _extend(scheduler: Any, factors: Factors) -> None:
-    """Give a scheduler, and those in a sequence or a chain, the groups that its optimizer has been split into."""
-    state = vars(scheduler)
-    # New lists, because a sequence shares that of its last rates with a part of it.
-    for name in RATES_OF_GROUPS:
-        if name in state:
-            state[name] = [state[name][index] * factor for index, factor in factors]
-    for name in OTHERS_OF_GROUPS:
-        if name in state:
-            state[name] = [state[name][index] for index, _ in factors]
-    for inner in state.get("_schedulers", ()):
-        _extend(inner, factors)
+                f"FineTuning finds no head in {type(module).__name__}, which has neither Linear nor Conv2d layers; "
+                "name a submodule with the callback's option head, or leave the callback out"
+            )
+        return name, head

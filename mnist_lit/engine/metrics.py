@@ -12,51 +12,47 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric, SumMetric
 
-from mnist_lit.engine.errors import ConfigurationError
 from mnist_lit.engine.outputs import Outputs, as_outputs, class_names, step_outputs
 
-FLUSH_EVERY = 64  # batches; bounds the memory of what is gathered
+# Batches are gathered up to one of these limits and then evaluated together.
+MAX_BATCHES = 64
+MAX_BYTES = 4 * 2**20
 
 Stage = Literal["train", "val", "test"]
+Row = tuple[Tensor, int, Tensor | None, Tensor | None]  # loss (), batch size; preds and target if there are metrics
 
 
 class Metrics(Callback):
     """Log the loss and metrics of every step that returns ``Outputs``.
 
-    ``train/loss`` is the mean over all batches of all processes since the last log, every
-    ``log_every_n_steps`` optimizer steps, and ``train/loss_epoch`` over the epoch; ``val/loss`` and
-    ``test/loss`` are means over the split; metrics likewise. A metric with one value per class is logged as
-    ``val/recall/NAME`` for each. What a step logs by itself under one of these names is left to it. To update
-    a metric or to log takes as long as a step of a small network, so nothing of that is done per step. What
-    is gathered is part of the checkpoint.
+    ``train/loss`` is the mean over all batches of all processes since the last log, every ``log_every_n_steps``
+    optimizer steps, and ``train/loss_epoch`` over the epoch. ``val/loss`` and ``test/loss`` are means over the split.
+    Metrics likewise. A metric with one value per class is logged as ``val/recall/NAME`` for each. A name that a step
+    logs itself is left to the step.
+
+    Updating a metric and logging take as long as a step of a small network, so neither is done per step: batches are
+    gathered, up to 64 of them or 4 MiB. What is gathered is part of the checkpoint.
 
     Args:
         metrics: by the names under which they are logged.
 
-    Raises:
-        ConfigurationError: if a metric of torchmetrics does not take what the steps return.
-
     Example:
-        >>> def configure_callbacks(self):
-        ...     return [Metrics({"acc": MulticlassAccuracy(num_classes=10, average="micro")})]
+        >>> metrics = {"acc": MulticlassAccuracy(num_classes=10, average="micro")}
+        >>> Trainer(callbacks=[Metrics(metrics)])
     """
 
     def __init__(self, metrics: Mapping[str, Metric] | None = None) -> None:
         self.metrics = dict(metrics or {})
-        self._train: list[Outputs] = []  # since the last log
-        self._interval, self._epoch = self._new(), self._new()
+        self._interval, self._epoch = _Means(self.metrics), _Means(self.metrics)
         self._logged_step = 0
-        # While evaluating, by dataloader: its outputs since the last flush, and its metrics.
-        self._evaluated: dict[int, tuple[list[Outputs], _Collection]] = {}
-
-    def _new(self) -> _Collection:
-        return _Collection(self.metrics)
+        self._evaluated: dict[int, _Means] = {}  # by dataloader
+        self._logged: set[str] = set()  # names that are not the module's
 
     # ------------------------------------------------------------------------------------------- training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:  # a new run may start from the weights of another, not from its sums
-            self._train, self._interval, self._epoch = [], self._new(), self._new()
+        if trainer.global_step == 0:  # a new run may start from the weights of another, but not from its sums
+            self._interval, self._epoch = _Means(self.metrics), _Means(self.metrics)
         self._logged_step = trainer.global_step
 
     def on_train_batch_end(
@@ -67,32 +63,28 @@ class Metrics(Callback):
         for step, output in enumerate(steps, trainer.global_step - len(steps) + 1):
             if (found := as_outputs(output)) is not None:
                 # Lightning has divided the loss by the number of batches that it accumulates.
-                scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-                self._train.append(_detached(found, scale))
-            if len(self._train) == FLUSH_EVERY:
-                self._flush_train()
+                row = self._row(found, trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+                self._interval.add(row)
+                self._epoch.add(row)
             if every and step // every > self._logged_step // every:
                 self._logged_step = step
-                self._flush_train()
-                if self._interval.updated:
-                    values = self._interval.compute(trainer, "train")
-                    # Lightning reads what the bar shows after every step; on a GPU that would wait for it.
-                    values = {name: value.cpu() for name, value in values.items()}
-                    self._interval.reset()
-                    self._log(trainer, pl_module, values, step - 1, sync_dist=False)
-
-    def _flush_train(self) -> None:
-        outputs, self._train = self._train, []
-        for collection in (self._interval, self._epoch):
-            if outputs:
-                collection.update(outputs)
+                values = self._interval.compute(trainer, "train")
+                # Lightning reads what the bar shows after every step; on a GPU that would wait for it.
+                values = {name: value.cpu() for name, value in values.items()}
+                self._log(trainer, pl_module, values, step - 1, sync_dist=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._flush_train()
-        if self._epoch.updated:
-            values = self._epoch.compute(trainer, "train", suffix="_epoch")
-            self._epoch.reset()
-            self._log(trainer, pl_module, values, trainer.global_step - 1)
+        values = self._epoch.compute(trainer, "train", suffix="_epoch")
+        self._log(trainer, pl_module, values, trainer.global_step - 1)
+
+    def _row(self, outputs: Outputs, scale: int = 1) -> Row:
+        loss, target = outputs["loss"].detach(), outputs["target"].detach()
+        loss = loss * scale if scale > 1 else loss
+        size = len(target) if target.ndim else 1
+        if not self.metrics:
+            return loss, size, None, None
+        # A clone, because torch.compile(mode="reduce-overhead") reuses the memory of preds.
+        return loss, size, outputs["preds"].detach().clone(), target
 
     # ----------------------------------------------------------------------------------------- evaluation
 
@@ -105,48 +97,30 @@ class Metrics(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._evaluate(outputs, dataloader_idx)
+        if (found := as_outputs(outputs)) is not None:
+            if dataloader_idx not in self._evaluated:
+                self._evaluated[dataloader_idx] = _Means(self.metrics)
+            self._evaluated[dataloader_idx].add(self._row(found))
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(outputs, dataloader_idx)
-
-    def _evaluate(self, outputs: Any, dataloader_idx: int) -> None:
-        if (found := as_outputs(outputs)) is None:
-            return
-        gathered, collection = self._evaluated.setdefault(dataloader_idx, ([], self._new()))
-        gathered.append(_detached(found))
-        if len(gathered) == FLUSH_EVERY:
-            collection.update(gathered)
-            gathered.clear()
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_evaluated(trainer, pl_module, "val")
+        self._log_evaluated(trainer, pl_module, "val", len(trainer.num_val_batches))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_evaluated(trainer, pl_module, "test")
+        self._log_evaluated(trainer, pl_module, "test", len(trainer.num_test_batches))
 
-    def _log_evaluated(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+    def _log_evaluated(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, loaders: int) -> None:
         evaluated, self._evaluated = self._evaluated, {}
-        loaders = trainer.num_val_batches if stage == "val" else trainer.num_test_batches
-        for index, (gathered, collection) in evaluated.items():
-            if gathered:
-                collection.update(gathered)
-            suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""  # as Lightning's own names
-            values = collection.compute(trainer, stage, suffix)
+        for index, means in evaluated.items():
+            suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""  # as in Lightning's own names
+            values = means.compute(trainer, stage, suffix)
             self._log(trainer, pl_module, values, max(trainer.global_step - 1, 0))
 
     # -------------------------------------------------------------------------------------------- logging
 
-    @staticmethod
     def _log(
+        self,
         trainer: Trainer,
         pl_module: LightningModule,
         values: dict[str, Tensor],
@@ -159,13 +133,14 @@ class Metrics(Callback):
         each of which may be several optimizer steps. In ``validate`` and ``test`` Lightning logs, prints and returns
         the values.
         """
+        if not values:
+            return
         fits = trainer.state.fn == "fit"
-        results: Any = trainer._results or {}
-        steps = ("training_step", "validation_step", "test_step")
-        taken = {name for name in values for fx in steps if f"{fx}.{name.removesuffix('_epoch')}" in results}
-        values = {name: value for name, value in values.items() if name not in taken}
+        if taken := trainer.callback_metrics.keys() - self._logged:  # logged by the module
+            values = {name: v for name, v in values.items() if not {name, name.removesuffix("_epoch")} & taken}
+        self._logged.update(values)
         for name, value in values.items():
-            shown = name.count("/") == 1
+            shown = name == "train/loss" or (name.count("/") == 1 and not name.startswith("train/"))  # on the bar
             pl_module.log(name, value, shown, not fits, sync_dist=sync_dist, add_dataloader_idx=False)
         if values and fits and not trainer.sanity_checking:
             scalars = {name: value.item() for name, value in values.items()}
@@ -175,11 +150,7 @@ class Metrics(Callback):
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = {
-            "train": [dict(outputs) for outputs in self._train],
-            "interval": self._interval.state_dict(),
-            "epoch": self._epoch.state_dict(),
-        }
+        state = {"interval": self._interval.state_dict(), "epoch": self._epoch.state_dict()}
         states = [state] * trainer.world_size
         if torch.distributed.is_initialized():
             torch.distributed.all_gather_object(states, state)
@@ -191,16 +162,90 @@ class Metrics(Callback):
         if "class_names" in checkpoint:
             pl_module.class_names = checkpoint["class_names"]
         states = checkpoint.get("metrics", [])
-        if trainer.state.fn != "fit" or len(states) != trainer.world_size:
-            return  # RandomState warns of another number of processes; the means start again
-        state = states[trainer.global_rank]
-        device = trainer.strategy.root_device
-        self._train = [
-            Outputs(**{key: value.to(device) for key, value in outputs.items()})  # type: ignore[typeddict-item]
-            for outputs in state["train"]
-        ]
-        self._interval.load_state_dict(state["interval"])
-        self._epoch.load_state_dict(state["epoch"])
+        if trainer.state.fn == "fit" and len(states) == trainer.world_size:  # else the means start again
+            state = states[trainer.global_rank]
+            self._interval.load_state_dict(state["interval"], trainer.strategy.root_device)
+            self._epoch.load_state_dict(state["epoch"], trainer.strategy.root_device)
+
+
+class _Means:
+    """The mean of the loss, and the metrics, over the same batches; fresh copies of them.
+
+    torchmetrics' ``MetricCollection`` has one signature for all of its metrics; the loss has another one.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        # Not a MeanMetric: that of torchmetrics 1.9 drops the weights unless it looks for NaN, which waits for a GPU.
+        self.loss, self.samples = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
+        self.metrics = {name: metric.clone() for name, metric in metrics.items()}
+        self.parts = {"": self.loss, "/": self.samples, **self.metrics}  # by names that metrics cannot have
+        for metric in self.parts.values():
+            metric.persistent(True)
+        self.reset()
+
+    def reset(self) -> None:
+        self.rows, self.bytes, self.updated = list[Row](), 0, False
+        for metric in self.parts.values():
+            metric.reset()
+
+    def add(self, row: Row) -> None:
+        """Gather a batch."""
+        self.rows.append(row)
+        _, _, preds, target = row
+        if preds is not None and target is not None:
+            self.bytes += preds.nbytes + target.nbytes
+        if len(self.rows) == MAX_BATCHES or self.bytes >= MAX_BYTES:
+            self._update()
+
+    def _update(self) -> None:
+        """Evaluate what is gathered, in one piece where shapes allow it."""
+        rows, self.rows, self.bytes, self.updated = self.rows, [], 0, True
+        losses = _widened(torch.stack([row[0] for row in rows]))  # (number of batches,)
+        # The last batch may be smaller.
+        weights = torch.tensor([row[1] for row in rows]).to(losses.device, non_blocking=True)
+        self.loss.to(losses.device).update((losses * weights).sum())
+        self.samples.to(losses.device).update(weights.sum())
+        pairs = [(preds, target) for _, _, preds, target in rows if preds is not None and target is not None]
+        if len({(preds.shape[1:], target.shape[1:]) for preds, target in pairs}) == 1 and pairs[0][1].ndim:
+            every_preds, every_target = zip(*pairs, strict=True)
+            pairs = [(torch.cat(every_preds), torch.cat(every_target))]
+        for preds, target in pairs:
+            for metric in self.metrics.values():
+                metric.to(preds.device).update(_widened(preds), _widened(target))
+
+    def compute(self, trainer: Trainer, stage: Stage, suffix: str = "") -> dict[str, Tensor]:
+        """The values over all processes by the names under which they are logged; start again after that."""
+        if self.rows:
+            self._update()
+        if not self.updated:
+            return {}
+        values = {f"{stage}/loss{suffix}": self.loss.compute() / self.samples.compute()}
+        for name, metric in self.metrics.items():
+            value = metric.compute()
+            if isinstance(value, Tensor) and value.ndim == 1:
+                value = dict(zip(class_names(trainer, len(value)), value, strict=True))
+            if isinstance(value, Mapping):  # such as those of torchmetrics' ClasswiseWrapper
+                values |= {f"{stage}/{name}/{key}{suffix}": part for key, part in value.items()}
+            elif isinstance(value, Tensor) and value.ndim == 0:
+                values[f"{stage}/{name}{suffix}"] = value
+            else:
+                rank_zero_warn(f"{stage}/{name} is neither a number nor one number per class: not logged")
+        self.reset()
+        return {name: value.detach().float() for name, value in values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {name: metric.state_dict() for name, metric in self.parts.items()}
+        return {"rows": list(self.rows), "updated": self.updated, "parts": parts}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore the metrics of the same names; one that is new since then starts from here."""
+        self.reset()
+        self.updated = state["updated"]
+        for name, metric in self.parts.items():
+            if name in state["parts"]:
+                nn.Module.load_state_dict(metric, state["parts"][name], strict=False)
+        for row in state["rows"]:
+            self.add(tuple(part.to(device) if isinstance(part, Tensor) else part for part in row))  # type: ignore[arg-type]
 
 
 def metric_names(trainer: Trainer) -> list[str]:
@@ -211,96 +256,6 @@ def metric_names(trainer: Trainer) -> list[str]:
     return []
 
 
-class _Collection:
-    """The mean of the loss, and the metrics, over the same batches; fresh copies of them.
-
-    torchmetrics' ``MetricCollection`` has one signature for all of its metrics; the loss has another one.
-    """
-
-    def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        # Not a MeanMetric: that of torchmetrics 1.9 drops the weights unless it looks for NaN, which waits for a GPU.
-        self.loss, self.samples = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
-        self.metrics = {name: metric.clone() for name, metric in metrics.items()}
-        self.updated = False
-        for metric in (self.loss, self.samples, *self.metrics.values()):
-            metric.reset()
-            metric.persistent(True)
-
-    def update(self, outputs: list[Outputs]) -> None:
-        """Take in batches, at once where their shapes allow it."""
-        self.updated = True
-        losses = _widened(torch.stack([output["loss"] for output in outputs]))
-        sizes = [len(output["target"]) if output["target"].ndim else 1 for output in outputs]
-        # Of a mean over samples: the last batch may be shorter.
-        weights = torch.tensor(sizes).to(losses.device, non_blocking=True)
-        self.loss.to(losses.device).update((losses * weights).sum())
-        self.samples.to(losses.device).update(weights.sum())
-        for preds, target in _joined(outputs):
-            for name, metric in self.metrics.items():
-                try:
-                    metric.to(preds.device).update(_widened(preds), _widened(target))
-                except (TypeError, ValueError, RuntimeError) as error:
-                    if not type(metric).__module__.startswith("torchmetrics."):
-                        raise  # a user's own metric: its traceback helps
-                    raise ConfigurationError(
-                        f"the metric {name} ({type(metric).__name__}) does not take preds {preds.dtype} "
-                        f"{tuple(preds.shape)} and target {target.dtype} {tuple(target.shape)}: {error}"
-                    ) from error
-
-    def compute(self, trainer: Trainer, stage: Stage, suffix: str = "") -> dict[str, Tensor]:
-        """The values by the names under which they are logged, over all processes."""
-        values = {f"{stage}/loss{suffix}": self.loss.compute() / self.samples.compute()}
-        for name, metric in self.metrics.items():
-            value = metric.compute()
-            if isinstance(value, Mapping):  # such as those of torchmetrics' ClasswiseWrapper
-                values |= {f"{stage}/{name}/{key}{suffix}": part for key, part in value.items()}
-            elif isinstance(value, Tensor) and value.ndim == 1:
-                labels = class_names(trainer, len(value))
-                values |= {f"{stage}/{name}/{label}{suffix}": part for label, part in zip(labels, value, strict=True)}
-            elif isinstance(value, Tensor) and value.ndim == 0:
-                values[f"{stage}/{name}{suffix}"] = value
-            else:
-                rank_zero_warn(f"{stage}/{name} is neither a number nor one number per class: not logged")
-        return {name: value.detach().float() for name, value in values.items()}
-
-    def reset(self) -> None:
-        self.updated = False
-        for metric in (self.loss, self.samples, *self.metrics.values()):
-            metric.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
-        loss, samples = self.loss.state_dict(), self.samples.state_dict()
-        return {"updated": self.updated, "loss": loss, "samples": samples, "metrics": metrics}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the metrics of the same names; one that is new since then starts from here."""
-        self.updated = state["updated"]
-        self.loss.load_state_dict(state["loss"])
-        self.samples.load_state_dict(state["samples"])
-        for name, metric in self.metrics.items():
-            if name in state["metrics"]:
-                nn.Module.load_state_dict(metric, state["metrics"][name], strict=False)
-
-
-def _detached(outputs: Outputs, scale: int = 1) -> Outputs:
-    loss = outputs["loss"].detach()
-    return Outputs(
-        loss=loss * scale if scale > 1 else loss,
-        preds=outputs["preds"].detach().clone(),  # torch.compile(mode="reduce-overhead") writes the next ones there
-        target=outputs["target"].detach(),
-    )
-
-
 def _widened(values: Tensor) -> Tensor:
     """At least float32: for sums, bfloat16 is too coarse. Whole numbers stay as they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
-
-
-def _joined(outputs: list[Outputs]) -> list[tuple[Tensor, Tensor]]:
-    """Predictions and targets of all batches in one, unless their shapes differ."""
-    pairs = [(output["preds"], output["target"]) for output in outputs]
-    if len({(preds.shape[1:], target.shape[1:]) for preds, target in pairs}) > 1 or not pairs[0][1].ndim:
-        return pairs
-    preds, target = zip(*pairs, strict=True)
-    return [(torch.cat(preds), torch.cat(target))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ PICTURES = 200
 class PredictionsFile(BasePredictionWriter):
     """Write ``predictions.csv`` and ``predictions.png``, and print the first rows.
 
-    Of probabilities (B, num_classes) a row has the sample's file (or its index), the predicted class, the confidence
-    and the probability of each class; the sheet shows the images of least confidence. Of values (B,) or (B, K) a row
+    For probabilities (B, num_classes) a row has the sample's file (or its index), the predicted class, the confidence
+    and the probability of each class; the sheet shows the images of least confidence. For values (B,) or (B, K) a row
     has the values. Anything else is saved as it is in ``predictions.pt``. Each process of several writes its share, to
     ``predictions-rank1.csv`` and so on.
 
@@ -51,25 +50,18 @@ class PredictionsFile(BasePredictionWriter):
         values, images = _values(outputs), find_images(batch)
         if values is None or images is None or len(images) != len(values):
             return
+        confidence = torch.zeros(len(values))
+        captions = [f"{row[0]:.4g}" for row in values.reshape(len(values), -1).tolist()]
         if are_probabilities(values):
-            confidence, predicted = values.float().max(1)
+            confidence, predicted = values.float().cpu().max(1)
             names = class_names(trainer, values.shape[1])
-            captions = [
-                f"{names[index]}  {sure:.0%}"
-                for index, sure in zip(predicted.tolist(), confidence.tolist(), strict=True)
-            ]
-            warned = _of_files(trainer, "warnings", trainer.predict_loop.current_batch_indices)
-            captions = [f"! {text}" if warning else text for text, warning in zip_longest(captions, warned)]
-            order = confidence.argsort()[:PICTURES].tolist()
-        else:
-            confidence = torch.zeros(len(values))
-            captions = [f"{row[0]:.4g}" for row in values.reshape(len(values), -1).tolist()]
-            order = list(range(min(len(values), PICTURES)))
-        enough = self._least[-1][0] if len(self._least) == PICTURES else float("inf")
-        for place in order:
-            if (sure := confidence[place].item()) < enough:
-                self._least.append((sure, images[place].detach().cpu().clone(), captions[place]))
-        self._least = sorted(self._least, key=lambda row: row[0])[:PICTURES]  # stable: values keep their order
+            rows = zip(predicted.tolist(), confidence.tolist(), strict=True)
+            captions = [f"{names[index]}  {sure:.0%}" for index, sure in rows]
+            for place, warning in enumerate(_of_files(trainer, "warnings", trainer.predict_loop.current_batch_indices)):
+                captions[place] = f"! {captions[place]}" if warning else captions[place]
+        order = confidence.argsort(stable=True)[:PICTURES].tolist()
+        least = [(confidence[place].item(), images[place].detach().cpu().clone(), captions[place]) for place in order]
+        self._least = sorted([*self._least, *least], key=lambda row: row[0])[:PICTURES]
 
     def write_on_epoch_end(
         self,
@@ -83,14 +75,14 @@ class PredictionsFile(BasePredictionWriter):
         if not run.exists:
             return
         run.folder.mkdir(parents=True, exist_ok=True)
-        stem = f"predictions-rank{trainer.global_rank}" if trainer.global_rank else "predictions"
-        console = Console()
-        batches = list(_flattened(predictions))
-        values = [_values(batch) for batch in batches]
+        stem = run.folder / (f"predictions-rank{trainer.global_rank}" if trainer.global_rank else "predictions")
+        if predictions and isinstance(predictions[0], list):  # several dataloaders
+            predictions = [batch for batches in predictions for batch in batches]
+        values = [_values(batch) for batch in predictions]
         if not values or any(v is None or v.shape[1:] != values[0].shape[1:] for v in values):  # type: ignore
-            path = run.folder / f"{stem}.pt"
-            atomic_save(batches, path)
-            kinds = ", ".join(sorted({_kind(batch) for batch in batches})) or "nothing"
+            path = stem.with_suffix(".pt")
+            atomic_save(list(predictions), path)
+            kinds = ", ".join(sorted({_kind(batch) for batch in predictions})) or "nothing"
             rank_zero_warn(
                 f"no predictions.csv: predict_step returns {kinds} and not (B, num_classes) or (B,); "
                 f"{relative(path)} has its outputs, for torch.load"
@@ -101,20 +93,28 @@ class PredictionsFile(BasePredictionWriter):
         if len(indices) != len(predicted):  # a loader that has no indices
             indices = list(range(len(predicted)))
         header, rows = _rows(trainer, predicted, indices)
-        path = run.folder / f"{stem}.csv"
-        with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        written = [stem.with_suffix(".csv")]
+        with atomic_write(written[0]) as part, part.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(header)
             table.writerows([cell if isinstance(cell, str) else f"{cell:.6f}" for cell in row] for row in rows)
-        wrote = [path]
-        if least and (sheet := _sheet(least)) is not None:
-            wrote.append(run.folder / f"{stem}.png")
-            with atomic_write(wrote[-1]) as part:
-                sheet.save(part)
+        if len({image.shape for _, image, _ in least}) > 1:
+            rank_zero_warn("no predictions.png: the images have several sizes")
+        elif least:
+            written.append(stem.with_suffix(".png"))
+            with atomic_write(written[1]) as part:
+                images = torch.stack([image for _, image, _ in least])
+                contact_sheet(display(images), [caption for *_, caption in least]).save(part)
         if trainer.is_global_zero:
+            console = Console()
             _print(console, header, rows)
-            _print_accuracy(console, trainer, header, rows, indices)
-            console.print(f"Wrote {' and '.join(map(relative, wrote))}", soft_wrap=True, highlight=False, markup=False)
+            labels = _of_files(trainer, "labels", indices)
+            if labels and "confidence" in header:
+                names = class_names(trainer, predicted.shape[1])
+                right = sum(row[1] == names[label] for row, label in zip(rows, labels, strict=True))
+                console.print(f"Right: {right:,} of {len(rows):,}, an accuracy of {right / len(rows):.4f}")
+            paths = " and ".join(map(relative, written))
+            console.print(f"Wrote {paths}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _values(outputs: Any) -> Tensor | None:
@@ -126,6 +126,10 @@ def _values(outputs: Any) -> Tensor | None:
     return outputs.detach()
 
 
+def _kind(outputs: Any) -> str:
+    return f"a tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+
+
 def _of_files(trainer: Trainer, name: str, indices: Sequence[int]) -> list[Any]:
     """What the data module lists by that name for each file that is predicted; nothing if it has no such list."""
     listed = getattr(getattr(trainer, "datamodule", None), name, None)
@@ -134,59 +138,22 @@ def _of_files(trainer: Trainer, name: str, indices: Sequence[int]) -> list[Any]:
     return [listed[index] for index in indices]
 
 
-def _kind(outputs: Any) -> str:
-    return f"a tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-
-
-def _flattened(predictions: Sequence[Any]) -> Sequence[Any]:
-    """The batches of all dataloaders; Lightning has a list for each where there are several."""
-    if predictions and isinstance(predictions[0], list):
-        return [batch for batches in predictions for batch in batches]
-    return predictions
-
-
 def _rows(trainer: Trainer, values: Tensor, indices: Sequence[int]) -> tuple[list[str], list[list[str | float]]]:
-    files = _of_files(trainer, "files", indices)
-    samples = [printable(file) for file in files] or [str(index) for index in indices]
+    """The table's header, and a row for each of the predictions (n, K) or (n,)."""
+    files, warnings = _of_files(trainer, "files", indices), _of_files(trainer, "warnings", indices)
     header = ["file" if files else "index"]
+    rows: list[list[str | float]] = [[printable(file)] for file in files] or [[str(index)] for index in indices]
+    each_row = values.reshape(len(values), -1).tolist()
     if are_probabilities(values):
         names = class_names(trainer, values.shape[1])
+        header += ["class", "confidence", *(["warning"] if warnings else []), *(f"p_{name}" for name in names)]
         confidence, predicted = values.max(1)
-        warned = [[text] for text in _of_files(trainer, "warnings", indices)]
-        header += ["class", "confidence", *(["warning"] if warned else []), *(f"p_{name}" for name in names)]
-        columns = zip(
-            samples,
-            predicted.tolist(),
-            confidence.tolist(),
-            warned or [[]] * len(samples),
-            values.tolist(),
-            strict=True,
-        )
-        return header, [[sample, names[index], sure, *warning, *each] for sample, index, sure, warning, each in columns]
-    if values.ndim == 1 or values.shape[1] == 1:
-        header.append("prediction")
+        for place, row in enumerate(rows):
+            row += [names[int(predicted[place])], confidence[place].item(), *warnings[place : place + 1]]
     else:
-        header += [f"prediction_{index}" for index in range(values.shape[1])]
-    each_row = zip(samples, values.reshape(len(values), -1).tolist(), strict=True)
-    return header, [[sample, *each] for sample, each in each_row]
-
-
-def _sheet(least: list[tuple[float, Tensor, str]]) -> Any:
-    if len({image.shape for _, image, _ in least}) > 1:
-        rank_zero_warn("no predictions.png: the images have several sizes")
-        return None
-    return contact_sheet(display(torch.stack([image for _, image, _ in least])), [row[2] for row in least])
-
-
-def _print_accuracy(
-    console: Console, trainer: Trainer, header: list[str], rows: list[list[str | float]], indices: Sequence[int]
-) -> None:
-    """If the data module knows the class of every file: of those that this process has predicted."""
-    labels = _of_files(trainer, "labels", indices)
-    if labels and "confidence" in header:
-        names = [name.removeprefix("p_") for name in header if name.startswith("p_")]
-        right = sum(row[1] == names[label] for row, label in zip(rows, labels, strict=True))
-        console.print(f"Right: {right:,} of {len(rows):,}, an accuracy of {right / len(rows):.4f}")
+        width = len(each_row[0])
+        header += ["prediction"] if width == 1 else [f"prediction_{index}" for index in range(width)]
+    return header, [[*row, *each] for row, each in zip(rows, each_row, strict=True)]
 
 
 def _print(console: Console, header: list[str], rows: list[list[str | float]]) -> None:

@@ -265,15 +265,6 @@ def test_table_shows_the_best_epoch_beside_the_last(cli: Run, small: Path) -> No
     assert f"The run is in {RUN}" in done.stdout
 
 
-def test_bar_ends_with_the_metrics_of_the_table(cli: Run, small: Path) -> None:
-    shown = cli("fit", "--config", CONFIGS / "logistic.yaml", "--data.dataset", small).stdout
-    shown, _, table = shown[shown.rindex("Epoch 2/2") :].partition("metric")
-    bar = dict(re.findall(r"([\w/]+): ([\d.]+)", shown))
-    assert {"train/loss_epoch", "val/acc"} <= bar.keys()
-    for name, value in re.findall(r"│ ([\w/]+) +│ +([\d.]+)", table):
-        assert float(bar.get(f"{name}_epoch", bar[name])) == pytest.approx(float(value), abs=6e-4), name
-
-
 @pytest.mark.slow
 def test_without_checkpoints(cli: Run, small: Path, tmp_path: Path) -> None:
     without = "--trainer.enable_checkpointing=false"

@@ -15,9 +15,12 @@ import requests
 import torch
 from browser import CHROMIUM, PAGES, browser, open_page, tensorboard
 from common import CONFIGS, Run
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnist_lit.engine import Dashboard, Metrics
 from mnist_lit.engine.outputs import display
 from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
 
@@ -113,32 +116,74 @@ def test_browser_shows_charts_images_settings_and_graph(server: str) -> None:
                 assert any("CNN" in text for text in page.locator("svg g.node").all_text_contents())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [("--dashboard.every_n_epochs=0",), ("--trainer.logger=false",)])
-def test_dashboard_is_silent(cli: Run, small: Path, tmp_path: Path, settings) -> None:
-    cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, *settings)
-    for run in tmp_path.glob("lightning_logs/version_*"):
-        assert EventAccumulator(str(run)).Reload().Tags()["images"] == []
+def images_of(run: Path) -> dict[str, list[tuple[int, np.ndarray]]]:
+    """Per tag the steps and pictures."""
+    events = EventAccumulator(str(run)).Reload()
+    return {
+        tag: [(e.step, np.asarray(Image.open(io.BytesIO(e.encoded_image_string)))) for e in events.Images(tag)]
+        for tag in events.Tags()["images"]
+    }
 
 
-@pytest.mark.slow
-def test_parts_are_chosen(cli: Run, small: Path, tmp_path: Path) -> None:
-    off = ("--dashboard.confusion_matrix=false", "--dashboard.graph=false", "--dashboard.gradient_norm=false")
-    off += ("--dashboard.mistakes=0", "--dashboard.every_n_epochs=2", "--trainer.log_every_n_steps=4")
-    cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, *off)
-    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0")).Reload()
-    tags = events.Tags()
-    assert set(tags["images"]) == {"train/samples", "val/filters"}
-    assert [event.step for event in events.Images("val/filters")] == [31]
-    assert not tags["graph"]
+def fit(folder: Path, dashboard: Dashboard, model: LightningModule | None = None, **options: Any) -> Path:
+    """A plain ``Trainer`` with the module whose predictions are known, three steps to an epoch."""
+    logger = options.setdefault("logger", TensorBoardLogger(folder))
+    chosen = {"max_epochs": 2, "log_every_n_steps": 3, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(default_root_dir=folder, callbacks=[dashboard, Metrics({})], **chosen | options).fit(
+        model or known.Model(), datamodule=known.Data()
+    )
+    return Path(logger.log_dir) if logger else folder
+
+
+@pytest.mark.parametrize("options", [{"dashboard": Dashboard(0)}, {"dashboard": Dashboard(), "logger": False}])
+def test_dashboard_is_silent(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert images_of(fit(tmp_path, **options)) == {}
+
+
+def test_parts_are_chosen(tmp_path: Path) -> None:
+    run = fit(tmp_path, Dashboard(2, 0, confusion_matrix=False, filters=False, graph=False, gradient_norm=False))
+    tags = EventAccumulator(str(run)).Reload().Tags()
+    assert (tags["images"], tags["graph"]) == (["train/samples"], False)
     assert "train/gradient_norm" not in tags["scalars"]
     assert "train/lr" in tags["scalars"]
+    run = fit(tmp_path, Dashboard(2, samples=0))
+    assert {tag: [step for step, _ in shown] for tag, shown in images_of(run).items()} == {
+        "val/confusion_matrix": [5],
+        "val/mistakes": [5],
+    }
 
 
-def test_network_that_cannot_be_traced_trains(cli: Run, small: Path) -> None:
-    settings = ("--model=Classifier", "--model.net=untraceable.Net")
-    done = cli("fit", "--config", CONFIGS / "logistic.yaml", *settings, "--data.dataset", small)
-    assert "no graph in the dashboard: not while being traced" in done.stderr
+def test_network_that_cannot_be_traced_trains(tmp_path: Path) -> None:
+    class Untraceable(known.Model):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if torch.jit.is_tracing():
+                raise RuntimeError("not while being traced")
+            return super().forward(images)
+
+    with pytest.warns(UserWarning, match="no graph in the dashboard: not while being traced; --dashboard.graph=false"):
+        fit(tmp_path, Dashboard(), Untraceable())
+
+
+def test_pictures_show_what_the_model_does(tmp_path: Path) -> None:
+    """Rows of the confusion matrix are true classes, mistakes are "target > prediction", the worst first; class names
+    come from the data module, and go into the checkpoint.
+    """
+    run, images = fit(tmp_path, Dashboard(mistakes=4)), known.Data().images
+    shown, names = {tag: pictures[-1][1] for tag, pictures in images_of(run).items()}, ["cat", "dog", "horse"]
+    assert (shown["val/confusion_matrix"] == np.asarray(confusion_sheet(known.CONFUSED, names))).all()
+    worst = [index for index in reversed(range(10)) if known.LABELS[index] == 0][:4]
+    sure = known.Model()(images).softmax(1).amax(1)[worst]
+    captions = [f"cat > dog {confidence:.0%}" for confidence in sure.tolist()]
+    assert (shown["val/mistakes"] == np.asarray(contact_sheet(display(images[worst]), captions))).all()
+    captions = [names[label] for label in known.LABELS[:4]]
+    assert (shown["train/samples"] == np.asarray(contact_sheet(display(images[:4]), captions))).all()
+    scalars = EventAccumulator(str(run)).Reload()
+    assert [scalars.Scalars(f"val_acc_of_class/{name}")[-1].value for name in names] == [0, 1, 1]
+    (path,) = run.rglob("*.ckpt")
+    assert torch.load(path, weights_only=True)["class_names"] == names
+
+
+# --------------------------------------------------------------------------------------------------- sheets
 
 
 def test_confusion_matrix_is_shaded_by_the_share_of_its_row() -> None:
@@ -164,31 +209,6 @@ def test_contact_sheet_shows_every_image() -> None:
     assert sheet.size == (420, 300)
     dark = np.asarray(sheet) == 0
     assert dark.mean() == pytest.approx(12 * 80 * 80 / (420 * 300), abs=0.01)
-
-
-def shown(run: Path, tag: str) -> np.ndarray:
-    """The last picture of a tag, as pixels."""
-    picture = EventAccumulator(str(run)).Reload().Images(tag)[-1]
-    return np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
-
-
-def test_pictures_show_what_the_model_does(cli: Run, tmp_path: Path) -> None:
-    """Rows of the confusion matrix are true classes, mistakes are "target > prediction", the worst first; class names
-    come from the data module, and go into the checkpoint.
-    """
-    cli("fit", "--model=known.Model", "--data=known.Data", "--trainer.max_epochs=1")
-    run, images = tmp_path / "lightning_logs" / "version_0", known.Data().images
-    names = ["cat", "dog", "horse"]
-    assert (shown(run, "val/confusion_matrix") == np.asarray(confusion_sheet(known.CONFUSED, names))).all()
-    worst = [index for index in reversed(range(10)) if known.LABELS[index] == 0]
-    sure = known.Model()(images).softmax(1).amax(1)[worst]
-    captions = [f"cat > dog {confidence:.0%}" for confidence in sure.tolist()]
-    assert (shown(run, "val/mistakes") == np.asarray(contact_sheet(display(images[worst]), captions))).all()
-    captions = [names[label] for label in known.LABELS[:4]]
-    assert (shown(run, "train/samples") == np.asarray(contact_sheet(display(images[:4]), captions))).all()
-    scalars = EventAccumulator(str(run)).Reload()
-    assert [scalars.Scalars(f"val_acc_of_class/{name}")[-1].value for name in names] == [0, 1, 1]
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["class_names"] == names
 
 
 def test_colour_images_are_shown_in_colour() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,12 @@ import yaml
 from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, assert_same, checkpoint, curves
 from nets import Wide
 from PIL import Image, ImageDraw, ImageFont
+from plain import Model, Weights, fit
 from test_resume import TWO_PROCESSES, assert_same_run, interrupt
 from torch import nn
 
-from mnist_lit.engine.finetuning import adapt, to_channels
+from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.finetuning import FineTuning, adapt, to_channels
 
 LAST = RUN / "checkpoints" / "last.ckpt"
 QUICK = (
@@ -184,45 +185,53 @@ def test_file_that_asks_for_code_or_holds_no_weights(cli: Run, small: Path, tmp_
 # --------------------------------------------------------------------------------------------------- training
 
 
-def rates(path: Path) -> list[float]:
-    (state,) = checkpoint(path)["optimizer_states"]
-    return [group["lr"] for group in state["param_groups"]]
+class Groups(Model):
+    """What the callback stands for: two groups of parameters.
+
+    Args:
+        kind: of the optimizer.
+        factor: of the learning rate of everything but the head; None for one group.
+    """
+
+    def __init__(self, kind: str, factor: float | None) -> None:
+        super().__init__()
+        self.kind, self.factor = kind, factor
+
+    def configure_optimizers(self):
+        head = set(self.net[-1].parameters())
+        groups = [{"params": list(head)}, {"params": [p for p in self.parameters() if p not in head]}]
+        rates = [0.02, 0.02 * self.factor] if self.factor else 0.02
+        params = groups if self.factor else self.parameters()
+        options = {"momentum": 0.9, "weight_decay": 0.01} if self.kind == "SGD" else {}
+        optimizer = getattr(torch.optim, self.kind)(params, lr=0.02, **options)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=8, cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-ADAM = ("--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=CosineAnnealingLR", "--lr_scheduler.T_max=3")
+@pytest.mark.parametrize("factor", [0.3, 2.0])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
+def test_rest_is_trained_as_with_a_learning_rate_of_its_own(tmp_path: Path, kind: str, factor: float) -> None:
+    tuned, groups, plain = Groups(kind, None), Groups(kind, factor), Groups(kind, None)
+    fit(tuned, tmp_path, FineTuning(0, factor))
+    fit(groups, tmp_path)
+    fit(plain, tmp_path)
+    for name, value in groups.state_dict().items():
+        torch.testing.assert_close(tuned.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    assert (plain.net[0].weight - groups.net[0].weight).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("settings", [(), pytest.param(ADAM, marks=slow)], ids=["OneCycleLR", "AdamW"])
-def test_head_is_trained_alone_at_first(cli: Run, five: Path, old: Path, tmp_path: Path, settings: tuple) -> None:
-    done = cli(
-        *FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five, "--best_checkpoint.save_top_k=-1", *settings
-    )
-    assert "without net.11.bias ((10,) there, (5,) here), net.11.weight ((10, 64) there, (5, 64) here)" in done.stderr
-    paths = [next(tmp_path.glob(f"{RUN}/checkpoints/best-epoch={epoch}-*")) for epoch in range(3)]
-    states = [checkpoint(old)["state_dict"], *(checkpoint(path)["state_dict"] for path in paths)]
-    rest = [name for name in states[0] if not name.startswith("net.11.")]
-    for epoch, (before, after) in enumerate(pairwise(states)):
-        same = {name for name in rest if torch.equal(before[name], after[name])}
-        assert same == (set(rest) if epoch == 0 else set()), epoch
-        if epoch:
-            assert not torch.equal(before["net.11.weight"], after["net.11.weight"])
-    groups = checkpoint(paths[0])["optimizer_states"][0]["param_groups"]
-    assert [len(group["params"]) for group in groups] == [2, 9]
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    schedule = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
-        if settings
-        else torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=48)
-    )
-    for path in paths:
-        for _ in range(1 if settings else 16):
-            optimizer.step()
-            schedule.step()
-        (expected,) = schedule.get_last_lr()
-        if not settings:  # a schedule per epoch steps after the checkpoint of the epoch
-            assert rates(path) == [pytest.approx(expected), pytest.approx(0.3 * expected)]
-    assert rates(tmp_path / LAST) == [pytest.approx(expected), pytest.approx(0.3 * expected)]
+def test_head_is_trained_alone_at_first(tmp_path: Path) -> None:
+    model, weights, before = Model(), Weights(), dict(Model().state_dict())
+    model.net[1].bias.requires_grad_(False)
+    fit(model, tmp_path, FineTuning(1), weights)
+    for epoch, state in weights.steps:
+        same = {name for name, value in state.items() if torch.equal(value, before[name])}
+        assert same == ({name for name in before if "net.4" not in name} if epoch == 0 else {"net.1.bias"}), epoch
+    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["net.1.bias"]
+    assert all(module.training for module in model.modules())
+    last = dict(model.state_dict())
+    fit(model, tmp_path, max_epochs=1)  # nothing of the callback is left
+    assert all(not torch.equal(last[name], value) for name, value in model.state_dict().items() if name != "net.1.bias")
 
 
 STOPS = {  # 16 steps to an epoch
@@ -235,62 +244,27 @@ STOPS = {  # 16 steps to an epoch
 }
 
 
-OTHERS = "before", "at its checkpoint", "after"
-
-
 @pytest.fixture(scope="module")
-def whole(cli_in: Run, five: Path, old: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Makes the uninterrupted run of some settings, once."""
-    made: dict[tuple, Path] = {}
-
-    def run(*settings: object) -> Path:
-        if settings not in made:
-            made[settings] = tmp_path_factory.mktemp("whole") / RUN
-            cli_in(made[settings].parents[1], *settings, fork="--trainer.strategy" not in str(settings))
-        return made[settings]
-
-    return run
+def whole(cli_in: Run, five: Path, old: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    cli_in(folder, *FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five)
+    return folder / RUN
 
 
 @slow
-@pytest.mark.parametrize("settings", [(), pytest.param(ADAM, marks=matrix)], ids=["OneCycleLR", "AdamW"])
 @pytest.mark.parametrize(
     "stop",
-    [pytest.param(stop, marks=matrix if name in OTHERS else (), id=name) for name, stop in STOPS.items()],
-)
-def test_resumes_bit_for_bit(
-    cli: Run, five: Path, old: Path, tmp_path: Path, whole, stop: tuple, settings: tuple
-) -> None:
-    command = (*FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five, *settings)
-    cli(*command, *interrupt(*stop), ok=False)
-    cli(*command, "--ckpt_path=last")
-    assert_same_run(tmp_path / RUN, whole(*command))
-
-
-@slow
-@pytest.mark.parametrize(
-    "schedule",
     [
-        "plateau",
-        "warmup_cosine",
-        *(pytest.param(name, marks=matrix) for name in ("one_cycle", "cosine", "cyclic", "chained", "by_function")),
+        pytest.param(stop, marks=matrix if name in ("before", "at its checkpoint", "after") else (), id=name)
+        for name, stop in STOPS.items()
     ],
 )
-@pytest.mark.parametrize("stop", [STOPS["before"], pytest.param(STOPS["after"], marks=pytest.mark.matrix)], ids=str)
-def test_every_schedule_has_both_rates_and_resumes(
-    cli: Run, small: Path, tmp_path: Path, whole, schedule: str, stop: tuple
-) -> None:
-    command = ("fit", "--model=schedules.Scheduled", f"--model.schedule={schedule}", *QUICK, "--trainer.max_epochs=3")
-    command = (*command, "--data.dataset", small)
-    cli(*command, CALLBACK, "--trainer.callbacks.lr_factor=0.25", *interrupt(*stop), ok=False)
-    head, rest = rates(tmp_path / LAST)
-    assert rest == pytest.approx(head / 4)
-    cli(*command, CALLBACK, "--trainer.callbacks.lr_factor=0.25", "--ckpt_path=last")
-    tuned = whole(*command, CALLBACK, "--trainer.callbacks.lr_factor=0.25")
-    assert_same_run(tmp_path / RUN, tuned)
-    if schedule != "plateau":  # which goes by the loss
-        last = tuned / "checkpoints" / "last.ckpt", whole(*command) / "checkpoints" / "last.ckpt"
-        assert rates(last[0])[0] == rates(last[1])[0]  # the head's is that of any run
+def test_resumes_bit_for_bit(cli: Run, five: Path, old: Path, tmp_path: Path, whole: Path, stop: tuple) -> None:
+    command = (*FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five)
+    cli(*command, *interrupt(*stop), ok=False)
+    cli(*command, "--ckpt_path=last")
+    assert_same_run(tmp_path / RUN, whole)
 
 
 @slow
@@ -306,27 +280,22 @@ def test_two_processes(cli: Run, five: Path, old: Path, tmp_path: Path) -> None:
     assert not torch.equal(one["state_dict"]["net.0.weight"], checkpoint(old)["state_dict"]["net.0.weight"])
 
 
-def test_without_a_head(cli: Run, small: Path) -> None:
-    flat = ("fit", "--model=Classifier", "--model.net=torch.nn.Flatten", *QUICK, CALLBACK, "--data.dataset", small)
-    assert_one_message(cli(*flat, ok=False), "FineTuning finds no head in Classifier", "option head")
-    named = cli(*FAST, CALLBACK, "--trainer.callbacks.head=net.fc", "--data.dataset", small, ok=False)
-    assert_one_message(named, "no head=net.fc in FastCNN", "net.11")
-
-
-def test_that_is_never_unfrozen_warns(cli: Run, small: Path) -> None:
-    done = cli(
-        *FAST, CALLBACK, "--trainer.callbacks.unfreeze_at_epoch=1", "--trainer.max_epochs=1", "--data.dataset", small
-    )
-    assert "unfreeze_at_epoch=1 is never reached with --trainer.max_epochs=1" in done.stderr
+def test_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError, match="no attribute `fc`"):
+        fit(Model(), tmp_path, FineTuning(head="net.fc"))
+    model = Model()
+    model.net = nn.BatchNorm1d(3)  # type: ignore[assignment]
+    with pytest.raises(ConfigurationError, match=r"finds no head in Model, .* option head"):
+        fit(model, tmp_path, FineTuning())
 
 
 @slow
-def test_resuming_without_the_callback_or_with_another_is_refused(cli: Run, small: Path) -> None:
+def test_resuming_with_other_options_is_refused_and_without_the_callback_warned_of(cli: Run, small: Path) -> None:
     command = (*FAST, "--data.dataset", small)
     cli(*command, CALLBACK, *interrupt("SIGTERM", "on_train_batch_end", 8), ok=False)
-    assert_one_message(cli(*command, "--ckpt_path=last", ok=False), "2 groups of parameters", "FineTuning")
     other = cli(*command, CALLBACK, "--trainer.callbacks.lr_factor=0.5", "--ckpt_path=last", ok=False)
     assert_one_message(other, "FineTuning.lr_factor=0.5 (0.1 in the checkpoint)")
+    assert "add the following callbacks: ['FineTuning']" in cli(*command, "--ckpt_path=last").stderr
 
 
 # ------------------------------------------------------------------------------------------------- real data

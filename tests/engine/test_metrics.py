@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from common import CONFIGS, RUN, Run, curves
+from lightning.pytorch import Callback, Trainer
+from plain import Model, data, fit
+from torch import Tensor
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MultilabelF1Score
+
+from mnist_lit.engine import Metrics
 
 Batch = tuple[int, float, int]  # its size, mean loss and number of correct predictions
 FIT = ("fit", "--config", CONFIGS / "logistic.yaml", "--trainer.callbacks+=batches.Batches")
@@ -95,3 +105,93 @@ def test_validation_keeps_no_outputs(cli: Run, tmp_path: Path) -> None:
         peaks[images] = int((tmp_path / "peak").read_text())
     print(f"peak of memory by images: {peaks}")
     assert peaks[40_000] - peaks[4_000] < 40e6
+
+
+# ---------------------------------------------------------------------------------------- in a plain Trainer
+
+
+class ManyLabels(Model):
+    """Any number of three labels (B, 3)."""
+
+    def outputs(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        preds, target = self(batch[0]), F.one_hot(batch[1], 3) | F.one_hot((batch[1] + 1) % 3, 3)
+        return {"loss": F.binary_cross_entropy_with_logits(preds, target.float()), "preds": preds, "target": target}
+
+
+class Masks(Model):
+    """A class for each pixel (B, 8, 8)."""
+
+    def outputs(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        preds, target = self.net[:3](batch[0])[:, :3], (batch[0][:, 0] * 3).long()  # (B, 3, 8, 8), (B, 8, 8)
+        return {"loss": F.cross_entropy(preds, target), "preds": preds, "target": target}
+
+
+class Values(Model):
+    """A number for each sample (B,)."""
+
+    def outputs(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        preds, target = self(batch[0])[:, 0], batch[0].mean((1, 2, 3))
+        return {"loss": F.mse_loss(preds, target), "preds": preds, "target": target}
+
+
+@pytest.mark.parametrize(
+    ("model", "metric"),
+    [
+        (Model, MulticlassAccuracy(3)),
+        (Model, MulticlassAccuracy(3, average=None)),
+        (ManyLabels, MultilabelF1Score(3)),
+        (ManyLabels, MultilabelF1Score(3, average=None)),
+        (Masks, MulticlassJaccardIndex(3)),
+        (Masks, MulticlassJaccardIndex(3, average=None)),
+        (Values, MeanSquaredError()),
+    ],
+    ids=lambda case: getattr(case, "__name__", None) or f"{type(case).__name__}-{getattr(case, 'average', '')}",
+)
+def test_any_kind_of_target(tmp_path: Path, model: type[Model], metric: Any) -> None:
+    module = model()
+    trainer = fit(module, tmp_path, Metrics({"score": metric}))
+    with torch.no_grad():
+        outputs = [module.eval().outputs(batch) for batch in data()]
+    expected = metric(*(torch.cat([output[key] for output in outputs]) for key in ("preds", "target")))
+    logged = trainer.callback_metrics
+    names = [f"val/score/{name}" for name in range(3)] if expected.ndim else ["val/score"]
+    assert torch.stack([logged[name] for name in names]).tolist() == pytest.approx(expected.reshape(-1).tolist())
+    assert logged["val/loss"] == pytest.approx(sum(output["loss"].item() for output in outputs) / 4)
+    assert {f"train{name[3:]}{suffix}" for name in names for suffix in ("", "_epoch")} <= logged.keys()
+
+
+def test_names_that_a_step_logs_itself_are_left_to_it(tmp_path: Path) -> None:
+    class Own(Model):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            self.log("train/loss", 1.0)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            self.log("val/loss", 2.0)
+            self.log("val_loss", 3.0)
+            return super().validation_step(batch, batch_idx)
+
+    logged = fit(Own(), tmp_path, Metrics({"acc": MulticlassAccuracy(3)})).callback_metrics
+    assert [logged[name] for name in ("train/loss", "val/loss", "val_loss")] == [1, 2, 3]
+    assert logged.keys() == {"train/loss", "val/loss", "val_loss", "train/acc", "train/acc_epoch", "val/acc"}
+
+
+@pytest.mark.parametrize("with_metrics", [True, False])
+def test_little_is_kept(tmp_path: Path, with_metrics: bool) -> None:
+    """Masks of 3 MB for each batch: without metrics none is kept, with them those of two batches at most."""
+
+    class Large(Model):
+        def outputs(self, batch: list[Tensor]) -> dict[str, Tensor]:
+            preds = self(batch[0])[:, :, None, None].expand(-1, -1, 160, 160).contiguous()  # (10, 3, 160, 160)
+            target = batch[1][:, None, None].expand(-1, 160, 160)
+            return {"loss": F.cross_entropy(preds, target), "preds": preds, "target": target}
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    fit(Large(), tmp_path, Metrics({"acc": MulticlassAccuracy(3)} if with_metrics else {}), Save())
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.ckpt")]
+    assert len(sizes) == 8
+    assert max(sizes) < (8e6 if with_metrics else 50e3)
+    assert not with_metrics or max(sizes) > 3e6

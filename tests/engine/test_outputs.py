@@ -186,30 +186,20 @@ def test_error_of_lightnings_in_an_option_is_one_message(cli: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("logger", ["false", "returns.Remote", "CSVLogger"])
+@pytest.mark.parametrize("logger", ["false", "returns.Remote"])
 def test_run_has_a_folder_whatever_its_logger(cli: Run, small: Path, tmp_path: Path, logger: str) -> None:
-    """With its config and checkpoints, from which it is tested, predicted and resumed."""
+    """With its config and checkpoints, from which it is resumed and predicted; others are in test_loggers.py."""
     fit = ("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.log_every_n_steps=4")
-    where = ("--trainer.logger.save_dir=.",) if logger == "CSVLogger" else ()
-    done = cli(*fit, f"--trainer.logger={logger}", *where, "--trainer.max_epochs=1")
-    run = tmp_path / RUN
-    own = {"metrics.csv", "hparams.yaml"} if logger == "CSVLogger" else set()
-    assert {path.name for path in run.iterdir()} == FILES | own
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs", "data"}
-    assert "tensorboard" not in done.stdout
+    done = cli(*fit, f"--trainer.logger={logger}", "--trainer.max_epochs=1")
+    assert {path.name for path in (tmp_path / RUN).iterdir()} == FILES
+    assert {path.name for path in (tmp_path / CHECKPOINTS).iterdir()} == {"best.ckpt", "last.ckpt"}
     assert f"--ckpt_path {CHECKPOINTS}/best.ckpt" in done.stdout
     if logger == "returns.Remote":
         assert "logged train/loss at 3: " in done.stdout
         assert "logged val/acc at 15: " in done.stdout
         assert "picture val/confusion_matrix at 15: 698 x 698" in done.stdout
-    if logger == "CSVLogger":
-        with (run / "metrics.csv").open() as file:
-            assert [row["step"] for row in csv.DictReader(file) if row["val/loss"]] == ["15"]
-
-    resumed = cli(*fit, f"--trainer.logger={logger}", *where, "--ckpt_path=last")
+    resumed = cli(*fit, f"--trainer.logger={logger}", "--ckpt_path=last")
     assert f"resuming from {CHECKPOINTS}/last.ckpt" in resumed.stderr
     assert checkpoint(tmp_path / CHECKPOINTS / "last.ckpt")["global_step"] == 32
-    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
     cli("predict", "--ckpt_path", CHECKPOINTS / "best.ckpt")
     assert predicted(tmp_path, "csv").exists()

@@ -1,0 +1,133 @@
+"""Each callback in a plain ``Trainer``, from Python, without the command line."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import assert_same
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler
+from plain import Model, Weights, data, fit
+from torchmetrics.classification import MulticlassAccuracy
+
+from mnist_lit.engine import LessOverhead, Metrics, PredictionsFile, ProgressBar, StopOnNonFinite, TailAveraging
+from mnist_lit.engine.errors import DivergenceError
+
+# ------------------------------------------------------------------------------------------------- divergence
+
+
+@pytest.mark.parametrize("callbacks", [[StopOnNonFinite], [StopOnNonFinite, LessOverhead]], ids=len)
+def test_run_that_diverges_is_stopped(tmp_path: Path, callbacks: list[type[Callback]]) -> None:
+    message = r"the loss is (nan|inf) at step [23] \(epoch 0, batch [12]\), the learning rate 1e\+38; .* lower"
+    with pytest.raises(DivergenceError, match=message):
+        fit(Model(lr=1e38), tmp_path, *(callback() for callback in callbacks))
+
+
+def test_no_checkpoint_is_made_of_weights_that_are_not_finite(tmp_path: Path) -> None:
+    class Break(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 8:  # after the last loss
+                pl_module.net[-1].bias.data.fill_(math.nan)  # type: ignore[index, union-attr]
+
+    with pytest.raises(DivergenceError, match="the weights are no longer finite after step 8"):
+        fit(Model(), tmp_path, StopOnNonFinite(), Break(), ModelCheckpoint(tmp_path), enable_checkpointing=True)
+    assert len(list(tmp_path.glob("*.ckpt"))) == 1  # the first epoch's
+
+
+# -------------------------------------------------------------------------------------------------- averaging
+
+
+@pytest.mark.parametrize("batches", [4, 1])
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_weights_of_the_last_epochs_are_averaged(tmp_path: Path, start: int, batches: int) -> None:
+    weights, model = Weights(), Model()
+    fit(model, tmp_path, TailAveraging(start), weights, max_epochs=3, limit_train_batches=batches)
+    tail = [state for epoch, state in weights.steps if epoch >= start] or [weights.steps[-1][1]]
+    for name, value in model.state_dict().items():
+        mean = torch.stack([state[name].double() for state in tail]).mean(0)
+        torch.testing.assert_close(value.double(), mean, atol=1 if "num_batches" in name else 1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_average_resumes_bit_for_bit(tmp_path: Path, step: int) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == step:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    class Skip(Callback):
+        """What a loader with a state does: the batches that were seen are not seen again."""
+
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            seen = list(data())[batch_idx]
+            batch[0], batch[1] = seen
+
+    whole, resumed = Model(), Model(lr=0.1)
+    fit(whole, tmp_path, TailAveraging(1), Save(), Skip(), max_epochs=3)
+    fit(resumed, tmp_path, TailAveraging(1), Skip(), max_epochs=3, ckpt_path=tmp_path / "middle.ckpt")
+    assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+# --------------------------------------------------------------------------------------------------- the rest
+
+
+def test_bar_is_one_line_and_counts_from_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    metrics = {name: MulticlassAccuracy(3) for name in ("acc", "a_metric_of_a_long_name", "another_one")}
+    trainer = fit(Model(), tmp_path, Metrics(metrics), ProgressBar(), enable_progress_bar=True)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.strip())
+    assert line.startswith("Epoch 2/2 ")
+    assert " 4/4 " in line
+    assert len(line.rstrip()) <= 80
+    for short, name in {"loss": "train/loss", "val/loss": "val/loss", "val/acc": "val/acc"}.items():
+        assert f" {short}: {trainer.callback_metrics[name]:.3f}" in line
+
+
+def test_less_overhead_changes_nothing(tmp_path: Path) -> None:
+    class Counts(Callback):
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.calls += 1
+
+    counts, weights, model, other = Counts(), Weights(), Model(), Model()
+    trainer = fit(model, tmp_path, LessOverhead(), counts, weights)
+    fit(other, tmp_path)
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+    assert (counts.calls, len(weights.steps)) == (8, 8)
+    assert callable(counts.on_train_batch_start)  # as before
+    assert type(trainer.profiler) is PassThroughProfiler  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("logger", [True, False])
+def test_predictions_are_written_beside_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], logger: bool
+) -> None:
+    model = Model()
+    chosen = TensorBoardLogger(tmp_path) if logger else False
+    trainer = Trainer(
+        default_root_dir=tmp_path, logger=chosen, callbacks=[PredictionsFile()], enable_progress_bar=False
+    )
+    trainer.predict(model, data(12))
+    (path,) = tmp_path.rglob("predictions.csv")
+    assert path.parent == Path(trainer.log_dir or tmp_path)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    probabilities = torch.cat([model(images).softmax(1) for images, _ in data(12)])
+    assert list(rows[0]) == ["index", "class", "confidence", "p_0", "p_1", "p_2"]
+    for index, (row, each) in enumerate(zip(rows, probabilities, strict=True)):
+        assert (row["index"], row["class"]) == (str(index), str(each.argmax().item()))
+        assert [float(row[f"p_{name}"]) for name in range(3)] == pytest.approx(each.tolist(), abs=1e-6)
+    assert "Wrote " in capsys.readouterr().out
