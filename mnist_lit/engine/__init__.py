@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mnist_lit.engine.cli import CLI, main
     from mnist_lit.engine.compiling import Compile
     from mnist_lit.engine.dashboard import Dashboard
+    from mnist_lit.engine.data.arrays import Task
     from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
     from mnist_lit.engine.data.module import ImageDataModule
     from mnist_lit.engine.defaults import default_callbacks
@@ -42,6 +43,7 @@ _MODULES = {
     "cli": ["CLI", "main"],
     "compiling": ["Compile"],
     "dashboard": ["Dashboard"],
+    "data.arrays": ["Task"],
     "data.loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
     "data.module": ["ImageDataModule"],
     "defaults": ["default_callbacks"],

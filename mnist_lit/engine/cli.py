@@ -18,7 +18,7 @@ import lightning.pytorch
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveInt, register_type
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
@@ -29,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mnist_lit.engine.best import DEFAULT_MONITOR, BestCheckpoint, best_checkpoint, infer_mode
@@ -54,9 +55,11 @@ from mnist_lit.engine.storage import printable
 from mnist_lit.engine.threads import set_threads
 from mnist_lit.engine.weights import init_from
 
-FROM_DATA = ("num_classes", "num_pixels", "channels")  # what a model may take from the data module
+FROM_DATA = ("num_classes", "num_pixels", "channels", "task")  # what a model may take from the data module
 # Lightning's commands, and Trainer.export; with the arguments of each that are no options.
 COMMANDS = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+# Weights of classes as numbers: --model.loss.weight=[1,2,1]
+register_type(Tensor, serializer=Tensor.tolist, deserializer=lambda numbers: torch.tensor(numbers).float())
 
 
 class CLI(LightningCLI):
