@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,9 +119,18 @@ class Together:
     """Computes the images of several requests at once: while one thread computes, others gather."""
 
     def __init__(self, predict: Predict) -> None:
-        self.predict, self.thread = predict, ThreadPoolExecutor(1)
+        self.predict, self.thread, self.lock = predict, ThreadPoolExecutor(1), Lock()
         self.waiting: list[tuple[np.ndarray, asyncio.Future]] = []
         self.worker: asyncio.Task | None = None
+
+    def at_once(self, images: np.ndarray) -> np.ndarray | None:
+        """Predictions computed in the thread that asks, which saves a change of threads; None if another computes."""
+        if len(images) > TOGETHER or self.waiting or not self.lock.acquire(blocking=False):
+            return None
+        try:
+            return self.predict(images)
+        finally:
+            self.lock.release()
 
     async def __call__(self, images: np.ndarray) -> np.ndarray:
         """Predictions (n, ...) of images uint8 (n, C, H, W)."""
@@ -139,10 +149,14 @@ class Together:
             batch, self.waiting = self.waiting[:count], self.waiting[count:]
             images = np.concatenate([images for images, _ in batch])
             try:
-                rows = await asyncio.get_running_loop().run_in_executor(self.thread, self.predict, images)
+                rows = await asyncio.get_running_loop().run_in_executor(self.thread, self._compute, images)
                 results: list[Any] = np.split(rows, sizes[: count - 1])
             except Exception as error:  # whatever a model does
                 results = [error] * count
             for (_, future), result in zip(batch, results, strict=True):
                 if not future.done():  # its request was given up
                     future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)
+
+    def _compute(self, images: np.ndarray) -> np.ndarray:
+        with self.lock:
+            return self.predict(images)

@@ -136,6 +136,10 @@ def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI
     page = page.replace("{{about}}", about.replace("<", "\\u003c"))
     file = {"schema": {"type": "string", "format": "binary"}}
     kinds = {JSON: {"schema": Sent.model_json_schema()}, "multipart/form-data": file, "image/*": file}
+    described = {
+        "parameters": [{"name": "input", "in": "query", "schema": {"type": "boolean"}}],
+        "requestBody": {"required": True, "content": kinds},
+    }
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -146,8 +150,9 @@ def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI
     async def info() -> Response:
         return Response(about, media_type=JSON)
 
-    @app.post("/predict", response_model=Answer, openapi_extra={"requestBody": {"required": True, "content": kinds}})
-    async def predict(request: Request, input: bool = False) -> Response:
+    @app.post("/predict", response_model=Answer, openapi_extra=described)
+    async def predict(request: Request) -> Response:
+        show = request.query_params.get("input") == "true"
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
             with anyio.fail_after(PATIENCE):
@@ -162,15 +167,16 @@ def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI
         except ClientDisconnect as error:
             raise HTTPException(400, "the request broke off") from error
 
-        def read() -> tuple[np.ndarray, list[dict[str, Any]]]:
-            return reader.read(from_json(uploads[0][1]) if kind == JSON else uploads, MAX_IMAGES, input)
+        def read() -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray | None]:
+            images, about = reader.read(from_json(uploads[0][1]) if kind == JSON else uploads, MAX_IMAGES, show)
+            return images, about, compute.at_once(images)
 
         try:
-            images, about = await asyncio.get_running_loop().run_in_executor(readers, read)
+            images, about, rows = await asyncio.get_running_loop().run_in_executor(readers, read)
         except ImageError as error:
             raise HTTPException(422, f"{error}; {EXPECTED}") from error
-        predictions = []
-        for row, known in zip(await compute(images), about, strict=True):  # row: (num_classes,), or values of any shape
+        predictions, rows = [], await compute(images) if rows is None else rows
+        for row, known in zip(rows, about, strict=True):  # row: (num_classes,), or values of any shape
             values: list[float] = row.ravel().tolist()
             if classes is None:
                 predictions.append(Prediction(values=values, **known))
