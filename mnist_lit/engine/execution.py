@@ -75,7 +75,7 @@ class StepsPerExecution(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.steps > 1 and "steps" not in outputs:
+        if self.steps > 1 and "steps" not in (outputs or {}):
             self._refuse(
                 [f"the training_step of {type(pl_module).__name__}, which does not call StepsPerExecution.run"]
             )

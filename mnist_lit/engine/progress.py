@@ -53,9 +53,7 @@ class ProgressBar(RichProgressBar):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        if self.progress is not None and self.train_progress_bar_id is not None:
-            last = f"/{trainer.max_epochs}" if trainer.max_epochs not in (None, -1) else ""
-            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch + 1}{last}")
+        self._describe(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -64,3 +62,9 @@ class ProgressBar(RichProgressBar):
         if now - self._updated >= 1 / self.refresh_rate or batch_idx + 1 == self.total_train_batches:
             self._updated = now
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._describe(trainer)  # a run that is resumed within an epoch does not pass its start
+
+    def _describe(self, trainer: Trainer) -> None:
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            last = f"/{trainer.max_epochs}" if trainer.max_epochs not in (None, -1) else ""
+            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch + 1}{last}")

@@ -155,8 +155,10 @@ def test_any_kind_of_target(tmp_path: Path, model: type[Model], metric: Any) -> 
     expected = metric(*(torch.cat([output[key] for output in outputs]) for key in ("preds", "target")))
     logged = trainer.callback_metrics
     names = [f"val/score/{name}" for name in range(3)] if expected.ndim else ["val/score"]
-    assert torch.stack([logged[name] for name in names]).tolist() == pytest.approx(expected.reshape(-1).tolist())
-    assert logged["val/loss"] == pytest.approx(sum(output["loss"].item() for output in outputs) / 4)
+    assert torch.stack([logged[name] for name in names]).tolist() == pytest.approx(
+        expected.reshape(-1).tolist(), rel=1e-5
+    )
+    assert logged["val/loss"] == pytest.approx(sum(output["loss"].item() for output in outputs) / 4, rel=1e-5)
     assert {f"train{name[3:]}{suffix}" for name in names for suffix in ("", "_epoch")} <= logged.keys()
 
 
@@ -178,12 +180,12 @@ def test_names_that_a_step_logs_itself_are_left_to_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_metrics", [True, False])
 def test_little_is_kept(tmp_path: Path, with_metrics: bool) -> None:
-    """Masks of 3 MB for each batch: without metrics none is kept, with them those of two batches at most."""
+    """Masks of 2 MB for each batch: without metrics none is kept, with them those of two batches at most."""
 
     class Large(Model):
         def outputs(self, batch: list[Tensor]) -> dict[str, Tensor]:
-            preds = self(batch[0])[:, :, None, None].expand(-1, -1, 160, 160).contiguous()  # (10, 3, 160, 160)
-            target = batch[1][:, None, None].expand(-1, 160, 160)
+            preds = self(batch[0])[:, :, None, None].expand(-1, -1, 96, 96).contiguous()  # (10, 3, 96, 96)
+            target = batch[1][:, None, None].expand(-1, 96, 96)
             return {"loss": F.cross_entropy(preds, target), "preds": preds, "target": target}
 
     class Save(Callback):
@@ -193,5 +195,5 @@ def test_little_is_kept(tmp_path: Path, with_metrics: bool) -> None:
     fit(Large(), tmp_path, Metrics({"acc": MulticlassAccuracy(3)} if with_metrics else {}), Save())
     sizes = [path.stat().st_size for path in tmp_path.glob("*.ckpt")]
     assert len(sizes) == 8
-    assert max(sizes) < (8e6 if with_metrics else 50e3)
-    assert not with_metrics or max(sizes) > 3e6
+    assert max(sizes) < (5e6 if with_metrics else 100e3)
+    assert not with_metrics or max(sizes) > 1e6

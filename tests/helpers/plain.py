@@ -24,7 +24,7 @@ class Model(LightningModule):
         self.lr = lr
         torch.manual_seed(1)
         self.net = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)
+            nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)
         )
 
     def forward(self, images: Tensor) -> Tensor:
