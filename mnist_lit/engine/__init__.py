@@ -10,40 +10,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mnist_lit.engine.best import BestCheckpoint
     from mnist_lit.engine.callbacks import Compile, ProgressBar, StopOnNonFinite, TailAveraging
-    from mnist_lit.engine.checkpoints import BestCheckpoint, LastCheckpoint
+    from mnist_lit.engine.checkpoint import Checkpoint
     from mnist_lit.engine.cli import CLI, main
     from mnist_lit.engine.dashboards import Dashboard
     from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
     from mnist_lit.engine.data.module import ImageDataModule
+    from mnist_lit.engine.defaults import default_callbacks
     from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
     from mnist_lit.engine.execution import StepsPerExecution
     from mnist_lit.engine.finetuning import FineTuning, adapt
+    from mnist_lit.engine.last import LastCheckpoint
     from mnist_lit.engine.metrics import Metrics
     from mnist_lit.engine.outputs import Outputs
     from mnist_lit.engine.predictions import PredictionsFile
     from mnist_lit.engine.project import Project
     from mnist_lit.engine.provenance import Provenance
-    from mnist_lit.engine.runs import Run
+    from mnist_lit.engine.run import Run
     from mnist_lit.engine.schedules import Schedule
+    from mnist_lit.engine.summary import Summary
 
 _MODULES = {
+    "best": ["BestCheckpoint"],
     "callbacks": ["Compile", "ProgressBar", "StopOnNonFinite", "TailAveraging"],
-    "checkpoints": ["BestCheckpoint", "LastCheckpoint"],
+    "checkpoint": ["Checkpoint"],
     "cli": ["CLI", "main"],
     "dashboards": ["Dashboard"],
+    "data.loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
     "data.module": ["ImageDataModule"],
+    "defaults": ["default_callbacks"],
     "errors": ["ConfigurationError", "DatasetError", "UserError"],
     "execution": ["StepsPerExecution"],
     "finetuning": ["FineTuning", "adapt"],
-    "data.loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
+    "last": ["LastCheckpoint"],
     "metrics": ["Metrics"],
     "outputs": ["Outputs"],
     "predictions": ["PredictionsFile"],
     "project": ["Project"],
     "provenance": ["Provenance"],
-    "runs": ["Run"],
+    "run": ["Run"],
     "schedules": ["Schedule"],
+    "summary": ["Summary"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from mnist_lit.engine.checkpoints import best_checkpoint
+from mnist_lit.engine.best import best_checkpoint
 from mnist_lit.engine.metrics import metric_names
 from mnist_lit.engine.outputs import as_outputs, class_names, classification, display, find_classes, find_images
 from mnist_lit.engine.sheets import confusion_sheet, contact_sheet

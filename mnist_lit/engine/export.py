@@ -21,7 +21,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 from torch.export import Dim
 
-from mnist_lit.engine.checkpoints import read_checkpoint
+from mnist_lit.engine.checkpoint import Checkpoint
 from mnist_lit.engine.errors import ENGINE as PROJECT
 from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError
 from mnist_lit.engine.execution import estimated_steps
@@ -76,7 +76,7 @@ class Trainer(lightning.pytorch.Trainer):
         assert ckpt_path is not None  # the command line checks it
         if format == "onnx" and (missing := [name for name in EXTRA if find_spec(name) is None]):
             raise ConfigurationError(f"ONNX needs {', '.join(missing)}: pip install '{PROJECT}[export]'")
-        checkpoint = read_checkpoint(ckpt_path, weights_only is not False)
+        checkpoint = Checkpoint.read(ckpt_path, weights_only is not False).content
         model.load_state_dict(checkpoint["state_dict"])
         batches, stage = _evaluation_set(datamodule)
         predictor = Predictor(model.cpu(), datamodule, batches[0]).eval()

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from mnist_lit.engine.outputs import are_probabilities, class_names, display, find_images
-from mnist_lit.engine.runs import Run, relative
+from mnist_lit.engine.run import Run, relative
 from mnist_lit.engine.sheets import contact_sheet
 from mnist_lit.engine.storage import atomic_save, atomic_write, printable
 

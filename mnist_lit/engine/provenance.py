@@ -21,8 +21,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mnist_lit.engine.checkpoints import best_checkpoint
-from mnist_lit.engine.runs import Run
+from mnist_lit.engine.best import best_checkpoint
+from mnist_lit.engine.run import Run
 from mnist_lit.engine.storage import atomic_write
 
 Content = TypeVar("Content", dict, list)

@@ -22,6 +22,7 @@ import optuna
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -30,12 +31,12 @@ from rich.markup import escape
 from rich.table import Column, Table
 from sqlalchemy.exc import DBAPIError
 
-from mnist_lit.engine.arguments import with_config
-from mnist_lit.engine.cli import infer_mode, mistake_in_trainer, run
+from mnist_lit.engine.best import infer_mode
+from mnist_lit.engine.cli import run
 from mnist_lit.engine.errors import ConfigurationError, DivergenceError
-from mnist_lit.engine.parser import Parser
+from mnist_lit.engine.options import with_config
 from mnist_lit.engine.project import Project
-from mnist_lit.engine.runs import LOGS, relative
+from mnist_lit.engine.run import LOGS, relative
 from mnist_lit.engine.storage import atomic_write
 
 ATTEMPTS = 3  # to open the database
@@ -286,8 +287,6 @@ def _config_of(project: Project, fit: list[str]) -> dict[str, Any]:
     config = yaml.safe_load(printed.getvalue())
     if not isinstance(config, dict):
         sys.exit(2)  # the parser has printed what is wrong
-    if mistake := mistake_in_trainer(config["trainer"]):
-        raise ConfigurationError(mistake)
     return config
 
 
@@ -298,7 +297,7 @@ def _check_trainer(options: dict[str, Any]) -> None:
         ConfigurationError: if it is more than one.
         MisconfigurationException: if Lightning refuses the options.
     """
-    parser = Parser()
+    parser = LightningArgumentParser()
     parser.add_class_arguments(Trainer, "trainer")
     leaves_nothing = {"callbacks": None, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     made = parser.instantiate_classes(parser.parse_object({"trainer": options | leaves_nothing})).trainer

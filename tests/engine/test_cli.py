@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 import torch
 import yaml
-from common import CONFIGS, ROOT, Run, assert_one_message, assert_same_weights, checkpoint
+from common import CONFIGS, ENVIRONMENT, ROOT, RUN, Run, assert_same, assert_same_weights, checkpoint
 
 from mnist_lit import CNN, MNISTDataModule
 
@@ -164,148 +166,133 @@ def test_dataset_really_used_is_on_record_and_another_one_is_refused(
     assert "Traceback" not in refused.stderr
 
 
-WRONG = {
-    "unknown key": (["--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
-    "unknown key of the model": (["--model.lrr=3"], "'lrr' is not accepted"),
-    "wrong type": (["--trainer.max_epochs=many"], "trainer.max_epochs"),
-    "negative batch size": (["--data.batch_size=-1"], 'Parser key "batch_size"'),
-    "missing config": (["--config=nowhere.yaml"], "nowhere.yaml"),
-    "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
-    "unknown model": (["--model=Transformer"], "Transformer"),
-    "schedule without optimizer": (["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"], "--optimizer"),
-    "missing dataset": (["--data.dataset=nowhere.npz"], "nowhere.npz: no such dataset"),
-    "wrong dataset": (["--data.dataset=wrong.pkl.gz"], "wrong.pkl.gz: damaged, or not a dataset"),
-    "no server": (["--data.dataset=mnist", "--data.url=http://127.0.0.1:9/"], "no connection"),
-    "unwritable data folder": (["--data.data_dir=file"], "cannot write in the data folder file"),
-}
-
-
-VARIANTS = {"unknown key of the model", "negative batch size", "missing config", "unknown model", "missing dataset"}
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in VARIANTS else []) for case in WRONG]
-)
-def test_wrong_input_is_one_clear_message(cli: Run, tmp_path: Path, case: str) -> None:
-    arguments, message = WRONG[case]
-    (tmp_path / "file").touch()
-    (tmp_path / "wrong.pkl.gz").write_bytes(b"wrong")
-    refused = cli("fit", "--config", CONFIGS / "cnn.yaml", *arguments, ok=False)
-    assert message in refused.stderr
-    assert refused.stderr.count("error:") == 1
-    assert "Traceback" not in refused.stdout + refused.stderr
-    assert len(refused.stderr.splitlines()) < 20
-    left = {path.name for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert {name for name in left if "tfevents" not in name} == {"file", "wrong.pkl.gz"}
-
-
-NEARLY = {  # command, what is in its config.yaml, message
-    "command": ("fitt", "", "no command 'fitt' (did you mean fit?); the commands are fit, validate"),
-    "option": ("fit --trainr.max_epochs=2", "", "--trainr.max_epochs=2 (did you mean --trainer.max_epochs?)"),
-    "option of the model": ("fit --model=CNN --model.lrr=3", "", "'lrr' is not accepted (did you mean lr?)"),
-    "option of a function": (
-        *("fit --model=Classifier --model.net=mnist_lit.models.accurate_cnn --model.net.chanels=1", ""),
-        "'chanels' is not accepted (did you mean channels?)",
-    ),
-    "option of nothing yet": ("fit --dta.dataset=digits", "", "(did you mean --data.dataset?)"),
-    "changed places": ("fit --modle=CNN", "", "--modle=CNN (did you mean --model?)"),
-    "two": ("fit --trainer.epochs=3", "", "(did you mean --trainer.min_epochs or --trainer.max_epochs?)"),
-    "one dash": ("fit -trainer.max_epochs=3", "", "-trainer.max_epochs=3 (did you mean --trainer.max_epochs?)"),
-    "after a stray word": ("fit stray --trainer.max_epoch=3", "", "(did you mean --trainer.max_epochs?)"),
-    "model": ("fit --model=CNNN", "", "CNNN (did you mean CNN?)"),
-    "optimizer": ("fit --model=CNN --optimizer=AdamWW", "", "AdamWW (did you mean AdamW?)"),
-    "logger": ("fit --model=CNN --trainer.logger=CVSLogger", "", "CVSLogger (did you mean CSVLogger?)"),
-    "callback": ("fit --model=CNN --trainer.callbacks+=EarlyStoping", "", "EarlyStoping (did you mean EarlyStopping?)"),
-    "case": ("fit --model=cnn", "", "cnn (did you mean CNN?)"),
-    "case of a command": ("Fit", "", "(did you mean fit?)"),
-    "letters": (
-        *("fit --model=CNN --optimizer=SDG", ""),
-        'Parser key "optimizer": Expected a dot import path string: SDG (did you mean SGD?)',
-    ),
-    "key": ("fit --config=config.yaml", "trainer: {max_epoch: 3}", "(did you mean trainer.max_epochs?)"),
-    "key on top": ("fit --config=config.yaml", "modle: CNN", "(did you mean model?)"),
-    "class_path": ("fit --config=config.yaml", "model: {class_pth: CNN}", "(did you mean class_path?)"),
-    "key in a list": (
-        "fit --config=config.yaml",
-        "{model: CNN, trainer: {callbacks: [{class_path: Timer, init_args: {dration: 3}}]}}",
-        "'dration' is not accepted (did you mean duration?)",
-    ),
-}
-WRONG_VALUES = {
-    "colon at the end": ("fit --model=CNN --mode=min:", "Got value: min:"),
-    "two values": ("fit --model=CNN --model.lr 0.1 0.2", "lr takes one value"),
-    "error in a module": (
-        "fit --model=Classifier --model.net=broken.Net",
-        "name 'unknown' is not defined",
-        "net=broken.Net",
-    ),
-    "no file": ("fit --model=my_model.yaml", 'Parser key "model": Expected a path but my_model.yaml'),
-    "no file of an optimizer": ("fit --model=CNN --optimizer=o/adam.yaml", "Expected a path but o/adam.yaml"),
-    "no file of a callback": ("fit --model=CNN --trainer.callbacks=c.yml", "Expected a path but c.yml"),
-    "no file in a model": ("fit --model=Classifier --model.net=n.yaml", 'Parser key "net": Expected a path but n.yaml'),
-    "wrong kind": ("fit --model=Classifier --model.metrics=3", "Expected a <class 'dict'>; Given value: metrics=3"),
-    "no callback": ("fit --model=CNN --trainer.callbacks=[1]", "Not a valid subclass of Callback. Got value: 1"),
-    "no module": ("fit --model=Classifier --model.net=[1,2]", "Not a valid subclass of Module. Got value: [1, 2]"),
-    "no command": ("", "no command is given; the commands are fit, validate"),
-    "late command": ("--model=CNN fit", "the command comes first, and then its options: fit --model=CNN"),
-}
-
-
-def assert_short_message(refused: CompletedProcess[str], *parts: str) -> None:
-    message = assert_one_message(refused, *parts)
-    assert len(refused.stderr.removeprefix("Seed set to 1\n").splitlines()) <= 3
-    for internal in ("Union", "NestedArg", "NoneType", "Subclass types", "class_path entry"):
-        assert internal not in message
-    sentences = message.split("; ")
-    assert len(sentences) == len(set(sentences))
-
-
-def some_are_slow(cases: dict[str, tuple]) -> list:
-    return [pytest.param(case, marks=pytest.mark.slow if i > 2 else []) for i, case in enumerate(cases)]
-
-
-@pytest.mark.parametrize("case", some_are_slow(NEARLY))
-def test_nearly_right_name_is_suggested(cli: Run, tmp_path: Path, case: str) -> None:
-    command, config, message = NEARLY[case]
-    (tmp_path / "config.yaml").write_text(config)
-    assert_short_message(cli(*command.split(), ok=False), message)
-
-
-@pytest.mark.parametrize("case", some_are_slow(WRONG_VALUES))
-def test_wrong_value_is_named_once(cli: Run, tmp_path: Path, case: str) -> None:
-    command, *parts = WRONG_VALUES[case]
-    (tmp_path / "broken.py").write_text("unknown\n\nclass Net: ...")
-    assert_short_message(cli(*command.split(), ok=False), *parts)
-
-
 def test_help_may_come_first(cli: Run) -> None:
     assert "More commands, each with a --help: sweep" in cli("--help", "fit").stdout
 
 
-TRAINERS = {
-    "": "trainer: is empty in the config",
-    "3": "trainer: is 3 in the config",
-    "{barebones: true}": "--trainer.barebones leaves out",
-}
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("command", ["fit", "sweep --space=space.yaml"])
-def test_wrong_trainer_is_one_message(cli: Run, tmp_path: Path, command: str, trainer: str) -> None:
-    (tmp_path / "config.yaml").write_text(f"model: CNN\ntrainer: {trainer}\n")
-    (tmp_path / "space.yaml").write_text("model.init_args.lr: {choices: [0.1, 0.2]}")
-    refused = cli(*command.split(), "--config=config.yaml", ok=False)
-    assert_one_message(refused, TRAINERS[trainer])
-    assert "Trial 1" not in refused.stdout
-
-
-def test_evaluation_needs_a_checkpoint(cli: Run, small: Path) -> None:
+def test_evaluation_without_a_checkpoint_warns(cli: Run, small: Path) -> None:
     config = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small)
-    assert "best: test needs the path" in cli("test", *config, "--ckpt_path=best", ok=False).stderr
-    assert "random ones" in cli("validate", *config).stderr
+    assert "the model's weights are random" in cli("validate", *config).stderr
 
 
 def test_console_script_and_print_config_round_trip(cli: Run, tmp_path: Path) -> None:
     printed = cli("fit", "--config", CONFIGS / "fast.yaml", "--print_config").stdout
     (tmp_path / "printed.yaml").write_text(printed)
     assert cli("fit", "--config", "printed.yaml", "--print_config").stdout == printed
+
+
+# ---------------------------------------------------------------------------------------- what people type
+
+QUICK = ("--trainer.max_epochs=1", "--dashboard.every_n_epochs=0")
+
+
+@pytest.mark.parametrize("config", ["--config={}", "--config {}", "-c {}"])
+def test_command_line_wins_wherever_it_stands(cli: Run, config: str) -> None:
+    named = config.format(CONFIGS / "cnn.yaml").split()
+    printed = cli("fit", "--trainer.max_epochs=7", "--model.lr=0.5", *named, "--print_config").stdout
+    found = yaml.safe_load(printed)
+    assert found["trainer"]["max_epochs"] == 7
+    assert found["model"]["init_args"]["lr"] == 0.5
+    assert found["data"]["init_args"]["batch_size"] == 64
+
+
+def test_later_config_overrides_the_earlier_one(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 9}\n")
+    printed = cli("fit", "--model.lr=0.5", "--config", CONFIGS / "cnn.yaml", "-c", "more.yaml", "--print_config").stdout
+    assert yaml.safe_load(printed)["trainer"]["max_epochs"] == 9
+
+
+def test_home_is_found_everywhere(cli: Run, small: Path, tmp_path: Path) -> None:
+    """In a config, after an equals sign, and within quotes."""
+    home = {"HOME": str(tmp_path)}
+    (tmp_path / "small.npz").symlink_to(small)
+    text = (CONFIGS / "logistic.yaml").read_text().replace("  batch_size: 64", "  dataset: ~/small.npz")
+    (tmp_path / "own.yaml").write_text(text)
+    cli("fit", "--config=~/own.yaml", "--trainer.default_root_dir=~/runs", *QUICK, env=home)
+    best = f"runs/{RUN}/checkpoints/best.ckpt"
+    assert (tmp_path / best).is_file()
+    tested = cli("test", "--ckpt_path", f"~/{best}", env=home)
+    assert "Using the run's config" in tested.stderr
+    cli("predict", f"--ckpt_path=~/{best}", "--data.dataset", "~/small.npz", env=home)
+    missing = cli("test", "--ckpt_path=~/nowhere.ckpt", env=home, ok=False)
+    assert f"{tmp_path}/nowhere.ckpt: no such checkpoint" in missing.stderr
+
+
+def test_fit_alone_trains_the_default_config(cli: Run, small: Path, tmp_path: Path) -> None:
+    refused = cli("fit", "--data.dataset", small, ok=False)
+    assert "Traceback" not in refused.stderr
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "cnn.yaml").write_text((CONFIGS / "cnn.yaml").read_text())
+    done = cli("fit", "--data.dataset", small, *QUICK)
+    assert "Using the default config: configs/cnn.yaml" in done.stderr
+    assert "CNN on" in done.stdout
+    other = cli("fit", "--model=Logistic", "--data.dataset", small, *QUICK)
+    assert "default config" not in other.stderr
+    assert "Logistic on" in other.stdout
+
+
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("latin-1", "cp1252"))]
+)
+@pytest.mark.slow
+def test_terminal_of_another_encoding(small: Path, tmp_path: Path, encoding: str) -> None:
+    command = [sys.executable, "-m", "mnist_lit", "fit", "--config", CONFIGS / "logistic.yaml", *QUICK]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([*command, "--data.dataset", small], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode(encoding)
+    assert "val/loss" in done.stdout.decode(encoding)
+
+
+@pytest.mark.slow
+def test_script_finds_your_modules(small: Path, tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("mnist-lit")
+    if not script.exists():
+        pytest.skip("the package is not installed")
+    (tmp_path / "mine.py").write_text("from mnist_lit import CNN\nclass Mine(CNN):\n    pass\n")
+    command = [script, "fit", "--model=mine.Mine", "--data.dataset", small, *QUICK]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert "Mine on" in done.stdout, done.stderr
+
+
+def test_table_shows_the_best_epoch_beside_the_last(cli: Run, small: Path) -> None:
+    """A huge learning rate undoes what the first epoch has learnt."""
+    worse = ("--lr_scheduler=StepLR", "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=1000")
+    sgd = ("--optimizer=SGD", "--optimizer.lr=0.1", *worse)
+    done = cli("fit", "--config", CONFIGS / "logistic.yaml", "--data.dataset", small, *sgd)
+    assert "best: epoch 1" in done.stdout
+    last, best = map(float, re.findall(r"val/loss +│ +([\d.]+) +│ +([\d.]+)", done.stdout)[0])
+    assert best < last
+    assert f"The run is in {RUN}" in done.stdout
+
+
+def test_bar_ends_with_the_metrics_of_the_table(cli: Run, small: Path) -> None:
+    shown = cli("fit", "--config", CONFIGS / "logistic.yaml", "--data.dataset", small).stdout
+    shown, _, table = shown[shown.rindex("Epoch 2/2") :].partition("metric")
+    bar = dict(re.findall(r"([\w/]+): ([\d.]+)", shown))
+    assert {"train/loss_epoch", "val/acc"} <= bar.keys()
+    for name, value in re.findall(r"│ ([\w/]+) +│ +([\d.]+)", table):
+        assert float(bar.get(f"{name}_epoch", bar[name])) == pytest.approx(float(value), abs=6e-4), name
+
+
+@pytest.mark.slow
+def test_without_checkpoints(cli: Run, small: Path, tmp_path: Path) -> None:
+    without = "--trainer.enable_checkpointing=false"
+    done = cli("fit", "--config", CONFIGS / "cnn.yaml", *QUICK, without, "--data.dataset", small)
+    assert "val/loss" in done.stdout
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_other_ways_to_start_processes_end_in_the_same_weights(
+    cli_in: Run, small: Path, tmp_path: Path, strategy: str
+) -> None:
+    weights = []
+    for name in ("ddp", strategy):
+        (tmp_path / name).mkdir()
+        two = ("--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy={name}")
+        command = ("fit", "--config", CONFIGS / "cnn.yaml", *QUICK, *two, "--data.dataset", small)
+        done = cli_in(tmp_path / name, *command, fork=False)
+        assert "What comes next" in done.stdout
+        weights.append(checkpoint(tmp_path / name / RUN / "checkpoints" / "best.ckpt")["state_dict"])
+    assert_same(*weights)

@@ -20,7 +20,7 @@ from common import CONFIGS, RUN, Run, assert_one_message, assert_same, checkpoin
 from hostile import Calls, hostile
 from mirror import server
 
-from mnist_lit.engine.checkpoints import newest_checkpoint, read_checkpoint
+from mnist_lit.engine.checkpoint import Checkpoint, newest_checkpoint
 from mnist_lit.engine.errors import CheckpointError
 
 LAST = RUN / "checkpoints" / "last.ckpt"
@@ -132,7 +132,7 @@ def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Pa
         path.write_bytes(data)
         try:
             # What is damaged where nothing is read, such as the padding between members, is the original.
-            assert_same(read_checkpoint(path), original, name)
+            assert_same(Checkpoint.read(path).content, original, name)
             harmless += 1
         except CheckpointError as error:
             messages.append(str(error))
@@ -140,7 +140,8 @@ def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Pa
     print(f"{len(bad)} checkpoints: {len(messages)} refused, {harmless} harmless, {grown} KiB more memory")
     assert not marker.exists()
     assert len(messages) >= 150
-    named = rf"{path} (is no checkpoint .*|holds .*, and to load that may run any code; .* --weights_only=false)"
+    unusable = "cannot be used as a checkpoint .*|is not a checkpoint of Lightning .*"
+    named = rf"{path} ({unusable}|holds .*, and to load that may run any code; .* --weights_only=false)"
     assert [message for message in messages if not re.fullmatch(named, message)] == []
     assert grown < 64 * 1024
 
@@ -158,7 +159,7 @@ def test_the_hostile_checkpoints_do_run_elsewhere(saved: Path, tmp_path: Path) -
     [
         ("another model", "bad.ckpt is not of this model: net.0.bias has the shape None there"),
         ("other classes", "net.1.bias has the shape (7,) there and (10,) in Logistic"),
-        ("truncated", "bad.ckpt is no checkpoint that can be used"),
+        ("truncated", "bad.ckpt cannot be used as a checkpoint"),
         ("hostile", "bad.ckpt holds"),
         ("another dataset", "the checkpoint was trained on digits, this run has"),
     ],
@@ -193,20 +194,24 @@ def test_config_and_not_the_checkpoint_says_what_is_built(cli: Run, saved: Path,
 
 
 def test_last_passes_over_what_is_broken(cli: Run, saved: Path, small: Path, tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None
+    def resumes_from() -> str:
+        found = newest_checkpoint(tmp_path)
+        return str(Path(found.path).relative_to(tmp_path / "lightning_logs")) if found else ""
+
+    assert resumes_from() == ""
     for version, age in ((0, 300), (1, 200), (2, 100)):
         folder = tmp_path / f"lightning_logs/version_{version}/checkpoints"
         shutil.copytree(saved.parent, folder)
         for path in folder.iterdir():
             os.utime(path, (path.stat().st_mtime - age,) * 2)
     newest = tmp_path / "lightning_logs/version_2/checkpoints"
-    assert newest_checkpoint(tmp_path) == newest / "last.ckpt"
+    assert resumes_from() == "version_2/checkpoints/last.ckpt"
     (newest / "last.ckpt").write_bytes(b"broken")
-    with pytest.warns(UserWarning, match="last.ckpt is no checkpoint .*passed over"):
-        assert newest_checkpoint(tmp_path) == newest / "best.ckpt"
+    with pytest.warns(UserWarning, match="last.ckpt cannot be used as a checkpoint .*passed over"):
+        assert resumes_from() == "version_2/checkpoints/best.ckpt"
     (newest / "best.ckpt").write_bytes(b"broken")
-    with pytest.warns(UserWarning, match="best.ckpt is no checkpoint .*passed over"):
-        assert newest_checkpoint(tmp_path) == tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt"
+    with pytest.warns(UserWarning, match="best.ckpt cannot be used as a checkpoint .*passed over"):
+        assert resumes_from() == "version_1/checkpoints/last.ckpt"
     done = cli(*QUICK, "--data.dataset", small, "--ckpt_path=last", "--trainer.max_epochs=3")
     assert done.stderr.count(": passed over\n") == 2
     assert "resuming from lightning_logs/version_1/checkpoints/last.ckpt" in done.stderr

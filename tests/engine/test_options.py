@@ -17,6 +17,7 @@ BEST = RUN / "checkpoints" / "best.ckpt"
 CNN = ("fit", "--config", CONFIGS / "cnn.yaml", "--trainer.log_every_n_steps=4", "--dashboard.every_n_epochs=0")
 STOPPED = interrupt("SIGTERM", "on_train_batch_end", 20)  # in the second epoch of 16 steps
 COSINE = ("--config", OVERLAYS / "cosine.yaml")
+MATRIX = (pytest.mark.slow, pytest.mark.matrix)
 STOPPING = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss")
 
 
@@ -29,30 +30,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("first", "then", "named"),
     [
-        ((), ("--model.lr=0.01",), "--model.lr=0.01 (0.1 in the checkpoint)"),
-        *(
-            pytest.param(first, then, named, marks=[pytest.mark.slow, pytest.mark.matrix])
-            for first, then, named in [
-                ((), ("--model.momentum=0.5",), "--model.momentum=0.5 (0.9"),
-                ((), ("--seed_everything=99",), "--seed_everything=99"),
-                ((), ("--monitor=val/acc",), "--monitor=val/acc (val/loss"),
-                ((), ("--best_checkpoint.save_top_k=3",), "--best_checkpoint.save_top_k=3 (1"),
-                ((), ("--optimizer=Adam",), "--optimizer="),
-                (COSINE, (*COSINE, "--lr_scheduler.T_max=77"), "--lr_scheduler.T_max=77 (10"),
-                (COSINE, (*COSINE, "--optimizer.lr=0.5"), "--optimizer.lr=0.5"),
-                (
-                    (*STOPPING, "--trainer.callbacks.patience=3"),
-                    (*STOPPING, "--trainer.callbacks.patience=9"),
-                    "--trainer.callbacks.EarlyStopping.val/loss.patience=9 (3",
-                ),
-            ]
+        ((), ("--model.momentum=0.5",), "--model.momentum=0.5 (0.9"),
+        pytest.param(COSINE, (*COSINE, "--lr_scheduler.T_max=77"), "--lr_scheduler.T_max=77 (10", marks=MATRIX),
+        pytest.param(COSINE, (*COSINE, "--optimizer.lr=0.5"), "--optimizer.lr=0.5", marks=MATRIX),
+        pytest.param(
+            (*STOPPING, "--trainer.callbacks.patience=3"),
+            (*STOPPING, "--trainer.callbacks.patience=9"),
+            "--trainer.callbacks.EarlyStopping.val/loss.patience=9 (3",
+            marks=MATRIX,
         ),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["momentum", "T_max", "lr", "patience"],
 )
 def test_option_that_the_checkpoint_would_override_is_refused(
     cli: Run, small: Path, tmp_path: Path, first: tuple, then: tuple, named: str
 ) -> None:
+    """``test_mistakes.py`` has more of them; here, the run stays as it was and resumes."""
     cli(*CNN, "--data.dataset", small, *first, *STOPPED, ok=False)
     before = contents(tmp_path / RUN)
     refused = cli(*CNN, "--data.dataset", small, *then, "--ckpt_path=last", ok=False)
@@ -69,14 +62,6 @@ def test_options_that_count_are_not_refused(cli: Run, small: Path, tmp_path: Pat
     assert checkpoint(tmp_path / LAST)["global_step"] == 3 * 16
     (resumed,) = (tmp_path / RUN).glob("config-from-step-*.yaml")
     assert yaml.safe_load(resumed.read_text())["trainer"]["max_epochs"] == 3
-
-
-@pytest.mark.parametrize("size", [32, pytest.param(128, marks=pytest.mark.slow)])
-def test_another_batch_size_is_refused_within_an_epoch(cli: Run, small: Path, tmp_path: Path, size: int) -> None:
-    cli(*CNN, "--data.dataset", small, *STOPPED, ok=False)
-    refused = cli(*CNN, "--data.dataset", small, f"--data.batch_size={size}", "--ckpt_path=last", ok=False)
-    assert_one_message(refused, f"batch size of 64, not {size}", "--init_from")
-    assert checkpoint(tmp_path / LAST)["global_step"] == 20
 
 
 @pytest.mark.slow
@@ -134,16 +119,6 @@ def test_run_that_was_stopped_early_is_finished_until_early_stopping_is_left_out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["last", LAST], ids=str)
-def test_run_of_a_few_steps_resumes_nothing(cli: Run, small: Path, tmp_path: Path, path: str | Path) -> None:
-    cli(*CNN, "--data.dataset", small, *STOPPED, ok=False)
-    before = contents(tmp_path)
-    refused = cli(*CNN, "--data.dataset", small, "--trainer.fast_dev_run=3", f"--ckpt_path={path}", ok=False)
-    assert_one_message(refused, "--trainer.fast_dev_run", "leave out --ckpt_path")
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.slow
 def test_averaging_that_is_not_restored_is_refused(cli: Run, small: Path) -> None:
     averaging = ("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.05")
     cli(*CNN, "--data.dataset", small, *averaging, *STOPPED, ok=False)
@@ -175,7 +150,7 @@ def test_weights_of_an_error_are_none_to_resume_from(cli: Run, small: Path, tmp_
     assert "Traceback" in failed.stderr
     exception = RUN / "checkpoints" / "exception.ckpt"
     assert (tmp_path / exception).exists()
-    assert_one_message(cli(*short, f"--ckpt_path={exception}", ok=False), "broken off", f"--init_from={exception}")
+    assert_one_message(cli(*short, f"--ckpt_path={exception}", ok=False), "a step failed", f"--init_from={exception}")
     started = cli(*short, "--ckpt_path=last")
     assert "there is no checkpoint yet" in started.stderr or hook == "on_validation_end"
     assert "val/loss" in started.stdout
@@ -209,11 +184,6 @@ def test_weights_that_do_not_fit_are_listed(cli: Run, small: Path, tmp_path: Pat
         assert_one_message(done, listed, "--init_strict=false")
     else:
         assert listed in done.stderr
-
-
-@pytest.mark.slow
-def test_weights_that_are_not_there(cli: Run, small: Path) -> None:
-    assert_one_message(cli(*CNN, "--data.dataset", small, "--init_from=no.ckpt", ok=False), "--init_from=no.ckpt")
 
 
 # ------------------------------------------------------------------------------------------ what a run tells

@@ -27,7 +27,7 @@ def make(root: Path, gate: Any, names: Any) -> None:
 def test_eight_starts_at_once_make_eight_folders(tmp_path: Path) -> None:
     """In each of 20 rounds. The gate opens for all of them in the moment before they look for a name."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mnist_lit.engine.runs"])
+    context.set_forkserver_preload(["mnist_lit.engine.run"])
     for number in range(20):
         gate, names = context.Barrier(8), context.Queue()
         root = tmp_path / str(number)

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from mnist_lit.engine.runs import Run
+from mnist_lit.engine.run import Run
 
 
 class Chance(nn.Module):

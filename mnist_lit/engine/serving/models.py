@@ -138,7 +138,9 @@ class Checkpoint(Served):
         from mnist_lit.engine.export import Predictor
         from mnist_lit.engine.outputs import are_probabilities, class_names
 
-        built, checkpoint = build(project, path, args)
+        built = build(project, path, args)
+        assert built.checkpoint is not None
+        checkpoint = built.checkpoint.content
         known = {**checkpoint.get("hyper_parameters", {}), **checkpoint.get("datamodule_hyper_parameters", {})}
         model, data = built.model.eval(), built.datamodule
         name = type(model).__name__

@@ -5,19 +5,20 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.errors import ConfigurationError, require
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.storage import atomic_write
 
@@ -32,8 +33,8 @@ def relative(path: str | Path) -> str:
         return str(path)
 
 
-# Loggers that keep runs of their own, and the options that name such a run and choose one to resume.
-REMOTE_LOGGERS = {"WandbLogger": ("name", "id"), "MLFlowLogger": ("run_name", "run_id")}
+# Loggers that keep runs of their own: their package, and the options that name such a run and choose one to resume.
+REMOTE_LOGGERS = {"WandbLogger": ("wandb", "name", "id"), "MLFlowLogger": ("mlflow", "run_name", "run_id")}
 LOCK_TIMEOUT = 15.0  # s: the workers of a killed process hold its lock until they notice that it is gone
 
 _held: list[FileLock] = []  # of this process's run; a callback is copied to other processes, a lock is not
@@ -57,15 +58,15 @@ class Run(Callback):
     def __init__(self, folder: Path | None = None, project: Project | None = None) -> None:
         self._folder = folder
         self.project = project
-        self._chosen: list[dict[str, Any]] = []  # options of loggers as the config has them
 
     @classmethod
-    def create(cls, root: Path, name: str | None = None) -> Run:
+    def create(cls, root: Path, name: str | None = None, project: Project | None = None) -> Run:
         """Make the folder of a new run. Of several processes that start at once each gets its own.
 
         Args:
             root: parent of ``lightning_logs``.
             name: of the folder, by default the next ``version_N``.
+            project: whose command line starts it.
 
         Raises:
             ConfigurationError: if there is a run of this name, or the folder cannot be written.
@@ -73,7 +74,7 @@ class Run(Callback):
         if name and Path(name).name != name:
             raise ConfigurationError(f"--run_name={name}: expected the name of one folder, without {os.sep}")
         if rank_zero_only.rank:  # type: ignore[attr-defined]
-            return cls()
+            return cls(project=project)
         logs = root.absolute() / LOGS
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ class Run(Callback):
         except OSError as error:
             raise ConfigurationError(_unwritable(root, error)) from error
         atexit.register(_remove_if_empty, folder)  # of a start that fails before it leaves anything
-        return cls(folder)
+        return cls(folder, project)
 
     @staticmethod
     def _make(logs: Path, name: str | None) -> Path:
@@ -101,11 +102,11 @@ class Run(Callback):
             version += 1
 
     @classmethod
-    def of_checkpoint(cls, path: str | Path) -> Run | None:
+    def of_checkpoint(cls, path: str | Path, project: Project | None = None) -> Run | None:
         """The run that a checkpoint was written by, if it is still in that run's folder."""
         checkpoints = Path(path).absolute().parent
         found = checkpoints.name == "checkpoints" and checkpoints.parent.parent.name == LOGS
-        return cls(checkpoints.parent) if found else None
+        return cls(checkpoints.parent, project) if found else None
 
     @classmethod
     def of(cls, trainer: Trainer) -> Run:
@@ -178,25 +179,37 @@ class Run(Callback):
         return self.folder / "config.yaml"
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The content of that file; nothing if there is none."""
+        try:
+            content = yaml.safe_load(self.config.read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            content = None
+        return content if isinstance(content, dict) else {}
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of best.ckpt and last.ckpt."""
         return self.folder / "checkpoints"
 
-    def direct(self, loggers: list[Namespace], checkpoint: dict[str, Any] | None = None) -> None:
+    def redirect_loggers(self, loggers: list[Namespace], checkpoint: Mapping[str, Any] | None = None) -> None:
         """Make the loggers of a config write into this run's folder, unless the config names another place.
 
         Args:
-            loggers: each with ``class_path`` and ``init_args``.
+            loggers: each with ``class_path`` and ``init_args``, which are changed.
             checkpoint: that the run is resumed from, with the names of the loggers' own runs.
         """
         known = list((checkpoint or {}).get("loggers", []))
         for logger in loggers:
             options, kind = logger.get("init_args") or Namespace(), logger.class_path.rpartition(".")[2]
-            self._chosen.append(options.as_dict())
-            if kind in ("TensorBoardLogger", "CSVLogger"):
-                self._direct_local(options, checkpoint)
+            local = kind in ("TensorBoardLogger", "CSVLogger") and options.get("version") is None
+            if local and options.get("name") == LOGS:
+                options["save_dir"], options["version"] = str(self.root), self.name
+                if checkpoint is not None and "purge_step" in options:
+                    options["purge_step"] = checkpoint["global_step"]
             if kind in REMOTE_LOGGERS:
-                name, key = REMOTE_LOGGERS[kind]
+                package, name, key = REMOTE_LOGGERS[kind]
+                require("trackers", package)
                 options[name] = options.get(name) or self.name
                 same = next((run for run in known if run[0] == kind), None)
                 if same:
@@ -204,13 +217,6 @@ class Run(Callback):
                 options[key] = options.get(key) or (same and same[1])
             if kind == "WandbLogger" and options.get("save_dir") in (None, "."):
                 options["save_dir"] = str(self.folder)
-
-    def _direct_local(self, options: Namespace, checkpoint: dict[str, Any] | None) -> None:
-        if options.get("version") is not None or options.get("name") != LOGS:
-            return
-        options["save_dir"], options["version"] = str(self.root), self.name
-        if checkpoint is not None and "purge_step" in options:
-            options["purge_step"] = checkpoint["global_step"]
 
     def keep_table(self, step: int) -> None:
         """Rename ``metrics.csv``, which CSVLogger starts again in a run that is resumed from this step.
@@ -221,11 +227,6 @@ class Run(Callback):
         kept = table.with_name(f"metrics-to-step-{step}.csv")
         if table.exists() and not kept.exists() and not rank_zero_only.rank:  # type: ignore[attr-defined]
             table.replace(kept)
-
-    def release(self, loggers: list[Namespace]) -> None:
-        """Undo ``direct``, for a config from which other runs are started."""
-        for logger, chosen in zip(loggers, self._chosen, strict=bool(self._chosen)):
-            logger["init_args"] = Namespace(chosen)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the names of the loggers' own runs, which a resumed run continues."""
@@ -257,24 +258,32 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-class RunConfig(SaveConfigCallback):
-    """Save the complete config in the run's folder, and log it. A resumed run keeps the first one."""
+class RunConfig(Callback):
+    """Save the complete config in the run's folder, and log it.
+
+    Args:
+        options: of the command.
+        filename: in the run's folder.
+    """
+
+    def __init__(self, options: Mapping[str, Any], filename: str = "config.yaml") -> None:
+        self.options, self.filename = options, filename
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
-            super().setup(trainer, pl_module, stage)
+            self._save(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save it now that nothing refuses to train with it any more."""
-        super().setup(trainer, pl_module, "fit")
+        self._save(trainer)
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        run, config = Run.of(trainer), self.config.clone()
-        run.release(loggers_of(config))
-        folder = run.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / self.config_filename) as part:
-            part.write_text(self.parser.dump(config, skip_none=False), encoding="utf-8")
+    def _save(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = Run.of(trainer).folder / self.filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            part.write_text(yaml.safe_dump(self.options, sort_keys=False, allow_unicode=True), encoding="utf-8")
         for logger in trainer.loggers:
             if not (trainer.ckpt_path or isinstance(logger, (TensorBoardLogger, CSVLogger))):  # which have the file
-                logger.log_hyperparams({"config": config.as_dict()})
+                logger.log_hyperparams({"config": self.options})

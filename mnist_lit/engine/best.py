@@ -1,0 +1,182 @@
+"""The best checkpoint of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.run import Run
+
+DEFAULT_MONITOR = "val/loss"
+LOWER_IS_BETTER = "loss error err mse rmse mae mape nll perplexity wer cer fid ece hamming".split()
+HIGHER_IS_BETTER = """acc accuracy f1 f1score precision recall specificity auroc auc ap map iou jaccard dice r2
+r2score psnr ssim bleu rouge kappa mcc pearson spearman""".split()
+
+
+def infer_mode(monitor: str, mode: str) -> Literal["min", "max"]:
+    """Whether a lower or a higher value of a metric is better.
+
+    Args:
+        monitor: name of the metric.
+        mode: ``min``, ``max``, or ``auto`` to tell it from the name.
+
+    Raises:
+        ConfigurationError: if the name does not tell.
+
+    Example:
+        >>> infer_mode("val/acc", "auto")
+        'max'
+    """
+    words = set(re.findall(r"[a-z]+\d*", monitor.lower()))
+    if mode == "min" or (mode == "auto" and words.intersection(LOWER_IS_BETTER)):
+        return "min"
+    if mode == "max" or words.intersection(HIGHER_IS_BETTER):
+        return "max"
+    raise ConfigurationError(f"--monitor={monitor}: is lower or higher better? Say --mode=min or --mode=max")
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the best checkpoint: ``best.ckpt``, or the best few with epoch and step in their names.
+
+    Args:
+        monitor: metric that decides which is best.
+        mode: ``min`` if lower is better, ``max`` if higher is, ``auto`` to tell it from the name.
+        save_top_k: number of checkpoints to keep.
+        filename: without ``.ckpt``, may contain ``{epoch}``, ``{step}`` and metrics.
+        options: as in Lightning's ``ModelCheckpoint``. ``dirpath`` is by default ``checkpoints`` in the run's
+            folder.
+
+    Raises:
+        ConfigurationError: before training, if the model logs no such metric.
+
+    Example:
+        >>> Trainer(callbacks=[BestCheckpoint(monitor="val/acc", save_top_k=3)])
+    """
+
+    def __init__(
+        self,
+        monitor: str = DEFAULT_MONITOR,
+        mode: Literal["auto", "min", "max"] = "auto",
+        save_top_k: int = 1,
+        filename: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            filename=filename or ("best" if save_top_k == 1 else "best-{epoch}-{step}"),
+            monitor=monitor,
+            mode=infer_mode(monitor, mode),
+            save_top_k=save_top_k,
+            enable_version_counter=False,
+            **options,
+        )
+        self._warned = False
+        self.best_epoch, self.best_metrics = 0, dict[str, float]()  # counted from 1; all of that epoch's
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Absolute, because ModelCheckpoint forgets the best of a folder that is named in another way.
+        if self.dirpath or Run.of(trainer).exists:
+            self.dirpath = os.path.abspath(self.dirpath or Run.of(trainer).checkpoints)
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a second ``ModelCheckpoint`` that writes the same files."""
+        for other in trainer.checkpoint_callbacks:
+            if isinstance(other, ModelCheckpoint) and other is not self and str(other.dirpath) == str(self.dirpath):
+                names = {other.filename, other.CHECKPOINT_NAME_LAST if other.save_last else None}
+                for name in names & {self.filename, "last"}:
+                    raise ConfigurationError(
+                        f"a {type(other).__name__} of trainer.callbacks writes {name}.ckpt, as --best_checkpoint or "
+                        "--last_checkpoint do; give it another filename or dirpath"
+                    )
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse monitors that nothing logs, those of early stopping and schedulers, too."""
+        owners: list[tuple[Any, Any]] = [(callback, callback) for callback in trainer.early_stopping_callbacks]
+        owners += [(config.scheduler, config) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        # Others may be logged by training, which has not begun.
+        wanted = [
+            (f"{type(owner).__name__} with monitor=", its.monitor)
+            for owner, its in owners
+            if its.strict and str(its.monitor).startswith("val")
+        ]
+        if self.monitor != DEFAULT_MONITOR and not str(self.monitor).startswith("train"):
+            wanted.append(("--monitor=", self.monitor))
+        for name, monitor in wanted:
+            if monitor not in trainer.callback_metrics:
+                raise ConfigurationError(f"{name}{monitor}: there is no such metric; {_way_out(trainer)}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or self._is_logged(trainer):
+            before = self.best_model_score
+            super().on_validation_end(trainer, pl_module)
+            self._keep_metrics(trainer, before)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_logged(trainer):
+            before = self.best_model_score
+            super().on_train_epoch_end(trainer, pl_module)
+            self._keep_metrics(trainer, before)
+
+    def _keep_metrics(self, trainer: Trainer, before: Any) -> None:
+        if self.best_model_score is not before:  # a new best has a new score, if of the same value
+            self.best_epoch, self.best_metrics = trainer.current_epoch + 1, logged_values(trainer)
+
+    def _is_logged(self, trainer: Trainer) -> bool:
+        if self.monitor in trainer.callback_metrics:
+            return True
+        if not self._warned:
+            rank_zero_warn(f"no best.ckpt is kept: it is chosen by {self.monitor}, and {_way_out(trainer)}")
+        self._warned = True
+        return False
+
+    def format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
+        """As Lightning's, but a metric such as val/loss in the name makes no subfolder."""
+        name = super().format_checkpoint_name(*args, **kwargs)
+        folder = str(self.dirpath or "")
+        return os.path.join(folder, os.path.relpath(name, folder or ".").replace(os.sep, "_"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "best_epoch": self.best_epoch, "best_metrics": self.best_metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best ones so far, wherever the run's folder has been moved to.
+
+        Of the paths in the checkpoint only the names of files are used: those of another folder would be deleted when
+        the next best is written.
+        """
+        if not self.dirpath:
+            return
+        folder = str(self.dirpath)
+
+        def moved(path: str) -> str:
+            return os.path.join(folder, os.path.basename(path)) if path else path
+
+        names = ("best_model_path", "kth_best_model_path", "last_model_path")
+        paths = {name: moved(state_dict[name]) for name in names}
+        kept = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        if all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept):
+            super().load_state_dict({**state_dict, **paths, "dirpath": folder, "best_k_models": kept})
+            self.best_epoch = state_dict.get("best_epoch", 0)
+            self.best_metrics = state_dict.get("best_metrics", {})
+
+
+def best_checkpoint(trainer: Trainer) -> Checkpoint | None:
+    """The callback that keeps the best checkpoint, whatever others there are."""
+    ours = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint)]
+    return ours[0] if ours else trainer.checkpoint_callback
+
+
+def logged_values(trainer: Trainer) -> dict[str, float]:
+    """The metrics that callbacks see, as numbers."""
+    return {name: metric.item() for name, metric in trainer.callback_metrics.items()}
+
+
+def _way_out(trainer: Trainer) -> str:
+    names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+    return f"the model logs {names}; choose one of these with --monitor and --mode"

@@ -1,0 +1,243 @@
+"""Checkpoint files: atomic writes, safe loading, and what is in them."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from mnist_lit.engine.errors import CheckpointError
+from mnist_lit.engine.run import LOGS, Run
+from mnist_lit.engine.storage import atomic_save, printable
+
+EXCEPTION = "exception.ckpt"
+# What Lightning writes, and has to be there.
+LAYOUT = {"state_dict": dict, "loops": dict, "epoch": int, "global_step": int, "pytorch-lightning_version": str}
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's checkpoint files with atomic writes and safe loading.
+
+    Lightning itself writes to the system's temporary folder and moves the file from there. Where that folder
+    is on another disk this is a copy, which may end half-way.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        with explain_write_errors(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            atomic_save(checkpoint, Path(path))
+        if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            rank_zero_warn(f"{path} holds {', '.join(foreign)}: it loads only with --weights_only=false")
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if "://" in str(path):
+            return super().load_checkpoint(path, weights_only=weights_only is not False)
+        return load_file(path, weights_only is not False)
+
+
+@contextmanager
+def explain_write_errors(path: str | Path) -> Iterator[None]:
+    """Say what is to be done where a checkpoint cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {path} ({error.strerror}); what was saved before is still there: "
+            "make room or make the folder writable, then go on with --ckpt_path=last"
+        ) from error
+
+
+def no_such_checkpoint(option: str, path: str | Path) -> str:
+    """The message for an option that names no file."""
+    return f"--{option}={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of Lightning, read once.
+
+    Args:
+        path: the file.
+        content: what is in it.
+
+    Example:
+        >>> checkpoint = Checkpoint.read("lightning_logs/version_0/checkpoints/last.ckpt")
+        >>> checkpoint.step, checkpoint.run.folder
+        (1564, PosixPath('.../lightning_logs/version_0'))
+    """
+
+    path: str
+    content: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def read(cls, path: str | Path, weights_only: bool = True) -> Checkpoint:
+        """Read a file onto the CPU.
+
+        Args:
+            path: the file.
+            weights_only: accept tensors and plain values only, so that no code runs out of the file.
+
+        Raises:
+            CheckpointError: if the file cannot be read, is damaged, holds anything else or asks for code.
+        """
+        content = load_file(path, weights_only)
+        if not isinstance(content, dict) or (missing := LAYOUT.keys() - content.keys()):
+            raise CheckpointError(f"{path} is not a checkpoint of Lightning (without {', '.join(sorted(missing))})")
+        for key, kind in LAYOUT.items():
+            if not isinstance(content[key], kind):
+                raise CheckpointError(unusable(path, f"{key} is not of type {kind.__name__}"))
+        if not all(isinstance(weight, Tensor) for weight in content["state_dict"].values()):
+            raise CheckpointError(unusable(path, "its state_dict does not only hold tensors"))
+        return cls(str(path), content)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were made."""
+        return self.content["global_step"]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict."""
+        return self.content["state_dict"]
+
+    @property
+    def run(self) -> Run | None:
+        """The run that wrote it, if it is still in that run's folder."""
+        return Run.of_checkpoint(self.path)
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """Hyperparameters of the model and of the data module."""
+        return {
+            **self.content.get("hyper_parameters", {}),
+            **self.content.get("datamodule_hyper_parameters", {}),
+        }
+
+    def finished(self, trainer: Trainer) -> str:
+        """How to train longer, if a trainer would have nothing left to do; else nothing."""
+        epochs = self.content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if self.step >= trainer.max_steps >= 0:
+            return "raise --trainer.max_steps"
+        if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
+            return "raise --trainer.max_epochs"
+        stopped = [
+            state["wait_count"] >= state["patience"]
+            for key, state in self.content.get("callbacks", {}).items()
+            if trainer.early_stopping_callbacks and key.startswith("EarlyStopping")
+        ]
+        return "it was stopped early, so leave out EarlyStopping" if any(stopped) else ""
+
+    def check(self, model: LightningModule) -> None:
+        """Compare the weights with a model's.
+
+        Raises:
+            CheckpointError: naming the first that differs.
+        """
+        for name, theirs, ours in misfits(self.weights, model) if model.strict_loading else ():
+            raise CheckpointError(
+                f"{self.path} is not of this model: {name} has the shape {theirs} there and {ours} in "
+                f"{type(model).__name__}; the config.yaml in the folder of its run is the one that fits"
+            )
+
+
+Shape = tuple[int, ...] | None  # None where there is no such weight
+
+
+def misfits(weights: Mapping[str, Tensor], model: LightningModule) -> list[tuple[str, Shape, Shape]]:
+    """Names of weights whose shapes are not those of a model, with the shape there and in the model."""
+    ours = model.state_dict()
+    shapes = {
+        name: tuple(tuple(each[name].shape) if name in each else None for each in (weights, ours))
+        for name in sorted(ours.keys() | weights.keys())
+        if not (name in ours and name in weights and is_lazy(ours[name]))
+    }
+    return [(name, there, here) for name, (there, here) in shapes.items() if there != here]
+
+
+def load_file(path: str | Path, weights_only: bool, old: bool = False) -> Any:
+    """Load a file of ``torch.save`` safely, whatever is in it; Lightning has some without a trainer's state."""
+    try:
+        if not (old and not zipfile.is_zipfile(path)):
+            with zipfile.ZipFile(path) as file:
+                # torch.load neither compares checksums nor bounds what a compressed member grows to.
+                if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
+                    raise ValueError("it is compressed, which torch.save never does")
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} in it is damaged")
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:  # a hostile file can make zipfile and torch.load raise just about anything
+        if isinstance(error, UnpicklingError) and (foreign := _foreign_classes(path)):
+            raise CheckpointError(
+                f"{path} holds {', '.join(foreign)}, and to load that may run any code; if you trust the file, add "
+                "--weights_only=false"
+            ) from error
+        lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
+        raise CheckpointError(unusable(path, lines[0])) from error
+
+
+def _foreign_classes(path: str | Path) -> list[str]:
+    """Names of what is neither a tensor nor a plain value in a file of ``torch.save``, as far as it can be read."""
+    try:
+        return sorted(map(printable, torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+    except Exception:  # as above; the error that is reported is the one of loading
+        return []
+
+
+def unusable(path: str | Path, reason: str) -> str:
+    """The message for a file that is there, and no help."""
+    return f"{path} cannot be used as a checkpoint ({reason})"
+
+
+def newest_checkpoint(
+    root_dir: Path, model: str | None = None, run_name: str | None = None, weights_only: bool = True
+) -> Checkpoint | None:
+    """Find the checkpoint to resume from after an interruption.
+
+    It is the last one of the run that wrote one most recently, else that run's best, else those of the run
+    before. Warns of each that is passed over because it does not load or is of another model.
+
+    Args:
+        root_dir: parent of ``lightning_logs``.
+        model: class path of the model, or None for any.
+        run_name: name of the only run that counts, or None for any.
+        weights_only: as for ``Checkpoint.read``.
+    """
+
+    def newest(folder: Path) -> int:
+        return max((path.stat().st_mtime_ns for path in folder.glob("*.ckpt")), default=0)
+
+    folders = sorted(root_dir.glob(f"{LOGS}/*/checkpoints"), key=newest, reverse=True)
+    for folder in folders:
+        if run_name not in (None, folder.parent.name):
+            continue
+        other = Run(folder.parent).options.get("model", {}).get("class_path", model)
+        for path in sorted(folder.glob("*.ckpt"), key=lambda path: (path.name != "last.ckpt", path.name)):
+            if path.name == EXCEPTION:  # of a step that was broken off
+                continue
+            if model is not None and other != model:
+                rank_zero_warn(f"{path} is of {other} and not of {model}: passed over")
+                break
+            try:
+                checkpoint = Checkpoint.read(path, weights_only)
+            except CheckpointError as error:
+                rank_zero_warn(f"{error}: passed over")
+                continue
+            rank_zero_info(f"--ckpt_path=last: resuming from {path}")
+            return checkpoint
+    rank_zero_info("--ckpt_path=last: there is no checkpoint yet, this run starts from scratch")
+    return None

@@ -1,0 +1,45 @@
+"""The callbacks of every run."""
+
+from __future__ import annotations
+
+from lightning.pytorch.callbacks import Callback, ModelSummary, ProgressBar
+
+from mnist_lit.engine import callbacks
+from mnist_lit.engine.best import BestCheckpoint
+from mnist_lit.engine.dashboards import Dashboard
+from mnist_lit.engine.last import LastCheckpoint, RandomState
+from mnist_lit.engine.metrics import Metrics
+from mnist_lit.engine.predictions import PredictionsFile
+from mnist_lit.engine.provenance import Provenance
+from mnist_lit.engine.resume import ResumeGuard
+from mnist_lit.engine.summary import Summary
+
+
+def default_callbacks(*own: Callback) -> list[Callback]:
+    """Everything that the command line adds to a ``Trainer``: best and last checkpoint, exact resume, metrics,
+    dashboard, provenance, progress bar and the table at the end.
+
+    Args:
+        own: further callbacks. One of the kind of a default takes its place.
+
+    Example:
+        >>> trainer = Trainer(callbacks=default_callbacks(BestCheckpoint(monitor="val/acc")))
+        >>> trainer.fit(model, datamodule=datamodule, ckpt_path="lightning_logs/version_0/checkpoints/last.ckpt")
+    """
+    defaults: list[tuple[type, type[Callback]]] = [
+        (Provenance, Provenance),
+        (ProgressBar, callbacks.ProgressBar),
+        (ModelSummary, callbacks.ModelTable),
+        (Metrics, Metrics),
+        (Dashboard, Dashboard),
+        (callbacks.StopOnNonFinite, callbacks.StopOnNonFinite),
+        (RandomState, RandomState),
+        (ResumeGuard, ResumeGuard),
+        (PredictionsFile, PredictionsFile),
+        (BestCheckpoint, BestCheckpoint),
+        (LastCheckpoint, LastCheckpoint),
+        (Summary, Summary),
+    ]
+    made = [make() for kind, make in defaults if not any(isinstance(callback, kind) for callback in own)]
+    # What the best checkpoint knows is part of the last one, which therefore is saved after it.
+    return sorted([*own, *made], key=lambda callback: isinstance(callback, LastCheckpoint))

@@ -1,0 +1,240 @@
+"""The last checkpoint of a run: what it resumes from, and how it is stopped."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+
+from mnist_lit.engine.best import logged_values
+from mnist_lit.engine.checkpoint import EXCEPTION, explain_write_errors
+from mnist_lit.engine.errors import CheckpointError, UserError
+from mnist_lit.engine.run import Run, relative
+
+PENDING = "last.pending"
+AGREE_EVERY = 16  # batches
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep ``last.ckpt``: after every epoch, every ``every_n_train_steps`` and when the run is asked to stop.
+
+    Ctrl-C or SIGTERM ends the run after the current step (a validation that follows is finished first), with
+    a checkpoint and exit code 130 or 143. A second one ends it at once. Several processes agree every 16 batches
+    whether one of them was asked, because to agree is to wait for each other.
+
+    The uninterrupted run passes through every state that is saved here, and what it has logged until then is
+    on disk before the checkpoint replaces the one before, so that a resumed run leaves the same curves.
+
+    Args:
+        every_n_train_steps: optimizer steps that may be lost.
+
+    Example:
+        >>> Trainer(callbacks=[LastCheckpoint(every_n_train_steps=100)])
+    """
+
+    def __init__(self, every_n_train_steps: PositiveInt = 500) -> None:
+        self.every_n_train_steps = every_n_train_steps
+        self._run = Run()
+        self._pending, self._saved_step = False, 0
+        self._asked = 0  # this process, by a signal
+        self._signal = 0  # that all processes stop for
+        self._handlers: dict[int, Any] = {}
+        self._started = False
+        self._metrics: dict[str, float] = {}  # of an epoch that ends in the checkpoint
+        self._before: dict[str, float] = {}  # of this epoch, until the checkpoint
+        self._positions: list[Any] = []  # of the training loaders
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._run = Run.of(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            self._positions = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader") or []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started, self._saved_step = True, trainer.global_step
+        # A schedule that asks for trainer.estimated_stepping_batches makes Lightning set up the loader before it
+        # restores the loops, and then it never loads the position in the epoch (Lightning issue 20550).
+        positions, self._positions = self._positions, []
+        for loader, position in zip(CombinedLoader(trainer.train_dataloader).flattened, positions, strict=False):
+            loader.load_state_dict(position)
+        if threading.current_thread() is threading.main_thread():  # the only one that Python lets handle signals
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[signum] = signal.signal(signum, self._stop)
+        if self._metrics:
+            self._step_plateaus(trainer, pl_module, trainer.current_epoch, self._metrics)
+        self._metrics = {}
+
+    @staticmethod
+    def _step_plateaus(trainer: Trainer, pl_module: LightningModule, epochs: int, metrics: dict[str, float]) -> None:
+        """Step the schedulers that depend on a metric, where Lightning does not."""
+        for config in trainer.lr_scheduler_configs:
+            due = config.reduce_on_plateau and config.interval == "epoch" and epochs % config.frequency == 0
+            if due and config.monitor in metrics:
+                pl_module.lr_scheduler_step(config.scheduler, metrics[config.monitor])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._started = False
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self._asked = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        rank_zero_info(f"{signal.Signals(signum).name}: stopping after this step; once more stops at once")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.world_size == 1:
+            self._signal = self._asked
+        elif (batch_idx + 1) % AGREE_EVERY == 0 or trainer.is_last_batch:  # all save together
+            asked = torch.tensor(self._asked, device=pl_module.device)
+            self._signal = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        due = trainer.global_step // self.every_n_train_steps > self._saved_step // self.every_n_train_steps
+        if not due and not self._signal:
+            return
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        if not accumulating and not self._evaluation_follows(trainer, batch_idx):
+            self._save(trainer)
+
+    @staticmethod
+    def _evaluation_follows(trainer: Trainer, batch_idx: int) -> bool:
+        """Whether validation or the end of the epoch comes before the next batch. Lightning resumes after
+        them from what is saved here, so that their metrics would be missing.
+        """
+        if trainer.check_val_every_n_epoch is None:
+            batch_idx = trainer.fit_loop.total_batch_idx
+        every = trainer.val_check_batch
+        validates = trainer.enable_validation and every is not None and (batch_idx + 1) % every == 0
+        return trainer.is_last_batch or validates
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics, self._before = {**self._before, **logged_values(trainer)}, {}
+        if trainer.max_steps == -1:  # otherwise Lightning would count the epoch twice when it resumes from here
+            # Lightning steps the schedulers that depend on a metric after this hook. The metrics go into the
+            # checkpoint, and a resumed run makes up for that step.
+            self._metrics = metrics
+            self._save(trainer)
+            self._metrics = {}
+        if trainer.fit_loop.restarting:  # in the epoch that it was resumed in Lightning leaves that step out
+            self._step_plateaus(trainer, pl_module, trainer.current_epoch + 1, metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self._metrics, "before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._metrics, self._before = state_dict["metrics"], state_dict.get("before", {})
+
+    def _save(self, trainer: Trainer) -> None:
+        if not self._metrics:
+            self._before = {**self._before, **logged_values(trainer)}
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self._run.checkpoints / PENDING, weights_only=False)
+            self._pending, self._saved_step = True, trainer.global_step
+
+    # The hooks that come next after what Lightning logs of the step or of the epoch.
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._pending:
+            self._commit(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._pending:
+            self._commit(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+        if self._pending:
+            self._commit(trainer)
+
+    def _commit(self, trainer: Trainer) -> None:
+        self._pending = False
+        last = self._run.checkpoints / "last.ckpt"
+        for logger in trainer.loggers:
+            logger.save()
+        if trainer.is_global_zero:
+            with explain_write_errors(last):
+                os.replace(last.with_name(PENDING), last)
+        if self._signal:
+            said = f"Stopped at step {trainer.global_step} by {signal.Signals(self._signal).name}"
+            if project := self._run.project:
+                config, ckpt_path = relative(self._run.config), relative(last)
+                said += f". To go on: {project.command('fit', '--config', config, '--ckpt_path', ckpt_path)}"
+            else:
+                said += f". To go on: trainer.fit(..., ckpt_path={relative(last)!r})"
+            rank_zero_info(said)
+            sys.exit(128 + self._signal)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the current weights in ``exception.ckpt``. A step that was broken off is no state to resume
+        from exactly, so ``--ckpt_path=last`` keeps to ``last.ckpt``.
+        """
+        if not isinstance(exception, Exception) or isinstance(exception, UserError):
+            return
+        if not self._started or trainer.world_size > 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        vanished = not self._run.folder.exists()
+        path = self._run.checkpoints / EXCEPTION
+        trainer.save_checkpoint(path)
+        cause = exception.__cause__ or exception  # Lightning's logger makes a ValueError of whatever it meets
+        if isinstance(cause, OSError) and (vanished or cause.errno == errno.ENOSPC):
+            run = relative(self._run.folder)
+            what = "has vanished, with its curves and checkpoints," if vanished else "has a full disk"
+            raise CheckpointError(
+                f"{run} {what} while training; the weights after step {trainer.global_step} are in {relative(path)}"
+            ) from exception
+
+
+class RandomState(Callback):
+    """Save the state of the random generators of every process in checkpoints, and restore it.
+
+    Example:
+        >>> Trainer(callbacks=[RandomState(), LastCheckpoint()])
+    """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        numpy_state = np.random.get_state(legacy=False)
+        assert isinstance(numpy_state, dict)
+        numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+        state = {
+            "python": random.getstate(),
+            "numpy": numpy_state,
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+        }
+        states = [state] * trainer.world_size
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(states, state)
+        checkpoint["random_states"] = states  # one for each process
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("random_states", [])
+        if trainer.state.fn != "fit":
+            return
+        if len(states) != trainer.world_size:
+            rank_zero_warn(
+                f"the checkpoint has the random state of {len(states)} processes, this run has "
+                f"{trainer.world_size}: it resumes, but not exactly as the uninterrupted run would have"
+            )
+            return
+        state = states[trainer.global_rank]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])

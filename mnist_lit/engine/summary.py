@@ -1,0 +1,79 @@
+"""The table at the end of a run, and the commands that come next."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from mnist_lit.engine.best import best_checkpoint
+from mnist_lit.engine.run import Run, relative
+
+
+class Summary(Callback):
+    """Print the final metrics beside those of the best epoch, and where the run is.
+
+    Example:
+        >>> Trainer(callbacks=[Summary()])
+    """
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        console, best, epochs = Console(), best_checkpoint(trainer), trainer.current_epoch
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        dataset = getattr(datamodule, "dataset_used", type(datamodule or pl_module).__name__)
+        taken = timedelta(seconds=round(time.monotonic() - self._started))
+        title = f"{type(pl_module).__name__} on {dataset} after {epochs} epoch{'s' * (epochs != 1)}, {taken}"
+        best_metrics: dict[str, float] = getattr(best, "best_metrics", {})
+        columns = ["last", *([f"best: epoch {best.best_epoch}"] if best_metrics else [])]  # type: ignore[union-attr]
+        table = Table("metric", *(Column(name, justify="right") for name in columns), title=escape(title))
+        table.min_width = len(title) + 2
+        for name, value in sorted(trainer.callback_metrics.items()):
+            if f"{name}_epoch" not in trainer.callback_metrics:  # the mean over the epoch says more
+                values = [value, *([best_metrics.get(name)] if best_metrics else [])]
+                table.add_row(escape(name.removesuffix("_epoch")), *map(_number, values))
+        console.print(table)
+        run = Run.of(trainer)
+        last = run.checkpoints / "last.ckpt" if run.exists else Path()
+        kept = getattr(best, "best_model_path", "") or (str(last) if last.is_file() else "")
+        if not kept:
+            return
+        commands = [shlex.join(viewer) for logger in trainer.loggers if (viewer := _viewer(logger))]
+        if run.project:
+            options = ("--config", relative(run.config), "--ckpt_path", relative(kept))
+            commands.append(run.project.command("test", *options))
+        console.print(f"The run is in {relative(run.folder)}. What comes next:", highlight=False, markup=False)
+        for line in commands:
+            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _number(value: Any) -> str:
+    """Of a metric, for the table; nothing for one that is not there."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
+
+
+def _viewer(logger: Logger) -> list[str]:
+    """The command that shows what a logger has logged; none for one that shows it by itself."""
+    if isinstance(logger, TensorBoardLogger):
+        return ["tensorboard", "--logdir", relative(logger.root_dir)]
+    if isinstance(logger, MLFlowLogger) and logger.save_dir:  # not of a server
+        return ["mlflow", "ui", "--backend-store-uri", relative(logger.save_dir)]
+    return []
