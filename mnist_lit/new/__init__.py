@@ -77,7 +77,7 @@ def requirement() -> str:
     `` @ git+https://host/path@COMMIT``. Any other folder or file is asked for by its ``file://`` address.
     """
     checkout = Path(__file__).parents[2]
-    if (checkout / "pyproject.toml").exists():  # where it is imported from, whatever is installed
+    if not list(checkout.glob(f"{ENGINE}-*.dist-info")):  # not where a wheel was unpacked, whatever else is installed
         return f" @ {_pushed(checkout) or checkout.as_uri()}"
     installed = distribution(ENGINE)
     origin = json.loads(installed.read_text("direct_url.json") or "{}")
