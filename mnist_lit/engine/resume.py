@@ -8,8 +8,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 
 from mnist_lit.engine.errors import CheckpointError, ConfigurationError
+from mnist_lit.engine.provenance import engine_version
 
 # Options whose effect is in the checkpoint: weights, optimizers, schedulers, random numbers, the best so far.
 RESTORED = ("seed_everything", "model", "optimizer", "lr_scheduler", "monitor", "mode", "best_checkpoint", "init_from")
@@ -54,7 +56,7 @@ def _differences(saved: Any, given: Any, name: str = "") -> Iterator[tuple[str, 
 
 
 class ResumeGuard(Callback):
-    """Refuse to resume schedules and optimizers that the checkpoint would silently change.
+    """Refuse to resume schedules and optimizers that the checkpoint would silently change, and warn of another engine.
 
     Raises:
         CheckpointError: naming a schedule of another length, or an optimizer with other groups of parameters.
@@ -65,8 +67,17 @@ class ResumeGuard(Callback):
         self._schedulers: list[dict[str, Any]] = []
         self._optimizers: list[dict[str, Any]] = []
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["engine"] = engine_version()
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
+            theirs, ours = checkpoint.get("engine"), engine_version()
+            if theirs != ours:
+                rank_zero_warn(
+                    f"the checkpoint was written by {theirs}, this is {ours}: it resumes, but the last bits of its "
+                    "results may differ from those of the uninterrupted run"
+                )
             self._schedulers = checkpoint.get("lr_schedulers", [])
             self._optimizers = checkpoint.get("optimizer_states", [])
         if trainer.lr_scheduler_configs:  # FSDP loads checkpoints after on_fit_start

@@ -10,46 +10,60 @@ import io
 import math
 import os
 import platform
-import re
-import sys
+import statistics
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
+from jsonargparse import get_loader
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningArgumentParser
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
-from sqlalchemy.exc import DBAPIError
 
 from mnist_lit.engine.best import infer_mode
-from mnist_lit.engine.cli import run
+from mnist_lit.engine.cli import CLI, run
 from mnist_lit.engine.errors import ConfigurationError, DivergenceError
 from mnist_lit.engine.options import with_config
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.run import LOGS, relative
 from mnist_lit.engine.storage import atomic_write
 
-ATTEMPTS = 3  # to open the database
 HEARTBEAT = 5  # seconds; a process that is silent for twice as long counts as dead
-# Options of the trainer that say how many processes there are; one is all that a trial may have.
-OF_PROCESSES = ("accelerator", "devices", "num_nodes", "strategy")
 DONE = TrialState.COMPLETE, TrialState.PRUNED
 
-Space = dict[str, dict[str, Any]]
+Space = dict[str, BaseDistribution]
 
 
-class TrialBudgetExceeded(Exception):  # noqa: N818, it is no error
+class TrialBudgetExceeded(Exception):  # noqa: N818, it is not an error
     """Another process has taken the last trial."""
+
+
+class OneProcess(CLI):
+    """The command line of a trial, which refuses to start further processes."""
+
+    def before_fit(self) -> None:
+        if self.trainer.world_size > 1:
+            raise ConfigurationError(
+                f"a sweep's trials run in one process each, and not in {self.trainer.world_size}: --trainer.devices=1 "
+                "--trainer.num_nodes=1; for several GPUs start as many sweeps of the same study, each with a "
+                "CUDA_VISIBLE_DEVICES of its own"
+            )
 
 
 class Prune(Callback):
@@ -58,92 +72,74 @@ class Prune(Callback):
     Args:
         trial: of the run.
         monitor: the metric that decides.
-        maximize: whether higher is better.
     """
 
-    def __init__(self, trial: optuna.Trial, monitor: str, maximize: bool) -> None:
-        self.trial, self.monitor, self.maximize = trial, monitor, maximize
-        self.pruned, self.best = False, float("-inf") if maximize else float("inf")
+    def __init__(self, trial: optuna.Trial, monitor: str) -> None:
+        self.trial, self.monitor = trial, monitor
+        self.values, self.pruned = list[float](), False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            if self.monitor not in trainer.callback_metrics:
-                names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-                raise ConfigurationError(f"--monitor={self.monitor}: the model logs {names}")
-            value = trainer.callback_metrics[self.monitor].item()
-            self.best = max(self.best, value) if self.maximize else min(self.best, value)
-            self.trial.report(value, trainer.current_epoch)
-            self.pruned = trainer.should_stop = self.trial.should_prune()
+        if trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise ConfigurationError(f"--monitor={self.monitor}: the model logs {names}")
+        self.values.append(trainer.callback_metrics[self.monitor].item())
+        self.trial.report(self.values[-1], len(self.values))
+        self.pruned = trainer.should_stop = self.trial.should_prune()
 
 
 # -------------------------------------------------------------------------------------------- space
 
 
 def read_space(path: Path) -> Space:
-    """Read what to search: hyperparameters of ``fit`` by their dotted names.
+    """Read what to search: options of ``fit`` by their dotted names.
 
     Args:
-        path: a YAML file; per hyperparameter ``low`` and ``high``, optionally ``log: true`` or a ``step``, or
-            ``choices``.
+        path: a YAML file; per option ``low`` and ``high``, optionally ``log: true`` or a ``step``, or ``choices``.
 
     Raises:
         ConfigurationError: naming what is wrong.
     """
     try:
-        space = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(space, dict) or not space:
-            raise ValueError("expected names of settings, such as model.init_args.lr")
-        for name, setting in space.items():
-            try:
-                setting |= {key: _value(value) for key, value in dict(setting).items()}
-                if "choices" in setting:
-                    CategoricalDistribution(**setting)
-                else:
-                    (IntDistribution if _whole(setting) else FloatDistribution)(**setting)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{name}: expected {{low: 0.1, high: 1.0, log: true}} or {{choices: [a, b]}}, "
-                    f"found {setting} ({error})"
-                ) from error
-        return space
+        settings = get_loader("yaml")(path.read_text(encoding="utf-8"))  # as a config: 1e-4 is a number
+        if not isinstance(settings, dict) or not settings:
+            raise ValueError("expected names of options, such as model.init_args.lr")
+        return {name: _distribution(name, setting) for name, setting in settings.items()}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigurationError(f"--space={path}: {error}") from error
 
 
-def _value(value: Any) -> Any:
-    """What YAML 1.1 leaves a text though it is a number: 1e-4, where it would want 1.0e-4."""
-    if isinstance(value, list):
-        return [_value(each) for each in value]
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I) else value
+def _distribution(name: str, setting: Any) -> BaseDistribution:
+    try:
+        if "choices" in setting:
+            return CategoricalDistribution(**setting)
+        whole = isinstance(setting["low"], int) and isinstance(setting["high"], int)
+        return (IntDistribution if whole else FloatDistribution)(**setting)
+    except (KeyError, TypeError, ValueError) as error:
+        expected = "{low: 0.1, high: 1.0, log: true} or {choices: [a, b]}"
+        raise ValueError(f"{name}: expected {expected}, not {setting} ({error})") from error
 
 
-def _whole(setting: dict[str, Any]) -> bool:
-    return isinstance(setting["low"], int) and isinstance(setting["high"], int)
+def _suggest(trial: optuna.Trial, name: str, options: Any) -> Any:
+    if isinstance(options, CategoricalDistribution):
+        return trial.suggest_categorical(name, options.choices)
+    suggest = trial.suggest_int if isinstance(options, IntDistribution) else trial.suggest_float
+    return suggest(name, options.low, options.high, step=options.step, log=options.log)
 
 
-def _suggest(trial: optuna.Trial, name: str, setting: dict[str, Any]) -> Any:
-    if "choices" in setting:
-        return trial.suggest_categorical(name, **setting)
-    return (trial.suggest_int if _whole(setting) else trial.suggest_float)(name, **setting)
-
-
-def grid_of(space: Space) -> dict[str, list[Any]]:
-    """All values of each hyperparameter.
+def _grid(name: str, options: Any) -> list[Any]:
+    """All values of an option.
 
     Raises:
         ConfigurationError: for a range that has no steps.
     """
-    grid = {}
-    for name, setting in space.items():
-        if "choices" in setting:
-            grid[name] = list(setting["choices"])
-            continue
-        low, high = setting["low"], setting["high"]
-        step = setting.get("step", 1 if _whole(setting) else None)
-        if step is None or setting.get("log"):
-            raise ConfigurationError(f"--sampler=grid: {name} needs choices, or a step from low to high")
-        grid[name] = [low + index * step for index in range(int((high - low) / step + 1e-9) + 1)]
-    return grid
+    if isinstance(options, CategoricalDistribution):
+        return list(options.choices)
+    if options.step is None or options.log:
+        raise ConfigurationError(f"--sampler=grid: {name} needs choices, or a step from low to high")
+    number = int((options.high - options.low) / options.step + 1e-9) + 1
+    return [options.low + index * options.step for index in range(number)]
 
 
 # ------------------------------------------------------------------------------------------- trials
@@ -160,47 +156,47 @@ def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit:
         fit: arguments of ``fit`` that all trials have in common.
         monitor: the metric that decides.
     """
-    maximize = study.direction == StudyDirection.MAXIMIZE
+    better = max if study.direction == StudyDirection.MAXIMIZE else min
 
-    def alive(found: list[FrozenTrial]) -> int:
+    def alive(upto: int | None = None) -> int:
+        found = study.get_trials(deepcopy=False)[:upto]
         return sum(trial.state in (*DONE, TrialState.RUNNING) for trial in found)
 
     def objective(trial: optuna.Trial) -> float:
-        number = alive(study.get_trials(deepcopy=False)[: trial.number])
-        if number >= trials:
+        if (number := alive(trial.number)) >= trials:
             raise TrialBudgetExceeded
-        settings = {name: _suggest(trial, name, setting) for name, setting in space.items()}
+        settings = {name: _suggest(trial, name, options) for name, options in space.items()}
         text = ", ".join(f"{name}={value}" for name, value in settings.items())
-        Console().rule(f"Trial {number + 1} of {trials}: {text}")
+        Console().rule(f"Trial {number + 1} of {trials}: {escape(text)}")
         trial.set_user_attr("process", f"{os.getpid()} on {platform.node()}")
-        prune = Prune(trial, monitor, maximize)
         arguments = [f"--{name}={value}" for name, value in settings.items()]
         arguments.append(f"--run_name={study.study_name}-{trial.number}")
+        prune = Prune(trial, monitor)
         try:
-            cli = run(project, ["fit", *fit, *arguments], [prune])
+            cli = run(project, ["fit", *fit, *arguments], [prune], OneProcess)
         except DivergenceError as error:
             raise optuna.TrialPruned(str(error)) from error
         trial.set_user_attr("run", relative(cli.run.folder))
         trial.set_user_attr("config", cli.run.config.read_text(encoding="utf-8"))
-        if prune.pruned:
+        values = [value for value in prune.values if math.isfinite(value)]
+        if prune.pruned or not values:
             raise optuna.TrialPruned
-        return prune.best
+        return better(values)
 
     while len(study.get_trials(deepcopy=False, states=DONE)) < trials:
-        if alive(study.get_trials(deepcopy=False)) < trials:
+        if alive() < trials:
             study.optimize(objective, n_trials=1, catch=TrialBudgetExceeded)
-        else:  # the other processes are at the last ones; those of a killed one are done again
+        else:  # other processes run the last ones; those of a killed process are done again
             optuna.storages.fail_stale_trials(study)
             time.sleep(1)
 
 
-def status(study: optuna.Study) -> None:
-    """Print every trial so far, those that run now with what they have reached."""
-    trials = study.get_trials(deepcopy=False)
-    monitor = study.user_attrs.get("monitor", "value")
+def print_trials(study: optuna.Study, trials: Iterable[FrozenTrial], title: str) -> None:
+    """Print a table of trials, those that run now with what they have reached."""
+    trials = list(trials)
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    columns = ("epochs", monitor, *(name.rpartition(".")[2] for name in names))
-    table = Table("run", "state", *(Column(name, justify="right") for name in columns), title=escape(study.study_name))
+    numbers = ("validations", study.user_attrs.get("monitor", "value"), *(name.rpartition(".")[2] for name in names))
+    table = Table("run", "state", *(Column(name, justify="right") for name in numbers), title=escape(title))
     for trial in trials:
         reached = trial.value
         if reached is None and trial.last_step is not None:
@@ -211,14 +207,13 @@ def status(study: optuna.Study) -> None:
     Console().print(table)
 
 
-def report(project: Project, study: optuna.Study, folder: Path, monitor: str) -> None:
+def report(project: Project, study: optuna.Study, folder: Path) -> None:
     """Print the best trials, and write the config of the best one and Optuna's plots.
 
     Args:
         project: that runs.
         study: with at least one complete trial.
         folder: where ``best.yaml`` and the plots go.
-        monitor: the metric that decides.
     """
     import matplotlib
 
@@ -226,18 +221,15 @@ def report(project: Project, study: optuna.Study, folder: Path, monitor: str) ->
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     complete = study.get_trials(states=[TrialState.COMPLETE])
-    names = list(complete[0].params)
-    columns = (monitor, *(name.rpartition(".")[2] for name in names))
-    table = Table("run", *(Column(name, justify="right") for name in columns), title="The best trials")
     maximize = study.direction == StudyDirection.MAXIMIZE
-    for trial in sorted(complete, key=lambda trial: trial.value or 0.0, reverse=maximize)[:10]:
-        values = (trial.value, *(trial.params[name] for name in names))
-        cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
-        table.add_row(trial.user_attrs["run"], *cells)
-    console.print(table)
-    folder.mkdir(parents=True, exist_ok=True)
+    ranked = sorted(complete, key=lambda trial: trial.value or 0.0, reverse=maximize)
+    print_trials(study, ranked[:10], "The best trials")
+    values = [trial.value or 0.0 for trial in complete]
+    if len(study.best_params) == 1 and len(values) > 1:  # such as the folds of a cross-validation
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        console.print(f"mean {mean:.4g}, standard deviation {deviation:.4g} of {len(values)} trials")
     with atomic_write(folder / "best.yaml") as part:
         part.write_text(study.best_trial.user_attrs["config"], encoding="utf-8")
     drawn: dict[str, Any] = {
@@ -245,68 +237,47 @@ def report(project: Project, study: optuna.Study, folder: Path, monitor: str) ->
         "curves": plots.plot_intermediate_values,
         "slices": plots.plot_slice,
         "parallel": plots.plot_parallel_coordinate,
+        "importances": plots.plot_param_importances,
     }
-    if len(complete) > 1:
-        drawn["importances"] = plots.plot_param_importances
     for name, plot in drawn.items():
-        plot(study)
-        pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+        try:
+            plot(study)
+            pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+        except (RuntimeError, ValueError) as error:  # such as importances of one trial
+            console.print(f"{name}.png is not drawn: {error}")
         pyplot.close("all")
-    console.print(f"Wrote {folder}/best.yaml, {', '.join(f'{name}.png' for name in drawn)}", soft_wrap=True)
-    again = project.command("fit", "--config", folder / "best.yaml")
-    console.print(f"  {again}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"The plots are in {folder}, the best config, too. Train with it again:")
+    console.print(f"  {project.command('fit', '--config', folder / 'best.yaml')}")
 
 
-def open_study(
-    url: str, name: str, direction: StudyDirection, sampler: optuna.samplers.BaseSampler | None = None
-) -> optuna.Study:
+def open_study(url: str, name: str, **options: Any) -> optuna.Study:
     """Open a study, and make it first if the database has none of that name.
+
+    Args:
+        url: of the database, as for Optuna.
+        name: of the study.
+        options: of ``optuna.create_study``.
 
     Raises:
         ConfigurationError: when the database cannot be used.
     """
-    for attempts in reversed(range(ATTEMPTS)):
+    for last in (False, False, True):  # Optuna's tables cannot be made by two processes at once
         try:
             storage = optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT)
-            return optuna.create_study(
-                storage=storage, study_name=name, direction=direction, sampler=sampler, load_if_exists=True
-            )
-        except Exception as error:  # whatever the driver of a database says
-            # Optuna's tables cannot be made by two processes at once.
-            if not attempts or not isinstance(error, DBAPIError):
-                raise ConfigurationError(f"--storage={url}: {str(error).splitlines()[0]}") from error
+            return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, **options)
+        except Exception as error:  # whatever the driver of a database raises
+            if last:
+                raise ConfigurationError(f"--storage={url}: {str(error).partition(chr(10))[0]}") from error
             time.sleep(1)
     raise AssertionError
 
 
-def _config_of(project: Project, fit: list[str]) -> dict[str, Any]:
+def _options(project: Project, fit: list[str]) -> dict[str, Any]:
     """Options of a fit with these arguments, as its own parser reads them."""
     printed = io.StringIO()
     with redirect_stdout(printed), suppress(SystemExit):
         run(project, ["fit", *fit, "--print_config"])
-    config = yaml.safe_load(printed.getvalue())
-    if not isinstance(config, dict):
-        sys.exit(2)  # the parser has printed what is wrong
-    return config
-
-
-def _check_trainer(options: dict[str, Any]) -> None:
-    """Make a trainer of these options before the first trial, and find out how many processes it would start.
-
-    Raises:
-        ConfigurationError: if it is more than one.
-        MisconfigurationException: if Lightning refuses the options.
-    """
-    parser = LightningArgumentParser()
-    parser.add_class_arguments(Trainer, "trainer")
-    leaves_nothing = {"callbacks": None, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    made = parser.instantiate_classes(parser.parse_object({"trainer": options | leaves_nothing})).trainer
-    if made.world_size > 1:
-        option = "num_nodes" if made.num_nodes > 1 else "devices"
-        raise ConfigurationError(
-            f"a sweep's trials run in one process each, and not in {made.world_size}: --trainer.{option}=1; for "
-            "several GPUs start as many sweeps of the same study, each with a CUDA_VISIBLE_DEVICES of its own"
-        )
+    return yaml.safe_load(printed.getvalue())
 
 
 def main(args: list[str], project: Project) -> None:
@@ -331,50 +302,52 @@ def main(args: list[str], project: Project) -> None:
         "--trials", type=int, help="in all, also those done before (default: 20; with --sampler=grid the whole grid)"
     )
     parser.add_argument(
-        "--sampler", choices=["tpe", "random", "grid"], default="tpe", help="Optuna's (default: tpe, which learns)"
+        "--sampler",
+        choices=["tpe", "random", "grid"],
+        default="tpe",
+        help="Optuna's (default: tpe, which learns); grid runs every combination to its end",
     )
     parser.add_argument("--status", action="store_true", help="print the trials so far, also while others run")
     parser.add_argument("--study", default="sweep", help="name of the study (default: sweep)")
     parser.add_argument(
-        "--storage",
-        help="any of Optuna's database addresses (default: a SQLite file in lightning_logs/STUDY)",
+        "--storage", help="any of Optuna's database addresses (default: a SQLite file in lightning_logs/STUDY)"
     )
     known, fit = parser.parse_known_args(args)
     folder = Path(LOGS) / known.study
     url = known.storage or f"sqlite:///{folder}/study.db"
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     if known.status:
         if known.storage is None and not (folder / "study.db").is_file():
             raise ConfigurationError(f"--status: there is no study in {folder} yet")
         try:
-            return status(optuna.load_study(study_name=known.study, storage=url))
+            study = optuna.load_study(study_name=known.study, storage=url)
         except KeyError:
             raise ConfigurationError(f"--status: there is no study {known.study} in {url}") from None
+        return print_trials(study, study.get_trials(deepcopy=False), known.study)
     if known.space is None:
         parser.error("--space: a sweep needs a file that says what to search, such as configs/sweep.yaml")
-    space = read_space(known.space)
-    if fixed := [name for name in space if name in {f"trainer.{option}" for option in OF_PROCESSES}]:
-        raise ConfigurationError(f"--space={known.space}: {fixed[0]} cannot be searched, all trials run in one process")
+    space, trials = read_space(known.space), known.trials or 20
+    options: dict[str, Any] = {}
     # Optuna's samplers draw new seeds in every process: several of them share a study.
-    sampler: optuna.samplers.BaseSampler | None = optuna.samplers.RandomSampler() if known.sampler == "random" else None
-    trials = known.trials or 20
+    if known.sampler == "random":
+        options["sampler"] = optuna.samplers.RandomSampler()
     if known.sampler == "grid":
-        grid = grid_of(space)
-        sampler, size = optuna.samplers.GridSampler(grid), math.prod(map(len, grid.values()))
+        grid = {name: _grid(name, distribution) for name, distribution in space.items()}
+        options = {"sampler": optuna.samplers.GridSampler(grid), "pruner": optuna.pruners.NopPruner()}
+        size = math.prod(map(len, grid.values()))
         trials = min(known.trials or size, size)
     _, *fit = with_config(["fit", *fit], project)
-    config = _config_of(project, fit)
+    config = _options(project, fit)
     monitor, mode = config["monitor"], infer_mode(config["monitor"], config["mode"])
-    _check_trainer(config["trainer"])
-    if known.storage is None:
-        folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(url, known.study, StudyDirection[f"{mode.upper()}IMIZE"], sampler)
-    if study.user_attrs.setdefault("space", space) != space:
+    folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(url, known.study, direction=f"{mode}imize", **options)
+    described = {name: distribution_to_json(distribution) for name, distribution in space.items()}
+    if study.user_attrs.get("space", described) != described:
         raise ConfigurationError(f"the study {known.study} has another space; name a new one with --study")
-    study.set_user_attr("space", space)
+    study.set_user_attr("space", described)
     study.set_user_attr("monitor", monitor)
     sweep(project, study, space, trials, fit, monitor)
     if not study.get_trials(states=[TrialState.COMPLETE]):
         raise ConfigurationError(f"none of {trials} trials came to an end: every one diverged or was pruned")
-    report(project, study, folder, monitor)
+    report(project, study, folder)

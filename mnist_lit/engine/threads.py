@@ -1,4 +1,4 @@
-"""How many processors there are for a process, and how many threads it computes with."""
+"""How many processors a process may use, and how many threads it computes with."""
 
 from __future__ import annotations
 
@@ -8,29 +8,23 @@ from pathlib import Path
 
 
 def available_cpus(processes: int = 1, groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Processors for each of a number of processes on this machine, at least 1.
+    """Processors for each of several processes on this machine, at least 1.
 
-    Counted are those that the process may run on and, in a container, its quota (see cpu.max in
-    https://docs.kernel.org/admin-guide/cgroup-v2.html).
+    Affinity counts and, in a container, its quota (cpu.max in
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, or the files of version 1).
 
     Args:
         processes: that share them.
         groups: where the control groups are mounted.
     """
     cpus: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(cpus, _quota(groups))) // processes)
-
-
-def _quota(groups: Path) -> float:
-    """Processors that a container may use; infinite where there is no limit."""
-    files = [groups / "cpu.max"], [groups / "cpu/cpu.cfs_quota_us", groups / "cpu/cpu.cfs_period_us"]  # version 2, 1
-    for version in files:
+    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
         try:
-            quota, period = " ".join(file.read_text() for file in version).split()
-            return int(quota) / int(period) if int(quota) > 0 else math.inf
-        except (OSError, ValueError):  # no such files, or "max"
+            quota, period = (int(number) for name in names for number in (groups / name).read_text().split())
+        except (OSError, ValueError):  # there are no such files, or there is no limit: "max"
             continue
-    return math.inf
+        cpus = min(cpus, quota / period if quota > 0 else math.inf)
+    return max(1, int(cpus) // processes)
 
 
 def set_threads(num_threads: int | None, processes: int = 1) -> int:
@@ -46,8 +40,8 @@ def set_threads(num_threads: int | None, processes: int = 1) -> int:
     if num_threads is None:
         chosen = os.environ.get("OMP_NUM_THREADS", "")
         num_threads = int(chosen) if chosen.isdigit() and int(chosen) else available_cpus(processes)
-    import torch  # which it takes a second to import, and no processors to count
+    import torch  # importing it takes a second, which counting processors does not need
 
     torch.set_num_threads(num_threads)
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # without which Lightning chooses for the processes it starts
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # without it, Lightning chooses for the processes that it starts
     return num_threads
