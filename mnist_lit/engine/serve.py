@@ -51,7 +51,6 @@ EXPECTED = 'send an image, a form with files, or {"images": [...]} with files in
 # The page talks to this server alone.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 JSON = "application/json"
-
 MakeReader = Callable[[dict[str, Any]], ImageReader]  # from the hyperparameters of the model's data module
 
 
@@ -232,9 +231,9 @@ def main(args: list[str], project: Project, reader: MakeReader = ImageReader) ->
     """
     options, others = parse(args, project)
     host, port = options.host, options.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listening = socket.create_server((host, port), family=family, backlog=2048)
         except (OSError, OverflowError) as error:
             raise ConfigurationError(f"--host={host} --port={port} cannot be had ({error}); choose others") from error
@@ -244,7 +243,8 @@ def main(args: list[str], project: Project, reader: MakeReader = ImageReader) ->
     for signum in (signal.SIGINT, signal.SIGTERM):  # which uvicorn raises again when the last answer is out
         signal.signal(signum, signal.default_int_handler)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for every damaged form
-    print(f"Serving {app.title} at http://{host}:{port}, a page to try it; with /predict", flush=True)
+    name = f"[{host}]" if ":" in host else host
+    print(f"Serving {app.title} at http://{name}:{port}, a page to try it; with /predict", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2 * PATIENCE)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
