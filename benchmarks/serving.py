@@ -117,13 +117,14 @@ def pictures() -> dict[str, list[Sent]]:
 
 def hostile(good: bytes) -> list[Sent]:
     """Requests that a server has to refuse, or to survive."""
-    large, bomb, noise = io.BytesIO(), io.BytesIO(), random.Random(1).randbytes(5000)
+    large, bomb = io.BytesIO(), io.BytesIO()
     Image.new("L", (9_000, 5_000), 255).save(large, "PNG")
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
-    files = [b"", good[:40], b"\x89PNG" + bytes(1000), large.getvalue(), bomb.getvalue(), noise, bytes(2**25)]
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop"
+    files = [b"", good[:40], b"\x89PNG" + bytes(1000), large.getvalue(), bomb.getvalue(), program, bytes(2**25)]
     texts = [b"{", b"[" * 10**5, b'{"images": 3}', b'{"image": "%%%"}', b'{"image": [[1, 2], [3]]}', b"[]," * 10**6]
     return [
-        *(Sent("image/png", file) for file in [*files, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop"]),
+        *(Sent("image/png", file) for file in files),
         *(Sent("application/json", text) for text in texts),
         *(Sent(kind, good) for kind in ("multipart/form-data", "multipart/form-data; boundary=b")),
     ]

@@ -8,6 +8,7 @@ One process: an event loop receives requests, threads decode pictures, and one t
 import argparse
 import asyncio
 import json
+import logging
 import os
 import shlex
 import signal
@@ -50,7 +51,6 @@ EXPECTED = 'send an image, a form with files, or {"images": [...]} with files in
 # The page talks to this server alone.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 JSON = "application/json"
-
 MakeReader = Callable[[dict[str, Any]], ImageReader]  # from the hyperparameters of the model's data module
 
 
@@ -121,7 +121,7 @@ def from_json(body: bytes) -> list[tuple[str, bytes | list[Any]]]:
         images = sent.images if sent.image is None else [sent.image]
         return [("", b64decode(i.rpartition("base64,")[2], validate=True) if isinstance(i, str) else i) for i in images]
     except ValueError as error:  # pydantic's, and that of base64
-        raise ImageError("not the JSON that is expected") from error
+        raise ImageError(f"not the JSON that is expected; {EXPECTED}") from error
 
 
 def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI:
@@ -131,15 +131,10 @@ def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI
     compute, readers, classes = Together(served.predict), ThreadPoolExecutor(READERS), served.classes
     model = {"name": served.name, "digest": served.digest}
     size = {"channels": reader.channels, "image_size": reader.size, "draws": reader.draws}
-    about = json.dumps({**model, "classes": classes, **size})
-    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    page = page.replace("{{about}}", about.replace("<", "\\u003c"))
+    info = json.dumps({**model, "classes": classes, **size}).replace("<", "\\u003c")  # no name ends the page's script
+    page = files(__package__).joinpath("page.html").read_text("utf-8").replace("{{about}}", info)
     file = {"schema": {"type": "string", "format": "binary"}}
     kinds = {JSON: {"schema": Sent.model_json_schema()}, "multipart/form-data": file, "image/*": file}
-    described = {
-        "parameters": [{"name": "input", "in": "query", "schema": {"type": "boolean"}}],
-        "requestBody": {"required": True, "content": kinds},
-    }
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -147,10 +142,10 @@ def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI
 
     @app.get("/health")
     @app.get("/info")
-    async def info() -> Response:
-        return Response(about, media_type=JSON)
+    async def health() -> Response:
+        return Response(info, media_type=JSON)
 
-    @app.post("/predict", response_model=Answer, openapi_extra=described)
+    @app.post("/predict", response_model=Answer, openapi_extra={"requestBody": {"required": True, "content": kinds}})
     async def predict(request: Request) -> Response:
         show = request.query_params.get("input") == "true"
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -174,15 +169,13 @@ def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI
         try:
             images, about, rows = await asyncio.get_running_loop().run_in_executor(readers, read)
         except ImageError as error:
-            raise HTTPException(422, f"{error}; {EXPECTED}") from error
+            raise HTTPException(422, str(error)) from error
         predictions, rows = [], await compute(images) if rows is None else rows
         for row, known in zip(rows, about, strict=True):  # row: (num_classes,), or values of any shape
-            values: list[float] = row.ravel().tolist()
             if classes is None:
-                predictions.append(Prediction(values=values, **known))
+                predictions.append(Prediction(values=row.ravel().tolist(), **known))
             else:
-                shares = dict(zip(classes, values, strict=True))
-                best = classes[int(row.argmax())]
+                shares, best = dict(zip(classes, row.tolist(), strict=True)), classes[int(row.argmax())]
                 predictions.append(Prediction(class_=best, confidence=shares[best], probabilities=shares, **known))
         return Response(Answer(predictions=predictions, model=model).model_dump_json(by_alias=True), media_type=JSON)
 
@@ -193,8 +186,7 @@ def parse(args: list[str], project: Project) -> tuple[argparse.Namespace, list[s
     """Options of ``serve``, and those of ``predict``."""
     parser = argparse.ArgumentParser(
         prog=project.command("serve"),
-        description="Serve a model: POST /predict with images, GET / for a page to try it. For a checkpoint it takes "
-        "options of predict, too, such as --config, --model.* and --data.*; the config is by default the run's.",
+        description="Serve a model to POST /predict, with a page at /. A checkpoint takes options of predict, too.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -239,9 +231,9 @@ def main(args: list[str], project: Project, reader: MakeReader = ImageReader) ->
     """
     options, others = parse(args, project)
     host, port = options.host, options.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listening = socket.create_server((host, port), family=family, backlog=2048)
         except (OSError, OverflowError) as error:
             raise ConfigurationError(f"--host={host} --port={port} cannot be had ({error}); choose others") from error
@@ -250,7 +242,9 @@ def main(args: list[str], project: Project, reader: MakeReader = ImageReader) ->
         sys.exit(f"{project.name}: error: {error}")
     for signum in (signal.SIGINT, signal.SIGTERM):  # which uvicorn raises again when the last answer is out
         signal.signal(signum, signal.default_int_handler)
-    print(f"Serving {app.title} at http://{host}:{port}, a page to try it; with /predict", flush=True)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for every damaged form
+    name = f"[{host}]" if ":" in host else host
+    print(f"Serving {app.title} at http://{name}:{port}, a page to try it; with /predict", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2 * PATIENCE)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
