@@ -16,7 +16,7 @@ class Scheduled(Classifier):
     """SGD with momentum, whose learning rate follows a schedule, per step or per epoch.
 
     Args:
-        schedule: one_cycle, cosine, cyclic, plateau, warmup_cosine, chained or by_function.
+        schedule: one_cycle, cosine, cyclic, plateau or warmup_cosine.
         options: as in ``Classifier``.
     """
 
@@ -36,11 +36,6 @@ class Scheduled(Classifier):
             chosen = schedules.CosineAnnealingLR(optimizer, T_max=steps)
         elif self.schedule == "cyclic":
             chosen = schedules.CyclicLR(optimizer, base_lr=0.001, max_lr=0.05, step_size_up=7)
-        elif self.schedule == "chained":
-            constant = schedules.ConstantLR(optimizer, factor=0.5, total_iters=10)
-            chosen = schedules.ChainedScheduler([constant, schedules.ExponentialLR(optimizer, gamma=0.97)])
-        elif self.schedule == "by_function":
-            chosen = schedules.LambdaLR(optimizer, lambda step: 0.97**step)
         else:
             warmup = schedules.LinearLR(optimizer, start_factor=0.01, total_iters=steps // 4)
             cosine = schedules.CosineAnnealingLR(optimizer, T_max=steps - steps // 4)
