@@ -232,13 +232,14 @@ def report(project: Project, study: optuna.Study, folder: Path) -> None:
         console.print(f"mean {mean:.4g}, standard deviation {deviation:.4g} of {len(values)} trials")
     with atomic_write(folder / "best.yaml") as part:
         part.write_text(study.best_trial.user_attrs["config"], encoding="utf-8")
-    for name, plot in {
+    drawn: dict[str, Any] = {
         "history": plots.plot_optimization_history,
         "curves": plots.plot_intermediate_values,
         "slices": plots.plot_slice,
         "parallel": plots.plot_parallel_coordinate,
         "importances": plots.plot_param_importances,
-    }.items():
+    }
+    for name, plot in drawn.items():
         try:
             plot(study)
             pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
@@ -326,7 +327,8 @@ def main(args: list[str], project: Project) -> None:
         return print_trials(study, study.get_trials(deepcopy=False), known.study)
     if known.space is None:
         parser.error("--space: a sweep needs a file that says what to search, such as configs/sweep.yaml")
-    space, trials, options = read_space(known.space), known.trials or 20, {}
+    space, trials = read_space(known.space), known.trials or 20
+    options: dict[str, Any] = {}
     # Optuna's samplers draw new seeds in every process: several of them share a study.
     if known.sampler == "random":
         options["sampler"] = optuna.samplers.RandomSampler()
