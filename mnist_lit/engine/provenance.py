@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -105,18 +105,16 @@ class Provenance(Callback):
 @cache
 def engine() -> dict[str, str | None]:
     """The engine's ``version`` and, where it was installed from git or runs from a checkout, its ``commit``."""
-    number, commit = None, None
+    known: dict[str, str | None] = {"version": None, "commit": None}
     checkout = "-C", str(Path(__file__).parent)
-    if _git(*checkout, "ls-files", __file__):  # else the commit is that of a project around its environment
-        commit = _git(*checkout, "rev-parse", "HEAD").strip()
-    try:
+    with suppress(PackageNotFoundError, ValueError):  # a checkout that is not installed
         installed = distribution(ENGINE)
-        number = installed.version
+        known["version"] = installed.version
         origin = json.loads(installed.read_text("direct_url.json") or "{}")  # of PEP 610
-        commit = commit or origin.get("vcs_info", {}).get("commit_id")
-    except (PackageNotFoundError, ValueError):  # a checkout that is not installed
-        pass
-    return {"version": number, "commit": commit}
+        known["commit"] = origin.get("vcs_info", {}).get("commit_id")
+    if _git(*checkout, "ls-files", __file__):  # else the commit is that of a project around its environment
+        known["commit"] = _git(*checkout, "rev-parse", "HEAD").strip()
+    return known
 
 
 def engine_version() -> str:
