@@ -429,7 +429,7 @@ def run(project: Project, args: list[str], callbacks: Sequence[Callback] = (), c
 
 def more_commands(project: Project) -> dict[str, str]:
     """Commands that are not subcommands of ``LightningCLI``, by the module whose ``main`` runs each."""
-    modules = {name: f"{ENGINE}.engine.{name}" for name in ("sweep", "serve")}
+    modules = {name: f"{ENGINE}.engine.{name}" for name in ("sweep", "folds", "serve")}
     return {**modules, **project.commands}
 
 

@@ -10,7 +10,6 @@ import io
 import math
 import os
 import platform
-import statistics
 import time
 import warnings
 from collections.abc import Iterable
@@ -226,10 +225,6 @@ def report(project: Project, study: optuna.Study, folder: Path) -> None:
     maximize = study.direction == StudyDirection.MAXIMIZE
     ranked = sorted(complete, key=lambda trial: trial.value or 0.0, reverse=maximize)
     print_trials(study, ranked[:10], "The best trials")
-    values = [trial.value or 0.0 for trial in complete]
-    if len(study.best_params) == 1 and len(values) > 1:  # such as the folds of a cross-validation
-        mean, deviation = statistics.mean(values), statistics.stdev(values)
-        console.print(f"mean {mean:.4g}, standard deviation {deviation:.4g} of {len(values)} trials")
     with atomic_write(folder / "best.yaml") as part:
         part.write_text(study.best_trial.user_attrs["config"], encoding="utf-8")
     drawn: dict[str, Any] = {

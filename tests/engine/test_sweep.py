@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -146,16 +145,6 @@ def test_grid_tries_every_combination_and_status_shows_them(cli: Run, arguments:
     for trial in trials(tmp_path):
         assert re.search(rf"sweep-{trial.number} +│ complete +│ +1 │ +{trial.value:.4g} ", shown)
 
-
-@pytest.mark.matrix
-@pytest.mark.slow
-def test_grid_over_one_option_ends_with_mean_and_deviation(cli: Run, arguments: tuple, tmp_path: Path) -> None:
-    """Such as over data.fold."""
-    (tmp_path / "space.yaml").write_text("seed_everything: {low: 1, high: 3}")
-    done = cli(*arguments, "--sampler=grid", "--trainer.max_epochs=1")
-    values = [trial.value for trial in trials(tmp_path)]
-    mean, deviation = statistics.mean(values), statistics.stdev(values)
-    assert f"mean {mean:.4g}, standard deviation {deviation:.4g} of 3 trials" in done.stdout
 
 
 WRONG = {
