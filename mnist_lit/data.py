@@ -18,9 +18,9 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mnist_lit.datasets.forms import find_digit_form
+from mnist_lit.datasets.finding import find_pictures
 from mnist_lit.datasets.mnist import ARCHIVE, URLS, download_mnist, find_mnist
-from mnist_lit.datasets.pictures import PictureReader, find_pictures
+from mnist_lit.datasets.pictures import PictureReader, find_digit_form
 from mnist_lit.datasets.sources import FolderOptions, Source, open_dataset
 from mnist_lit.engine.errors import DatasetError, DownloadError
 from mnist_lit.engine.images import ImageError

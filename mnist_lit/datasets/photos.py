@@ -21,19 +21,20 @@ SECOND = 0.35  # of the digit's size: what is larger and not near is another dig
 EVEN = 0.94  # of the variance is between paper and ink: light falls evenly
 
 
-def find_digit(grey: np.ndarray) -> tuple[np.ndarray | None, str]:
+def find_digit(grey: np.ndarray, even: np.ndarray) -> tuple[np.ndarray, str]:
     """Find the ink of the digit in a picture.
 
     Args:
         grey: brightness float32 (H, W) in 0..1.
+        even: what is ink (H, W) in 0..1 if the light is even.
 
     Returns:
-        ink float32 (h, w), 0 paper and 1 full ink, or None if there is none, and a warning or "".
+        ink float32 (h, w), 0 paper and 1 full ink, and a warning or "".
     """
     scale = SIDE / max(grey.shape)
-    grey = cv2.blur(cv2.resize(grey, None, fx=scale, fy=scale).clip(0, 1), (3, 3))
-    if (contrast := _crop(grey)) is not None:
-        return _digit(contrast)
+    grey, even = (cv2.blur(cv2.resize(values, None, fx=scale, fy=scale), (3, 3)) for values in (grey, even))  # (h, w)
+    if _is_crop(even):
+        return _digit(even)
     contrast = _contrast(grey)
     noise = 2 * float(np.median(np.abs(np.diff(contrast))))
     faintest = max(PALE * _full(contrast), 3 * noise)
@@ -43,10 +44,10 @@ def find_digit(grey: np.ndarray) -> tuple[np.ndarray | None, str]:
     for _ in range(3):  # what is left may be fainter than a frame or a table
         mask = _mask(contrast, INK * _full(contrast))
         contrast = _without(contrast, _boxes(mask) | _cut_off(mask))
-    return _digit(contrast) if _full(contrast) > max(FAINTEST, 7 * noise) else (None, "")
+    return _digit(contrast if _full(contrast) > max(FAINTEST, 7 * noise) else np.zeros_like(contrast))
 
 
-def _digit(contrast: np.ndarray) -> tuple[np.ndarray | None, str]:
+def _digit(contrast: np.ndarray) -> tuple[np.ndarray, str]:
     """Ink and warning, as in ``find_digit``, out of the contrast float32 (h, w)."""
     full = _full(contrast)
     mask = _mask(contrast, INK * full)
@@ -58,29 +59,28 @@ def _digit(contrast: np.ndarray) -> tuple[np.ndarray | None, str]:
     _, groups, extents, _ = cv2.connectedComponentsWithStats(_grown(parts, NEAR * size / 2))
     digits = 1 + np.flatnonzero(extents[1:, 2:4].max(1) >= (SECOND + NEAR) * size)
     digit = parts & np.isin(groups, digits)
-    if size == 0:
-        return None, ""
     _, _, width, height = cv2.boundingRect(digit.astype(np.uint8))
     warning = "holds more than one digit" if len(digits) > 1 or width > 1.8 * height else ""
-    if mask.sum() > 2 * digit.sum():
+    if digits.size and mask.sum() > 2 * digit.sum():
         warning = "paper and digit are hard to tell apart"
-    return np.minimum(contrast / full, 1) * _grown(digit, 0.05 * size), warning
+    return np.minimum(contrast / max(full, FAINTEST), 1) * _grown(digit, 0.05 * size), warning
 
 
-def _crop(grey: np.ndarray) -> np.ndarray | None:
-    """Contrast float32 (h, w) of a digit that was cut out along its box, with too little paper to estimate; or None."""
-    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    contrast = grey - np.median(edge)
-    contrast = np.maximum(contrast if contrast.max() > -contrast.min() else -contrast, 0)
-    mask = _mask(contrast, max(INK * _full(contrast), FAINTEST))
-    height, width = mask.shape
+def _is_crop(even: np.ndarray) -> bool:
+    """Whether a digit was cut out along its box, so that too little of the paper is left to estimate its light."""
+    mask = _mask(even, INK * _full(even))
     _, _, stats, _ = cv2.connectedComponentsWithStats(mask)
-    _, _, across, down, area = stats[stats[1:, 4].argmax() + 1] if len(stats) > 1 else stats[0]
-    if _evenness(contrast) < EVEN or across < 0.7 * width or down < 0.7 * height or area < 0.8 * mask.sum():
-        return None
-    on_edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
+    height, width = mask.shape
+    _, _, across, down, area = max(stats[1:].tolist(), key=lambda part: part[4], default=(0, 0, 0, 0, 0))
     thick = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((110, 110), np.uint8))
-    return None if on_edge > 0.4 or thick.any() or _boxes(mask).any() else contrast
+    return (
+        _evenness(even) > EVEN
+        and across > 0.7 * width
+        and down > 0.7 * height
+        and area > 0.8 * mask.sum()
+        and np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean() < 0.4
+        and not (thick.any() or _boxes(mask).any())
+    )
 
 
 def _contrast(grey: np.ndarray) -> np.ndarray:
@@ -135,12 +135,13 @@ def _boxes(mask: np.ndarray) -> np.ndarray:
     found = np.zeros_like(mask)
     contours, tree = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     for number, contour in enumerate(contours):
-        holes = sum(cv2.contourArea(c) for c, node in zip(contours, tree[0], strict=True) if node[3] == number)
         (left, top, width, height), (_, sides, _) = cv2.boundingRect(contour), cv2.minAreaRect(contour)
         inside = left > 0 and top > 0 and left + width < mask.shape[1] and top + height < mask.shape[0]
         area = sides[0] * sides[1]
-        if inside and holes > 0.4 * area and cv2.contourArea(contour) > 0.88 * area:
-            cv2.drawContours(found, contours, number, 1, cv2.FILLED, hierarchy=tree, maxLevel=1)
+        if inside and min(sides) > SMALLEST * min(mask.shape) and cv2.contourArea(contour) > 0.88 * area:
+            holes = sum(cv2.contourArea(contours[hole]) for hole in np.flatnonzero(tree[0, :, 3] == number))
+            if holes > 0.4 * area:
+                cv2.drawContours(found, contours, number, 1, cv2.FILLED, hierarchy=tree, maxLevel=1)
     return found
 
 

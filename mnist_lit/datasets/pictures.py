@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import glob
 import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from mnist_lit.engine.errors import ENGINE, DatasetError
-from mnist_lit.engine.images import SUFFIXES, File, ImageError, ImageReader, read_image
+from mnist_lit.engine.errors import ENGINE
+from mnist_lit.engine.images import File, ImageError, ImageReader, read_image
 
 SIDE = 400  # pixels; a digit a fifth as high still has three times the pixels of MNIST's
 SMALL = 64  # pixels, shorter side; smaller pictures are not photos
+FAINTEST = 0.05  # contrast; fainter ink than that is not told from an empty paper's texture
+INK = 0.45  # of full ink; smudges and shades have less
 NOISE = 0.15  # of full ink; compression and scanners leave less than that around the strokes
 
 
@@ -56,7 +55,8 @@ def find_digit_form(dataset: Any) -> dict[str, Any] | None:
     sample = sample if light_on_dark else 255 - sample
     drawn = sample > 0.2 * sample.max((1, 2), keepdims=True)  # blurred rims of strokes are not
     places = np.arange(side) + 0.5
-    extents, centres = [], {"mass": [], "box": []}
+    extents: list[np.ndarray] = []
+    centres: dict[str, list[np.ndarray]] = {"mass": [], "box": []}
     for axis in (1, 2):
         occupied = drawn.any(axis)  # (m, side)
         first, last = np.where(occupied, places, side).min(1), np.where(occupied, places, 0).max(1)
@@ -72,41 +72,6 @@ def find_digit_form(dataset: Any) -> dict[str, Any] | None:
     if alike.mean() < 0.95 or not 0.2 * side <= box < side or off[by] > 0.04 * side:
         return None
     return asdict(DigitForm(side, box, light_on_dark, by))
-
-
-def find_pictures(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
-    """Find image files by file, folder or pattern such as ``digits/*.png``, sorted within each.
-
-    A folder stands for its images or, if it has none, for those of its subfolders, such as one for each class. What
-    exists is taken literally, whatever characters are in its name. Files whose names start with a dot are ignored.
-
-    Returns:
-        the images, and the files of folders that were passed over because they have another suffix.
-
-    Raises:
-        DatasetError: naming the pattern that matches nothing.
-    """
-    found: dict[Path, None] = {}
-    passed_over: dict[Path, None] = {}
-    for pattern in patterns:
-        literal = Path(pattern)
-        matches = [literal] if literal.exists() else map(Path, sorted(glob.glob(pattern, recursive=True)))
-        files = [(file, match) for match in matches for file in (_inside(match) if match.is_dir() else [match])]
-        images = [file for file, match in files if file == match or file.suffix.lower() in SUFFIXES]
-        if not images:
-            expected = f"a file, a folder or a pattern of {', '.join(SUFFIXES)} files"
-            raise DatasetError(f"--data.images={pattern}: no such image; expected {expected}")
-        found |= dict.fromkeys(images)
-        passed_over |= dict.fromkeys(file for file, _ in files if file not in found)
-    return list(found), list(passed_over)
-
-
-def _inside(folder: Path) -> list[Path]:
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files = [entry for entry in entries if entry.is_file()]
-    if not any(file.suffix.lower() in SUFFIXES for file in files):
-        files += [file for entry in entries if entry.is_dir() for file in _inside(entry)]
-    return files
 
 
 class PictureReader(ImageReader):
@@ -144,29 +109,27 @@ class PictureReader(ImageReader):
             return super().__call__(file)
         image = Image.fromarray(read_image(file, 1)[0])
         grey = np.asarray(image.reduce(math.ceil(max(image.size) / SIDE)), np.float32) / 255  # (H, W)
-        if min(grey.shape) < SMALL or find_spec("cv2") is None:
-            ink, warning = _even_ink(grey), ""
-        else:
+        ink, warning = _even_ink(grey), ""
+        if min(grey.shape) >= SMALL and find_spec("cv2"):
             from mnist_lit.datasets.photos import find_digit  # OpenCV takes a while to import
 
-            ink, warning = find_digit(grey)
-        if ink is None:
+            ink, warning = find_digit(grey, ink)
+        elif min(grey.shape) >= SMALL:
+            strokes = Image.fromarray(ink > INK).convert("L").filter(ImageFilter.MedianFilter(3))  # without specks
+            ink = ink * (np.asarray(strokes.filter(ImageFilter.MaxFilter(5))) > 0)
+        if not ink.any():
             raise PictureError("nothing is on it")
         return _in_form(ink, self.form)[None], warning
 
 
-def _even_ink(grey: np.ndarray) -> np.ndarray | None:
-    """Ink float32 (H, W) in 0..1, on paper of one brightness, that of most of the edge; None if there is none."""
+def _even_ink(grey: np.ndarray) -> np.ndarray:
+    """Ink float32 (H, W) in 0..1 on paper of one brightness, that of most of the edge; 0 where there is none."""
     edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     ink = grey - np.median(edge)
     ink = np.maximum(ink if ink.max() > -ink.min() else -ink, 0)
-    if ink.max() < 0.05:
-        return None
-    ink = ink / ink.max()
-    if min(grey.shape) < SMALL and edge.min() == edge.max():
-        return ink
-    strokes = Image.fromarray(ink > 3 * NOISE).convert("L").filter(ImageFilter.MedianFilter(3))
-    return np.where(np.asarray(strokes.filter(ImageFilter.MaxFilter(5))), ink * (ink > NOISE), 0)
+    ink = ink / max(float(ink.max()), FAINTEST)
+    # A small digit on even paper, as a training image is, keeps its palest pixels.
+    return ink * (ink > (0 if min(grey.shape) < SMALL and edge.min() == edge.max() else NOISE)) * (ink.max() >= 1)
 
 
 def _in_form(ink: np.ndarray, form: DigitForm) -> np.ndarray:
