@@ -10,6 +10,7 @@ DARKNESS = 0.05  # of full brightness, added before taking the logarithm: a came
 SHADE = 0.25  # of the shorter side; what is darker and narrower than that is ink, and no shade on the paper
 FAINTEST = 0.05  # contrast; fainter ink than that is not told from an empty paper's texture
 INK = 0.45  # of the ink's contrast; smudges and shades have less
+RIM = 0.15  # of the ink's contrast; the rims of strokes have more, noise has less
 PALE = 0.12  # of the ink's contrast; lines and boxes have more
 LINE = 13  # pixels; lines are thinner
 COVERED = 0.7  # of the picture's width belongs to a line
@@ -63,7 +64,8 @@ def _digit(contrast: np.ndarray) -> tuple[np.ndarray, str]:
     warning = "holds more than one digit" if len(digits) > 1 or width > 1.8 * height else ""
     if digits.size and mask.sum() > 2 * digit.sum():
         warning = "paper and digit are hard to tell apart"
-    return np.minimum(contrast / max(full, FAINTEST), 1) * _grown(digit, 0.05 * size), warning
+    ink = np.minimum(contrast / max(full, FAINTEST), 1)
+    return ink * (ink > RIM) * _grown(digit, 0.05 * size), warning
 
 
 def _is_crop(even: np.ndarray) -> bool:
@@ -86,8 +88,11 @@ def _is_crop(even: np.ndarray) -> bool:
 def _contrast(grey: np.ndarray) -> np.ndarray:
     """Share float32 (h, w) of the paper's light that the ink takes, the same in the sun and in the shade."""
     dark = np.log(grey + DARKNESS)
-    (dark_ink, cost), (chalk, cost_of_light), (negative, _) = map(_read, (dark, -dark, np.log(1 - grey + DARKNESS)))
-    return dark_ink if cost <= cost_of_light else max(negative, chalk, key=_evenness)
+    (ink, cost), (chalk, cost_of_chalk) = _read(dark), _read(-dark)
+    if cost <= cost_of_chalk:
+        return ink
+    # A negative of a photo, or chalk on a board. The right one of both has ink of the same contrast everywhere.
+    return max(_read(np.log(1 - grey + DARKNESS))[0], chalk, key=_evenness)
 
 
 def _read(values: np.ndarray) -> tuple[np.ndarray, float]:
@@ -114,7 +119,7 @@ def _evenness(contrast: np.ndarray) -> float:
 
 
 def _full(contrast: np.ndarray) -> float:
-    return float(np.quantile(contrast, 0.999))
+    return float(np.quantile(contrast[::2, ::2], 0.999))
 
 
 def _mask(contrast: np.ndarray, threshold: float) -> np.ndarray:
