@@ -144,8 +144,8 @@ def _boxes(mask: np.ndarray) -> np.ndarray:
         inside = left > 0 and top > 0 and left + width < mask.shape[1] and top + height < mask.shape[0]
         area = sides[0] * sides[1]
         if inside and min(sides) > SMALLEST * min(mask.shape) and cv2.contourArea(contour) > 0.88 * area:
-            holes = sum(cv2.contourArea(contours[hole]) for hole in np.flatnonzero(tree[0, :, 3] == number))
-            if holes > 0.4 * area:
+            holes = [cv2.contourArea(contours[hole]) for hole in np.flatnonzero(tree[0, :, 3] == number).tolist()]
+            if sum(holes) > 0.4 * area:
                 cv2.drawContours(found, contours, number, 1, cv2.FILLED, hierarchy=tree, maxLevel=1)
     return found
 
@@ -157,8 +157,8 @@ def _without_lines(contrast: np.ndarray, faintest: float) -> np.ndarray:
     found = cv2.HoughLines(mask, 1, np.pi / 360, round(COVERED * width), min_theta=1.45, max_theta=1.69)  # 7 degrees
     lines = np.zeros_like(mask)
     for rho, theta in [] if found is None else found.reshape(-1, 2).tolist():
-        ends = [(x, round((rho - x * np.cos(theta)) / np.sin(theta))) for x in (0, width)]
-        cv2.line(lines, *ends, 1, 2 * BLUR)
+        start, end = ((x, round((rho - x * np.cos(theta)) / np.sin(theta))) for x in (0, width))
+        cv2.line(lines, start, end, 1, 2 * BLUR)
     thin = cv2.morphologyEx(mask, cv2.MORPH_TOPHAT, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (17, 17)))
     if not (lines & thin).any():
         return contrast
