@@ -12,10 +12,9 @@ from rich.text import Text
 from torch import Tensor
 
 from mnist_lit.datasets.digits import VERSION, make_digits
-from mnist_lit.datasets.forms import find_digit_form
 from mnist_lit.datasets.mnist import ARCHIVE, URLS, download_mnist, find_mnist, read_mnist
 from mnist_lit.datasets.pickles import read_pickle
-from mnist_lit.datasets.pictures import PictureReader
+from mnist_lit.datasets.pictures import PictureReader, find_digit_form
 from mnist_lit.engine.data.arrays import Arrays
 from mnist_lit.engine.data.files import file_fingerprint, read_dataset
 from mnist_lit.engine.data.module import ImageDataModule

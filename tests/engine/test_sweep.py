@@ -146,7 +146,6 @@ def test_grid_tries_every_combination_and_status_shows_them(cli: Run, arguments:
         assert re.search(rf"sweep-{trial.number} +│ complete +│ +1 │ +{trial.value:.4g} ", shown)
 
 
-
 WRONG = {
     "no such space": ("", (), "--space=nowhere.yaml: "),
     "no settings": ("[]", (), "--space=space.yaml: expected names of options"),
