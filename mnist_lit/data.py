@@ -15,11 +15,17 @@ from mnist_lit.datasets.digits import VERSION, make_digits
 from mnist_lit.datasets.mnist import ARCHIVE, URLS, download_mnist, find_mnist, read_mnist
 from mnist_lit.datasets.pickles import read_pickle
 from mnist_lit.datasets.pictures import PictureReader, find_digit_form
-from mnist_lit.engine.data.arrays import Arrays
-from mnist_lit.engine.data.files import file_fingerprint, read_dataset
-from mnist_lit.engine.data.module import ImageDataModule
-from mnist_lit.engine.data.sources import Source, open_arrays, open_dataset
-from mnist_lit.engine.errors import DatasetError, DownloadError
+from mnist_lit.engine import (
+    Arrays,
+    DatasetError,
+    DownloadError,
+    ImageDataModule,
+    Source,
+    file_fingerprint,
+    open_arrays,
+    open_dataset,
+    read_dataset,
+)
 
 NOT_MNIST = """\
 {reason}.

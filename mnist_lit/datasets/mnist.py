@@ -13,11 +13,7 @@ from rich.progress import track
 from urllib3.util import Retry
 
 from mnist_lit.datasets.pickles import read_pickle
-from mnist_lit.engine.data.arrays import Arrays
-from mnist_lit.engine.data.files import read_dataset
-from mnist_lit.engine.data.sources import content_digest
-from mnist_lit.engine.errors import DatasetError, DownloadError
-from mnist_lit.engine.storage import locked_directory
+from mnist_lit.engine import Arrays, DatasetError, DownloadError, content_digest, locked_directory, read_dataset
 
 # Tried in turn: the tutorial's, the same on its other branch, and torchvision's mirror of the IDX files. An address
 # that ends with a slash is of a folder of these.

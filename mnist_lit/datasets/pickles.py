@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from mnist_lit.engine.data.arrays import Pair
-
 # What nested tuples and lists of arrays are written with, by protocols 0 to 5. Others can exhaust memory.
 ALLOWED_OPCODES = frozenset(
     """PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT LONG LONG1 BININT BININT1 BININT2
@@ -36,7 +34,7 @@ class Unpickler(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def read_pickle(content: bytes) -> dict[str, Pair]:
+def read_pickle(content: bytes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Read a pickle of ``((x_train, y_train), (x_valid, y_valid), (x_test, y_test))``.
 
     Raises:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from mnist_lit.engine.errors import ENGINE
-from mnist_lit.engine.images import File, ImageError, ImageReader, read_image
+from mnist_lit.engine import ImageError, ImageReader, read_image
 
 SIDE = 400  # pixels; a digit a fifth as high still has three times the pixels of MNIST's
 SMALL = 64  # pixels, shorter side; smaller pictures are not photos
@@ -94,12 +94,12 @@ class PictureReader(ImageReader):
         super().__init__({"channels": data.get("channels") or 1, "image_size": size})
         self.draws = self.form is not None
         if self.draws and find_spec("cv2") is None:
-            extra = f"pip install '{ENGINE}[photos]'"
+            extra = "pip install 'mnist_lit[photos]'"
             warnings.warn(
                 f"digits are read from even scans and drawings; from photos as well after {extra}", stacklevel=2
             )
 
-    def __call__(self, file: File) -> tuple[np.ndarray, str]:
+    def __call__(self, file: str | os.PathLike[str] | IO[bytes]) -> tuple[np.ndarray, str]:
         """Read uint8 (C, H, W), and a warning if the digit may not be what is meant, or else "".
 
         Raises:

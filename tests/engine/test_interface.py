@@ -1,0 +1,51 @@
+"""The public interface: complete, documented, and the only thing that is imported from the engine."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from common import OVERLAYS, ROOT
+
+from mnist_lit import engine
+
+PACKAGE = ROOT / "mnist_lit"
+README = (PACKAGE / "engine" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", engine.__all__)
+def test_name_is_documented(name: str) -> None:
+    public = getattr(engine, name)
+    assert f"`{name}" in README
+    if name != "Task":  # a type
+        assert public.__doc__
+        assert not public.__name__.startswith("_")
+
+
+ABOVE = [path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "engine")]
+
+
+@pytest.mark.parametrize("path", ABOVE, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_public_names_are_imported_from_above(path: Path) -> None:
+    allowed = {*engine.__all__, "serve", "testing", "ProjectSuite"}  # modules with one job each, see the README
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mnist_lit.engine"):
+            assert node.module in ("mnist_lit.engine", "mnist_lit.engine.testing"), node.module
+            assert {alias.name for alias in node.names} <= allowed
+
+
+@pytest.mark.parametrize("path", sorted(OVERLAYS.parent.rglob("*.yaml")), ids=lambda path: path.name)
+def test_configs_name_public_classes(path: Path) -> None:
+    for line in path.read_text("utf-8").splitlines():
+        _, found, name = line.partition("mnist_lit.engine.")
+        if found and not line.lstrip().startswith("#"):
+            assert name.strip(" ,}") in engine.__all__
+
+
+def test_names_are_imported_when_they_are_asked_for() -> None:
+    """A server of an ONNX file starts without torch."""
+    code = "import sys; from mnist_lit.engine import Project, UserError, serve; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
