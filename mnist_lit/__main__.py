@@ -11,10 +11,14 @@ def main() -> None:
     made, and once more at exit, would take a quarter of the time of a short run.
     """
     if sys.argv[1:2] == ["serve"] and any(arg.endswith(".onnx") for arg in sys.argv):  # without torch
-        from mnist_lit import serve
-        from mnist_lit.engine import Project
+        from mnist_lit.engine import Project, UserError
 
-        return serve.main(sys.argv[2:], Project("mnist_lit"))
+        try:
+            from mnist_lit import serve
+
+            return serve.main(sys.argv[2:], Project("mnist_lit"))
+        except UserError as error:
+            sys.exit(f"mnist_lit: error: {error}")
     gc.disable()
     from mnist_lit import data, models  # noqa: F401, whose classes the configs call by their names
     from mnist_lit.engine import main as run

@@ -40,11 +40,11 @@ class TailAveraging(WeightAveraging):
         """Update after every optimizer step; asked once before each update."""
         if step_idx is None:
             return False
-        self._number = self._number + 1 if self._tail else 1
+        self._number = self._number + 1 if self._tail else 0
         return True
 
     def _average(self, average: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
-        return current if self._number == 1 else average + (current - average) / self._number
+        return current if self._number <= 1 else average + (current - average) / self._number
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "number": self._number}

@@ -392,7 +392,7 @@ def build(project: Project, ckpt_path: str, args: Sequence[str] = ()) -> CLI:
         what has the model, the data module, a trainer of one device, and the checkpoint.
     """
     alone = ("accelerator=auto", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")  # wherever it was trained
-    further = [*join_values(args), *(f"--trainer.{option}" for option in alone)]
+    further = [*(f"--trainer.{option}" for option in alone), *join_values(args)]
     return run(project, with_config(["export", f"--ckpt_path={ckpt_path}", *further], project), cli_class=_Builder)
 
 

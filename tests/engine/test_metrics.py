@@ -148,7 +148,7 @@ class Values(Model):
     ids=lambda case: getattr(case, "__name__", None) or f"{type(case).__name__}-{getattr(case, 'average', '')}",
 )
 def test_any_kind_of_target(tmp_path: Path, model: type[Model], metric: Any) -> None:
-    module = model()
+    module = model(lr=0.01)
     trainer = fit(module, tmp_path, Metrics({"score": metric}))
     with torch.no_grad():
         outputs = [module.eval().outputs(batch) for batch in data()]
