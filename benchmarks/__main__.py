@@ -29,7 +29,7 @@ from rich.table import Column, Table
 
 from benchmarks.measure import BUSY, CLOCK, ROOT, Result, described, machine, medians, start
 from mnist_lit.datasets.mnist import read_mnist
-from mnist_lit.engine.data.files import Splits
+from mnist_lit.engine.data.arrays import Splits
 
 MODELS = "logistic", "cnn"
 NO_DASHBOARD = ("--dashboard.every_n_epochs=0", "--dashboard.graph=false", "--dashboard.gradient_norm=false")
@@ -239,7 +239,7 @@ def main() -> None:
             write()
         if not args.quick:
             files = {images: folder / f"{images}.npz" for images in IMAGES}
-            splits = read_mnist(archive)
+            splits = read_mnist(archive).splits
             for images, path in files.items():
                 resized(splits, images, path)
             growing = {name: contenders[name] for name in GROWING if name in contenders}

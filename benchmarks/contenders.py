@@ -215,7 +215,7 @@ def barebones(args: argparse.Namespace, mark: Marks) -> None:
     """Lightning's loop alone: no logging, no metric, no callback, and batches as cheap as mnist_lit's."""
     import lightning as L
 
-    from mnist_lit.engine.data.loaders import BatchTensorDataset, identity_collate
+    from mnist_lit.engine.data.loaders import BatchTensorDataset, collate
 
     class LitModel(L.LightningModule):
         def __init__(self) -> None:
@@ -244,8 +244,8 @@ def barebones(args: argparse.Namespace, mark: Marks) -> None:
     trainer = L.Trainer(max_epochs=args.epochs, barebones=True)
     trainer.fit(
         LitModel(),
-        DataLoader(train, batch_size=args.batch_size, shuffle=True, collate_fn=identity_collate),
-        DataLoader(valid, batch_size=args.batch_size * 2, collate_fn=identity_collate),
+        DataLoader(train, batch_size=args.batch_size, shuffle=True, collate_fn=collate),
+        DataLoader(valid, batch_size=args.batch_size * 2, collate_fn=collate),
     )
     mark.epoch()
 

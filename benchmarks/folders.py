@@ -1,9 +1,8 @@
-"""``python -m benchmarks.folders``: decodes a folder of 20,000 images beside a plain Pillow loop."""
+"""``python -m benchmarks.folders``: reads a folder of images beside a plain ``DataLoader`` with Pillow."""
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import platform
 import statistics
@@ -13,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import torch
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
+from torch.utils.data import DataLoader, Dataset
 
-from mnist_lit.engine.data.sources import FolderOptions, open_dataset
+from mnist_lit.engine.data.module import ImageDataModule
 
 SIDE = 64  # pixels to which they are brought
 CLASSES = 10
+BATCH = 64
 
 
 def make(folder: Path, number: int) -> None:
@@ -35,25 +37,34 @@ def make(folder: Path, number: int) -> None:
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
 
 
-def plain(path: Path) -> np.ndarray:
+class Plain(Dataset):
     """What one would write."""
-    with Image.open(path) as image:
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC))
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self.paths[index]) as image:
+            pixels = np.asarray(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC))
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), int(self.paths[index].parent.name)
 
 
-def loop(paths: list[Path], processes: int) -> None:
-    """All of them, in this process or in several."""
-    if processes == 1:
-        np.stack([plain(path) for path in paths])
-        return
-    with multiprocessing.Pool(processes) as pool:
-        np.stack(pool.map(plain, paths, chunksize=64))
+def epoch(loader: DataLoader, times: dict[str, list[float]], name: str, started: float) -> None:
+    """Measure the time to the first batch and to the last."""
+    for number, _ in enumerate(loader):
+        if not number:
+            times.setdefault(f"{name}: first batch", []).append(time.perf_counter() - started)
+    times.setdefault(f"{name}: epoch", []).append(time.perf_counter() - started)
 
 
 def main() -> None:
     """Print medians of interleaved repeats."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.folders", description=__doc__)
     parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     times: dict[str, list[float]] = {}
@@ -61,29 +72,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"
         make(folder, options.images)
-        paths = sorted(folder.rglob("*.*"))
-
-        def measure(name: str, function, *arguments: object) -> None:  # type: ignore[no-untyped-def]
-            started = time.perf_counter()
-            function(*arguments)
-            times.setdefault(name, []).append(time.perf_counter() - started)
-
         for repeat in range(options.repeats):
-            measure("Pillow, one process", loop, paths, 1)
-            measure("Pillow, two processes", loop, paths, 2)
-            source = str(folder), Path(temporary) / f"data{repeat}", FolderOptions(image_size=(SIDE, SIDE))
-            measure("mnist_lit, first start", open_dataset, *source)
-            measure("mnist_lit, second start", open_dataset, *source)
-    table = Table("", *(Column(name, justify="right") for name in ("seconds", "from", "to", "ratio")))
-    base = statistics.median(times["Pillow, one process"])
+            started = time.perf_counter()
+            plain = Plain(sorted(folder.rglob("*.*")))
+            epoch(DataLoader(plain, BATCH, shuffle=True, num_workers=options.workers), times, "plain", started)
+            for name, limit in (("from files", 1e-9), ("in memory", 2.0)):
+                kwargs = {"image_size": SIDE, "batch_size": BATCH, "memory_limit": limit, "valid_fraction": 0.0}
+                kwargs |= {"test_fraction": 0.0, "data_dir": f"{temporary}/{name}{repeat}"}
+                for start in ("first start", "later start"):
+                    workers = options.workers if name == "from files" else 0
+                    started = time.perf_counter()
+                    data = ImageDataModule(str(folder), num_workers=workers, **kwargs)
+                    data.prepare_data()
+                    epoch(data.train_dataloader(), times, f"mnist_lit {name}, {start}", started)
+    table = Table("", *(Column(name, justify="right") for name in ("seconds", "from", "to", "of plain")))
     for name, seconds in times.items():
-        median = statistics.median(seconds)
+        median, base = statistics.median(seconds), statistics.median(times[f"plain: {name.rpartition(': ')[2]}"])
         table.add_row(name, f"{median:.2f}", f"{min(seconds):.2f}", f"{max(seconds):.2f}", f"{median / base:.2f}")
     console = Console()
     console.print(table)
     console.print(
-        f"{options.images:,} images; {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load before "
-        f"{before:.1f}; Python {platform.python_version()}, Pillow {PIL.__version__}"
+        f"{options.images:,} images, {options.workers} workers; {platform.processor() or platform.machine()}, "
+        f"{os.cpu_count()} cores, load before {before:.1f}; Python {platform.python_version()}, Pillow "
+        f"{PIL.__version__}"
     )
 
 

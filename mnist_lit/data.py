@@ -1,24 +1,25 @@
-"""Your data: the ``LightningDataModule``."""
+"""Your data: MNIST as the tutorial has it, or a dataset of your own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveFloat
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 from torch import Tensor
 
-from mnist_lit.datasets import digits
+from mnist_lit.datasets.digits import VERSION, make_digits
 from mnist_lit.datasets.forms import find_digit_form
 from mnist_lit.datasets.mnist import ARCHIVE, URLS, download_mnist, find_mnist, read_mnist
 from mnist_lit.datasets.pickles import read_pickle
 from mnist_lit.datasets.pictures import PictureReader
-from mnist_lit.engine.data.files import cached, file_fingerprint, read_dataset
+from mnist_lit.engine.data.arrays import Arrays
+from mnist_lit.engine.data.files import file_fingerprint, read_dataset
 from mnist_lit.engine.data.module import ImageDataModule
-from mnist_lit.engine.data.sources import Source, in_memory, open_dataset
+from mnist_lit.engine.data.sources import Source, open_arrays, open_dataset
 from mnist_lit.engine.errors import DatasetError, DownloadError
 
 NOT_MNIST = """\
@@ -40,7 +41,6 @@ class MNISTDataModule(ImageDataModule):
             be downloaded, else the digits; or a path: of a pickle as the tutorial's, or as in ``ImageDataModule``.
         url: where to download MNIST: the tutorial's archive, or a folder of IDX files, which ends with a slash. Of a
             list the first that has it.
-        timeout: seconds after which a silent server counts as failed.
         digit_form: how single digits lie in the images, as in ``DigitForm``: those to predict are brought into this
             form. By default it is found out from the training images.
         options: as in ``ImageDataModule``.
@@ -55,26 +55,21 @@ class MNISTDataModule(ImageDataModule):
         self,
         dataset: str = "auto",
         url: str | list[str] = list(URLS),  # noqa: B006, jsonargparse shows it
-        timeout: PositiveFloat = 10.0,
         digit_form: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
-        self.urls, self.timeout = [url] if isinstance(url, str) else url, timeout
-        self.digit_form = digit_form
-
-    @property
-    def _mnist_dir(self) -> Path:
-        return self.data_dir / "mnist"
+        self.urls, self.digit_form = [url] if isinstance(url, str) else url, digit_form
+        self.folder = self.data_dir / "mnist"
 
     def prepare_data(self) -> None:
         """Once per node: download MNIST unless it is there; where that fails, ``auto`` falls back to the digits."""
         opens = not self.predicts_files and not self.dataset_used
-        if opens and self.dataset in ("auto", "mnist") and not find_mnist(self._mnist_dir):
-            archive = self._mnist_dir / ARCHIVE
+        if opens and self.dataset in ("auto", "mnist") and not find_mnist(self.folder):
             try:
-                download_mnist(self.urls, self._mnist_dir, self.timeout)
+                download_mnist(self.urls, self.folder)
             except DownloadError as error:
+                archive = self.folder / ARCHIVE
                 if self.dataset == "mnist":
                     raise DatasetError(
                         f"{error}; put the file at {archive}, or name another server with --data.url"
@@ -85,29 +80,31 @@ class MNISTDataModule(ImageDataModule):
 
     def open(self) -> Source:
         """Open MNIST, the digits, or a path; and find out how single digits lie in the images."""
-        source = self._open_by_name()
+        archive = find_mnist(self.folder)
+        name = self.dataset if self.dataset != "auto" else "mnist" if archive else "digits"
+        if name == "digits":
+            source = open_arrays(name, self.data_dir / "digits" / "digits.pt", VERSION, lambda: Arrays(make_digits()))
+            source = source._replace(digest=VERSION)  # pixels may differ by a rounding from machine to machine
+        elif name != "mnist":
+            source = open_dataset(name, self.data_dir, self.form, self.held_out, self.memory_limit, _read)
+        elif archive is None:
+            raise DatasetError(f"there is no MNIST in {self.folder}")
+        else:
+            copy = self.folder / "mnist.pt"
+            source = open_arrays(name, copy, file_fingerprint(archive), lambda: read_mnist(archive))
         self.digit_form = self.digit_form or find_digit_form(source.datasets["train"])
         self.save_hyperparameters({"digit_form": self.digit_form})
         return source
 
-    def _open_by_name(self) -> Source:
-        archive = find_mnist(self._mnist_dir)
-        name = self.dataset if self.dataset != "auto" else "mnist" if archive else "digits"
-        if name == "digits":  # by its version: pixels may differ by a rounding from machine to machine
-            splits, _ = cached(self.data_dir / "digits" / "digits.pt", digits.VERSION, digits.make_digits)
-            return in_memory(name, splits, digits.VERSION)
-        if name == "mnist":
-            if archive is None:
-                raise DatasetError(f"there is no MNIST in {self._mnist_dir}")
-            copy = self._mnist_dir / "mnist.pt"
-            return in_memory(name, *cached(copy, file_fingerprint(archive), lambda: read_mnist(archive)))
-        return open_dataset(name, self.data_dir, self.folder_options, lambda path: read_dataset(path, read_pickle))
-
     def reader(self) -> PictureReader:
         """Reads pictures to predict, and brings single digits into the form of the training images."""
-        options = {"channels": self._channels, "image_size": self._image_size, "digit_form": self.digit_form}
-        return PictureReader(options)
+        channels, size = self.form
+        return PictureReader({"channels": channels, "image_size": size, "digit_form": self.digit_form})
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """The tutorial's ``preprocess``: uint8 (B, C, H, W) to float32, in 0..1 exactly its k/256."""
-        return images / 256
+        """The tutorial's ``preprocess``: bytes (B, C, H, W) to float32, exactly its k/256; on the device."""
+        return images / 256 if images.dtype == torch.uint8 else super().preprocess(images)
+
+
+def _read(path: Path) -> Arrays:
+    return read_dataset(path, read_pickle)

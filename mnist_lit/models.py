@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanSquaredError, Metric
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
+from mnist_lit.engine.data.arrays import Task
 from mnist_lit.engine.errors import ConfigurationError
 from mnist_lit.engine.execution import StepsPerExecution
 from mnist_lit.engine.finetuning import adapt
@@ -33,9 +35,14 @@ class Classifier(LightningModule):
         momentum: momentum of SGD.
         num_classes: number of classes; comes from the data on the command line.
         channels: C of the images; comes from the data on the command line. Without it the network stays as it is.
-        loss: outputs and targets to the mean over the batch (); by default ``CrossEntropyLoss``.
-        metrics: metrics of torchmetrics by name; by default the accuracy as ``acc``.
-        activation: outputs to predictions; by default ``Softmax``. ``Identity`` for regression.
+        task: ``multiclass``, ``multilabel`` (several of the labels at once) or ``regression``; comes from the data on
+            the command line, and decides what follows.
+        loss: outputs and targets to the mean over the batch (); by default ``CrossEntropyLoss``,
+            ``BCEWithLogitsLoss`` or ``MSELoss``.
+        metrics: metrics of torchmetrics by name, of which those of classes may lack ``num_classes`` or ``num_labels``;
+            by default the accuracy as ``acc``, or ``mse``.
+        activation: outputs to predictions; by default ``Softmax``, ``Sigmoid`` or ``Identity``.
+        balanced: weigh classes in the loss, the rarer in the training images the more.
         channels_last: keep weights and activations in PyTorch's memory format of that name, in which most
             processors convolve faster; the results differ by rounding.
         steps_per_execution: optimizer steps in one step of Lightning's, see ``StepsPerExecution``.
@@ -51,9 +58,11 @@ class Classifier(LightningModule):
         momentum: float = 0.9,
         num_classes: int = 10,
         channels: int | None = None,
+        task: Task = "multiclass",
         loss: nn.Module | None = None,
-        metrics: dict[str, Metric] | None = None,
+        metrics: dict[str, Metric | Callable[[int], Metric]] | None = None,
         activation: nn.Module | None = None,
+        balanced: bool = False,
         channels_last: bool = False,
         steps_per_execution: PositiveInt = 1,
     ) -> None:
@@ -65,15 +74,37 @@ class Classifier(LightningModule):
             rank_zero_info(f"{type(net).__name__} was adapted to the data: {', '.join(adapted)}")
         if channels_last:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.loss = loss or nn.CrossEntropyLoss()
-        self.metrics = metrics or {"acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}
-        self.activation = activation or nn.Softmax(dim=1)
+        metric: Metric
+        if task == "multiclass":
+            loss, activation = loss or nn.CrossEntropyLoss(), activation or nn.Softmax(dim=1)
+            metric = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        elif task == "multilabel":
+            loss, activation = loss or nn.BCEWithLogitsLoss(), activation or nn.Sigmoid()
+            metric = MultilabelAccuracy(num_classes, validate_args=False)
+        else:
+            loss, activation, metric = loss or nn.MSELoss(), activation or nn.Identity(), MeanSquaredError()
+        if balanced:
+            loss.register_buffer("weight", torch.ones(num_classes))  # as in CrossEntropyLoss, see setup
+        number = {"num_labels" if task == "multilabel" else "num_classes": num_classes}
+        self.metrics = {
+            name: made if isinstance(made, Metric) else made(**number)  # type: ignore[call-arg]
+            for name, made in (metrics or {"mse" if task == "regression" else "acc": metric}).items()
+        }
+        self.loss, self.activation, self.task, self.balanced = loss, activation, task, balanced
         self.lr, self.momentum, self.steps_per_execution = lr, momentum, steps_per_execution
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes), or to values (B,) if the network has one output."""
         outputs = self.net(images)
         return outputs.squeeze(1) if outputs.shape[1:] == (1,) else outputs
+
+    def setup(self, stage: str) -> None:
+        """Weigh the classes, if asked to; a checkpoint brings the weights with it."""
+        if self.balanced and stage == "fit":
+            weights = getattr(getattr(self.trainer, "datamodule", None), "class_weights", None)
+            if weights is None:
+                raise ConfigurationError("--model.balanced: needs a data module with class_weights (num_classes,)")
+            self.loss.weight = weights.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Outputs:
         return self._step(batch)
@@ -87,10 +118,13 @@ class Classifier(LightningModule):
     def _step(self, batch: Batch) -> Outputs:
         images, target = batch
         preds = self(images)  # (B, num_classes) or (B,)
-        return {"loss": self.loss(preds, target), "preds": preds, "target": target}
+        loss = self.loss(preds, target)
+        if self.task == "multiclass" and target.is_floating_point():  # mixed images have (B, num_classes)
+            target = target.argmax(1)
+        return {"loss": loss, "preds": preds, "target": target}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Probabilities (B, num_classes), or values (B,)."""
+        """Probabilities (B, num_classes), or values (B,) or (B, K)."""
         images, _ = batch
         return self.activation(self(images))
 

@@ -47,3 +47,23 @@ class RandomAffine(nn.Module):
         ]
         grid = F.affine_grid(torch.stack(rows, -2).to(images.dtype), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode=self.padding, align_corners=False)
+
+
+class MixUp(nn.Module):
+    """Blend each training image and its target with another one's (H. Zhang et al., https://arxiv.org/abs/1710.09412).
+
+    For ``data.mix``; torchvision's ``MixUp`` and ``CutMix`` may stand there, too.
+
+    Args:
+        alpha: of the beta distribution that shares are drawn from; the larger, the more is blended.
+    """
+
+    def __init__(self, alpha: float = 0.2) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) and one-hot targets (B, K) to the same, mixed."""
+        share = torch.distributions.Beta(self.alpha, self.alpha).sample().item()
+        share = max(share, 1 - share)
+        return share * images + (1 - share) * images.roll(1, 0), share * target + (1 - share) * target.roll(1, 0)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_lit.engine.data.files import Splits
+from mnist_lit.engine.data.arrays import Splits
 
 VERSION = "digits-1"  # changes whenever the code below makes other images
 

@@ -1,19 +1,21 @@
-"""MNIST: addresses, retries and the digest that proves what arrived."""
+"""MNIST: addresses, download, and the digest that proves what arrived."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import requests
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from requests.adapters import HTTPAdapter
+from rich.progress import track
+from urllib3.util import Retry
 
 from mnist_lit.datasets.pickles import read_pickle
-from mnist_lit.engine.data.files import Splits, content_digest, read_dataset
+from mnist_lit.engine.data.arrays import Arrays
+from mnist_lit.engine.data.files import read_dataset
+from mnist_lit.engine.data.sources import content_digest
 from mnist_lit.engine.errors import DatasetError, DownloadError
 from mnist_lit.engine.storage import locked_directory
 
@@ -31,8 +33,7 @@ IDX = [f"{name}-ubyte.gz" for split in ("train", "t10k") for name in (f"{split}-
 DIGEST = "c2069063c1105f2bf96266aef1ff68c6e13bdda7a54e37bf19c16f1db24efc83"
 
 HEADERS = {"Accept-Encoding": "identity"}  # or a server may send the file as a gzip of a gzip
-ATTEMPTS = 3
-BACK_OFF = 0.5  # seconds before the second attempt, doubled before the third
+RETRY = Retry(total=2, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504))
 
 
 def find_mnist(folder: Path) -> Path | None:
@@ -40,23 +41,22 @@ def find_mnist(folder: Path) -> Path | None:
     return next((path for path in (folder / ARCHIVE, folder / IDX[0]) if path.exists()), None)
 
 
-def read_mnist(archive: Path) -> Splits:
+def read_mnist(archive: Path) -> Arrays:
     """Read the tutorial's archive, or MNIST's IDX files.
 
     Raises:
         DatasetError: if the file is damaged or holds anything but MNIST.
     """
-    splits = read_dataset(archive, read_pickle)
-    digest = content_digest(splits)
-    if digest != DIGEST:
+    arrays = read_dataset(archive, read_pickle)
+    if (digest := content_digest(arrays.splits)) != DIGEST:
         raise DatasetError(
             f"{archive}: a dataset, but not MNIST (content digest {digest}); delete it to "
             f"download MNIST, or use it as it is with --data.dataset={archive}"
         )
-    return splits
+    return arrays
 
 
-def download_mnist(urls: Sequence[str], folder: Path, timeout: float) -> None:
+def download_mnist(urls: Sequence[str], folder: Path, timeout: float = 10.0) -> None:
     """Download MNIST unless it is there already. One of several processes does it.
 
     Args:
@@ -69,74 +69,40 @@ def download_mnist(urls: Sequence[str], folder: Path, timeout: float) -> None:
         DownloadError: if none of the addresses has MNIST.
         DatasetError: if the folder cannot be written.
     """
-    failures: list[str] = []
-    unreachable: set[str] = set()  # hosts
+    failures = []
     with locked_directory(folder):
         for url in urls:
             if find_mnist(folder):
                 return
-            if urlsplit(url).netloc in unreachable:
-                continue
-            try:
-                _download_from(url, folder, timeout)
-                return
-            except DownloadError as error:
-                failures.append(str(error))
-                if isinstance(error.__cause__, requests.ConnectionError):
-                    unreachable.add(urlsplit(url).netloc)
+            names = {name: url + name for name in IDX} if url.endswith("/") else {ARCHIVE: url}
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
+                try:
+                    for name, address in names.items():
+                        _download(address, Path(temporary) / name, timeout)
+                    read_mnist(Path(temporary) / next(iter(names)))
+                except requests.RequestException as error:
+                    failures.append(f"{url}: {_reason(error)}")
+                except DatasetError as error:
+                    failures.append(f"what came from {url} is not MNIST: {error.__cause__ or error}")
+                else:
+                    for name in reversed(names):  # find_mnist looks for the first
+                        os.replace(Path(temporary) / name, folder / name)
+                    return
     raise DownloadError("; ".join(failures))
 
 
-def _download_from(url: str, folder: Path, timeout: float) -> None:
-    names = IDX if url.endswith("/") else [ARCHIVE]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
-        for name in names:
-            _download(url + name if url.endswith("/") else url, Path(temporary) / name, timeout)
-        try:
-            read_mnist(Path(temporary) / names[0])
-        except DatasetError as error:
-            raise DownloadError(f"what came from {url} is not MNIST: {error.__cause__ or error}") from error
-        for name in reversed(names):  # find_mnist looks for the first
-            os.replace(Path(temporary) / name, folder / name)
-
-
 def _download(url: str, path: Path, timeout: float) -> None:
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(BACK_OFF * 2 ** (attempt - 1))
-        try:
-            with requests.get(url, stream=True, timeout=timeout, headers=HEADERS) as response:
-                response.raise_for_status()
-                _write_body(response, path)
-            return
-        except requests.RequestException as error:
-            failure = error
-            status = error.response.status_code if error.response is not None else None
-            final = status is not None and status < 500 and status not in (408, 429)
-            if final or isinstance(error, ValueError):  # ValueError: the address itself is wrong
-                break
-    raise DownloadError(f"{url} could not be downloaded: {_reason(failure)}") from failure
-
-
-def _write_body(response: requests.Response, path: Path) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    size = int(response.headers.get("Content-Length", 0))
-    with Progress(*columns) as progress, path.open("wb") as file:
-        task = progress.add_task("Downloading", total=size or None)
-        for chunk in response.iter_content(1 << 16):
-            progress.advance(task, file.write(chunk))
+    with requests.Session() as session, path.open("wb") as file:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=RETRY))
+        with session.get(url, stream=True, timeout=timeout, headers=HEADERS) as response:
+            response.raise_for_status()
+            chunks = int(response.headers.get("Content-Length", 0)) >> 16
+            for chunk in track(response.iter_content(1 << 16), "Downloading", chunks or None):
+                file.write(chunk)
 
 
 def _reason(error: requests.RequestException) -> str:
-    """Summarize an error of requests in the few words that a person can use."""
-    if isinstance(error, requests.HTTPError):
+    if error.response is not None:
         return f"the server answered {error.response.status_code} {error.response.reason}"
-    if isinstance(error, requests.Timeout):
-        return "the server did not answer in time"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection was cut off half-way"
-    if isinstance(error, requests.ConnectionError):
-        if "Read timed out" in str(error):
-            return "the server stopped sending half-way"
-        return "no connection (is the network up? is the address right?)"
-    return str(error)
+    return f"no connection, or it broke off ({type(error).__name__})"

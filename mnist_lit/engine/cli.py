@@ -72,7 +72,7 @@ from mnist_lit.engine.schema import Print, print_completion, print_schema
 from mnist_lit.engine.storage import printable
 from mnist_lit.engine.threads import set_threads
 
-LINKED = ("num_classes", "num_pixels", "channels")  # what a model may take from the data module
+LINKED = ("num_classes", "num_pixels", "channels", "task")  # what a model may take from the data module
 SCRIPT = PROJECT.replace("_", "-")
 
 LOWER_IS_BETTER = "loss error err mse rmse mae mape nll perplexity wer cer fid ece hamming".split()

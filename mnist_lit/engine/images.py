@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")  # of Pillow's others, EPS starts a program
 MAX_PIXELS = 100_000_000  # of one image; more is a bomb
 
 Size = tuple[int, int]  # height, width
@@ -23,7 +24,7 @@ def read_image(file: File, channels: int, size: Size | None = None) -> np.ndarra
     """Read an image file.
 
     Args:
-        file: of any format and mode that Pillow reads; of several frames the first.
+        file: of one of ``FORMATS`` and any mode; of several frames the first.
         channels: 1 for grey, 3 for colour.
         size: height and width. The image is scaled to cover it, and what is over is cut off evenly.
 
@@ -34,7 +35,7 @@ def read_image(file: File, channels: int, size: Size | None = None) -> np.ndarra
         ImageError: if it is no image.
     """
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ImageError(f"{opened.width} x {opened.height} pixels are more than {MAX_PIXELS:,}")
             if size and opened.format == "JPEG":

@@ -9,7 +9,9 @@ from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 from jsonargparse._typehints import get_all_subclass_paths
+from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor, tensor
 
 # Lines of jsonargparse on how it looks at types, beside those that say what is wrong.
 BOOKKEEPING = re.compile(
@@ -22,6 +24,10 @@ HEAD = re.compile(r"(Parser key|Problem with given class_path) .*:$")
 NO_FILE = re.compile(r"Expected a path but (.*/.*|.*\.(ya?ml|json)) either not accessible")
 # What is worth a word only if nothing else is said, the first most.
 OF_A_TYPE = "Expected a <class '", "Not a valid subclass of", "Expected a path but "
+
+
+# Weights of classes as numbers: --model.loss.weight=[1,2,1]
+register_type(Tensor, serializer=Tensor.tolist, deserializer=lambda numbers: tensor(numbers).float())
 
 
 class Parser(LightningArgumentParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run
 
-from mnist_lit.engine.data.folders import ImageFolder
-from mnist_lit.engine.data.sources import FolderOptions, Source, open_dataset
+from mnist_lit.engine.data.folders import Format, find_folder
+from mnist_lit.engine.data.module import ImageDataModule
+from mnist_lit.engine.data.sources import Source, open_dataset
 from mnist_lit.engine.errors import DatasetError
 from mnist_lit.engine.images import read_image
 
@@ -52,29 +54,19 @@ def make_pets(folder: Path, n: int = 60, size: tuple[int, int] | None = None) ->
     return folder
 
 
-def opened(folder: Path, data_dir: Path, **options: object) -> Source:
-    return open_dataset(str(folder), data_dir, FolderOptions(**options))  # type: ignore[arg-type]
-
-
-def tensors(source: Source, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    dataset = source.datasets[split]
-    images = torch.stack([dataset[index][0] for index in range(len(dataset))])  # type: ignore[arg-type]
-    return images, source.targets[split]
-
-
-# ------------------------------------------------------------------------------------------------ finding
+def opened(folder: Path, data_dir: Path, *, memory_limit: float = 2.0, **form: object) -> Source:
+    return open_dataset(str(folder), data_dir, Format(**form), memory_limit=memory_limit)
 
 
 def test_classes_are_split_by_fraction_and_seed(tmp_path: Path) -> None:
-    folder = ImageFolder(make_pets(tmp_path / "pets"), valid=0.2, test=0.1)
+    root = make_pets(tmp_path / "pets")
+    folder = find_folder(root, valid=0.2, test=0.1)
     assert folder.class_names == list(CLASSES)
-    counts = {split: torch.bincount(labels).tolist() for split, labels in folder.labels.items()}
+    counts = {split: torch.bincount(labels).tolist() for split, (_, labels) in folder.splits.items()}
     assert counts == {"train": [42] * 3, "valid": [12] * 3, "test": [6] * 3}
-    everything = sorted(path for files in folder.files.values() for path in files)
-    assert everything == sorted(str(path) for path in (tmp_path / "pets").rglob("*.*"))
-    again = ImageFolder(tmp_path / "pets", valid=0.2, test=0.1)
-    assert again.files == folder.files
-    assert ImageFolder(tmp_path / "pets", valid=0.2, test=0.1, seed=1).files != folder.files
+    assert sorted(folder.paths) == sorted(str(path) for path in root.rglob("*.*"))
+    assert find_folder(root, valid=0.2, test=0.1).paths == folder.paths
+    assert find_folder(root, valid=0.2, test=0.1, seed=1).paths != folder.paths
 
 
 @pytest.mark.parametrize("valid", ["valid", "val", "Validation", None])
@@ -83,37 +75,72 @@ def test_folders_of_splits_are_kept(tmp_path: Path, valid: str | None) -> None:
     for split, n in (("train", 20), (valid, 10), ("test", 5)):
         if split:
             make_pets(tmp_path / "pets" / split, n, (20, 20))
-    folder = ImageFolder(tmp_path / "pets")
-    assert {split: len(files) for split, files in folder.files.items()} == {
-        "train": 60 if valid else 54,
-        "valid": 30 if valid else 6,
-        "test": 15,
-    }
-    assert all("/test/" in path for path in folder.files["test"])
+    splits = find_folder(tmp_path / "pets").splits
+    expected = {"train": 60 if valid else 54, "valid": 30 if valid else 6, "test": 15}
+    assert {split: len(paths) for split, (paths, _) in splits.items()} == expected
+    assert all(b"/test/" in path for path in splits["test"][0])
 
 
-def test_what_cannot_be_found_is_named(tmp_path: Path) -> None:
-    (tmp_path / "empty" / "cats").mkdir(parents=True)
-    with pytest.raises(DatasetError, match=r"no images .* in folders of their own for each class"):
-        opened(tmp_path / "empty", tmp_path / "data")
-    make_pets(tmp_path / "pets" / "train", 3, (20, 20))
-    make_pets(tmp_path / "pets" / "test", 3, (20, 20))
-    (tmp_path / "pets" / "test" / "red disc").rename(tmp_path / "pets" / "test" / "purple")
-    with pytest.raises(DatasetError, match=r"test: purple is no class of .*train"):
-        opened(tmp_path / "pets", tmp_path / "data")
-    with pytest.raises(DatasetError, match="no such dataset"):
-        opened(tmp_path / "nothing", tmp_path / "data")
+def unknown_class(root: Path) -> None:
+    for split in ("train", "test"):
+        make_pets(root / split, 3, (20, 20))
+    (root / "test" / "red disc").rename(root / "test" / "purple")
+
+
+def one_class(root: Path) -> None:
+    make_pets(root, 3, (20, 20))
+    for name in list(CLASSES)[1:]:
+        shutil.rmtree(root / name)
+
+
+def with_pets(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda root: change(make_pets(root, 4, (20, 20)) / "red disc")
+
+
+MISTAKES = {
+    "nothing": (lambda root: None, "no such dataset"),
+    "a device": (lambda root: root.symlink_to("/dev/zero"), "a device or a pipe"),
+    "a pipe": (os.mkfifo, "a device or a pipe"),
+    "an empty folder": (lambda root: (root / "cats").mkdir(parents=True), "no images .* in folders of their own"),
+    "another class": (unknown_class, "test: purple is not a class of .*train"),
+    "one class": (one_class, "has one class, expected two"),
+    "several sizes": (
+        lambda root: make_pets(root, 4),
+        "images of 12 sizes, .*choose one with --data.image_size",
+    ),
+    "a text": (
+        with_pets(lambda pets: (pets / "1.png").write_text("no")),
+        r"1\.png: not a readable image .*; delete or",
+    ),
+    "half an image": (with_pets(lambda pets: half(pets / "0000.png")), r"0000\.png: not a readable image"),
+    "a pipe as an image": (
+        with_pets(lambda pets: os.mkfifo(pets / "1.png")),
+        r"1\.png: a link to nothing, a device or",
+    ),
+    "a device as an image": (
+        with_pets(lambda pets: (pets / "1.png").symlink_to("/dev/zero")),
+        "a link to nothing, a dev",
+    ),
+    "a link to nothing": (with_pets(lambda pets: (pets / "1.png").symlink_to("none")), "a link to nothing"),
+    "a circle": (with_pets(lambda pets: (pets / "a").symlink_to(pets)), "a link to a folder below a class"),
+}
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_what_cannot_be_used_is_named_at_once(tmp_path: Path, case: str) -> None:
+    make, message = MISTAKES[case]
+    make(tmp_path / "pets")
+    with pytest.raises(DatasetError, match=message):
+        ImageDataModule(str(tmp_path / "pets"), data_dir=str(tmp_path / "data")).prepare_data()
 
 
 def test_too_few_names_are_refused(cli: Run, tmp_path: Path) -> None:
     make_pets(tmp_path / "pets", 4, (32, 32))
     assert_one_message(cli(*FIT, "--data.class_names=[a,b]", ok=False), "pets has 3 classes", "has 2 names")
-
-
-def test_several_sizes_need_a_choice(cli: Run, tmp_path: Path) -> None:
-    make_pets(tmp_path / "pets", 4)
-    done = cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset=pets", ok=False)
-    assert_one_message(done, "images of 12 sizes, such as ", "choose one with --data.image_size")
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -126,11 +153,12 @@ def test_one_size_decodes_exactly_and_grey_stays_grey(tmp_path: Path) -> None:
         path = tmp_path / "grey" / "ab"[index % 2] / f"{index:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    source = opened(tmp_path / "grey", tmp_path / "data", valid_fraction=0.5, test_fraction=0)
-    assert (source.channels, source.image_size) == (1, (20, 30))
-    found = torch.cat([tensors(source, split)[0] for split in ("train", "valid")])
-    assert sorted(image.numpy().tobytes() for image in found) == sorted(image.tobytes() for image in pixels)
-    assert opened(tmp_path / "grey", tmp_path / "data", channels=3).channels == 3
+    for limit in (2.0, 1e-9):
+        source = opened(tmp_path / "grey", tmp_path / "data", memory_limit=limit)
+        assert source.form == (1, (20, 30))
+        found = [dataset[index][0] for dataset in source.datasets.values() for index in range(len(dataset))]
+        assert sorted(image.numpy().tobytes() for image in found) == sorted(image.tobytes() for image in pixels)
+    assert opened(tmp_path / "grey", tmp_path / "data", channels=3).form.channels == 3
 
 
 def test_every_mode_becomes_what_a_viewer_shows(tmp_path: Path) -> None:
@@ -155,24 +183,6 @@ def test_every_mode_becomes_what_a_viewer_shows(tmp_path: Path) -> None:
     assert read_image(tmp_path / "rgb.png", 3, (8, 8)).shape == (3, 8, 8)
 
 
-def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path: Path) -> None:
-    folder = make_pets(tmp_path / "pets", 6, (20, 20))
-    whole = (folder / "red disc" / "0000.png").read_bytes()
-    (folder / "red disc" / "half.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "red disc" / "text.png").write_text("no image")
-    (folder / "red disc" / ".hidden.png").write_text("no image")
-    (folder / "red disc" / "notes.txt").write_text("no image")
-    for lazy in (False, True):
-        limit = 1e-9 if lazy else 2.0
-        with pytest.warns(UserWarning, match=r"files that cannot be read are left out \(1\): .*text\.png"):
-            source = opened(folder, tmp_path / f"data{lazy}", memory_limit=limit)
-        total = sum(map(len, source.targets.values()))
-        assert total == (19 if lazy else 18)  # half an image is found out when it is decoded
-    split = next(s for s, d in source.datasets.items() if any(b"half" in path for path in d.paths))  # type: ignore
-    with pytest.raises(DatasetError, match=r"half\.png: not a readable image"):
-        tensors(source, split)
-
-
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_image_that_breaks_off_is_named_where_files_are_read(cli: Run, tmp_path: Path, workers: int) -> None:
     folder = make_pets(tmp_path / "pets", 6, (32, 32))
@@ -187,7 +197,7 @@ def test_image_that_breaks_off_is_named_where_files_are_read(cli: Run, tmp_path:
 def test_fast_copy_follows_names_sizes_and_times(tmp_path: Path) -> None:
     folder, data = make_pets(tmp_path / "pets", 6, (20, 20)), tmp_path / "data"
     before = opened(folder, data)
-    (copy,) = (data / "copies").glob("*.pt")
+    (copy,) = (path for path in (data / "copies").glob("*.pt") if ".form." not in path.name)
     made = copy.stat().st_mtime_ns
     assert opened(folder, data).digest == before.digest
     assert copy.stat().st_mtime_ns == made

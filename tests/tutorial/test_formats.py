@@ -1,245 +1,246 @@
-"""Dataset files of other people: the same images and labels, whatever the file."""
+"""Arrays as people have them: decoded, trained on, tested, predicted and resumed."""
 
 from __future__ import annotations
 
-import gzip
-import pickle
-import zipfile
+import csv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from common import CONFIGS, Run
-from mirror import folder_server, server
-from test_archive import Arrays, arrays, assert_holds, read_dataset
+from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, checkpoint
+from test_archive import pairs, write_idx
+from torch.utils.data import DataLoader, Subset, random_split
 
-from mnist_lit.datasets import mnist
-from mnist_lit.engine.data import idx
-from mnist_lit.engine.data.files import Splits, content_digest
-from mnist_lit.engine.data.sources import FolderOptions, open_dataset
-from mnist_lit.engine.errors import DatasetError, DownloadError
+from mnist_lit.engine.data.arrays import fold_of, make_arrays
+from mnist_lit.engine.data.loaders import BatchTensorDataset, eval_dataloader, train_dataloader
+from mnist_lit.engine.data.module import ImageDataModule
+
+FIT = ("fit", "--config", CONFIGS / "cnn.yaml", "--trainer.max_steps=10", "--dashboard.every_n_epochs=0")
+BEST = RUN / "checkpoints" / "best.ckpt"
+CLASSES = np.arange(400) % 4
+RANDOM = np.random.default_rng(0)
+BYTES = RANDOM.integers(0, 256, (400, 12, 12)).astype(np.uint8)
+BYTES[np.arange(400), :, CLASSES * 3] = 255  # a bright column tells the class
+WAVES = RANDOM.normal(size=(400, 2, 10, 16)).astype(np.float32)
+LABELS = (RANDOM.random((400, 5)) < 0.3).astype(np.float32)
+UNIT = BYTES.astype(np.float32) / 255
+
+IMAGES = {  # what is given, and what becomes of it
+    "bytes": (BYTES, BYTES[:, None]),
+    "bytes as int64": (BYTES.astype(np.int64), BYTES[:, None]),
+    "float32 0..255": (BYTES.astype(np.float32), BYTES[:, None]),
+    "float64 k/255": (BYTES / 255, BYTES[:, None]),
+    "rows of k/256": (BYTES.reshape(400, -1) / np.float32(256), BYTES[:, None]),
+    "bool": (BYTES > 99, (BYTES > 99)[:, None].astype(np.uint8) * 255),
+    "-1..1": (2 * UNIT - 1, (2 * UNIT - 1)[:, None]),
+    "float64 of any value": (np.sin(BYTES.astype(float)), np.sin(BYTES.astype(float)).astype(np.float32)[:, None]),
+    "float16": ((UNIT / 3).astype(np.float16), (UNIT / 3).astype(np.float16)[:, None]),
+    "uint16": (BYTES.astype(np.uint16) * 257, (BYTES.astype(np.float32) * 257)[:, None]),
+    "spectrograms": (WAVES, WAVES),
+    "channels last": (np.moveaxis(WAVES, 1, 3), WAVES),
+    "RGB": (np.stack([BYTES] * 3, -1), np.stack([BYTES] * 3, 1)),
+}
 
 
-def as_lists(content: object) -> object:
-    if isinstance(content, tuple):
-        return [as_lists(part) for part in content]
-    return content
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("form", ["tuples", "lists", "lists of numbers"])
-def test_plain_pickle(tmp_path: Path, form: str, protocol: int) -> None:
-    """Neither gzipped nor called .pkl.gz."""
-    data = arrays((30, 20, 10), side=6)
-    numbers = [[x.tolist(), y.tolist()] for x, y in data]
-    content = {"tuples": data, "lists": as_lists(data), "lists of numbers": numbers}[form]
-    path = tmp_path / "mnist"
-    path.write_bytes(pickle.dumps(content, protocol))
-    assert_holds(read_dataset(path), data)
-
-
-def test_pickle_of_a_list_of_images(tmp_path: Path) -> None:
-    data = arrays((30, 20, 10), side=6)
-    path = tmp_path / "mnist.pkl"
-    path.write_bytes(pickle.dumps([[list(x), list(map(int, y))] for x, y in data], 4))
-    assert_holds(read_dataset(path), data)
-
-
-@pytest.mark.parametrize("shape", [(9, 12, 1), (9, 12, 3), (1, 9, 12), (3, 9, 12), (9, 12)])
-def test_npz_with_channels_first_or_last(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    x, y = np.random.default_rng(0).integers(0, 256, (60, *shape), dtype=np.uint8), np.arange(60) % 3
-    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_valid=x[:6], y_valid=y[:6])
-    images, _ = read_dataset(tmp_path / "own.npz").train
-    expected = x if shape[0] in (1, 3) else x[:, None] if len(shape) == 2 else np.moveaxis(x, 3, 1)
+@pytest.mark.parametrize("case", IMAGES)
+def test_images_keep_what_they_are(case: str) -> None:
+    given, expected = IMAGES[case]
+    images, _ = make_arrays({"train": (given, CLASSES), "valid": (given[:9], CLASSES[:9])}).splits.train
+    assert images.numpy().dtype == expected.dtype
     np.testing.assert_array_equal(images.numpy(), expected)
 
 
-# -------------------------------------------------------------------------------- without a validation split
+NAMES = np.array(["ash", "beech", "cedar", "date"])
+MASKS = RANDOM.integers(0, 2, (400, 12, 12)) * 255
+TARGETS = {  # what is given, what becomes of it, task and names
+    "classes": (CLASSES, CLASSES, "multiclass", None),
+    "column": (CLASSES[:, None], CLASSES, "multiclass", None),
+    "gaps": (CLASSES * 100, CLASSES, "multiclass", ["0", "100", "200", "300"]),
+    "from 1": (CLASSES + 1, CLASSES, "multiclass", ["1", "2", "3", "4"]),
+    "names": (
+        np.array(["ash", "beech", "cedar", "date"])[CLASSES],
+        CLASSES,
+        "multiclass",
+        "ash beech cedar date".split(),
+    ),
+    "bytes": (np.array([b"a", b"b", b"c", b"d"])[CLASSES], CLASSES, "multiclass", list("abcd")),
+    "bool": (CLASSES > 1, (CLASSES > 1).astype(int), "multiclass", ["False", "True"]),
+    "one-hot": (np.eye(4)[CLASSES], CLASSES, "multiclass", list("0123")),
+    "masks": (MASKS, MASKS // 255, "multiclass", ["0", "255"]),
+    "labels": (LABELS, LABELS, "multilabel", None),
+    "values": (CLASSES + 0.5, (CLASSES + 0.5).astype(np.float32), "regression", None),
+    "several values": (WAVES[:, :, 0, 0], WAVES[:, :, 0, 0], "regression", None),
+}
 
 
-def published(sizes: tuple[int, int] = (120, 20)) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Training and test images as they were published: uint8 (n, 28, 28) and labels."""
-    random = np.random.default_rng(0)
-    return tuple((random.integers(0, 256, (n, 28, 28), dtype=np.uint8), np.arange(n) % 10) for n in sizes)
+@pytest.mark.parametrize("case", TARGETS)
+def test_targets_tell_the_task(case: str) -> None:
+    given, expected, task, names = TARGETS[case]
+    arrays = make_arrays({"train": (BYTES, given), "valid": (BYTES[:8], given[:8])})
+    np.testing.assert_array_equal(arrays.splits.train[1].numpy(), expected)
+    assert (arrays.task, arrays.class_names) == (task, names)
 
 
-def assert_split_as_in_the_tutorial(splits: Splits, data: tuple[tuple[np.ndarray, np.ndarray], ...]) -> None:
-    (x, y), test = data
-    sixth = len(x) // 6
-    expected = ((x[:-sixth], y[:-sixth]), (x[-sixth:], y[-sixth:]), test)
-    for (images, labels), (pixels, classes) in zip(splits, expected, strict=True):
-        np.testing.assert_array_equal(images[:, 0].numpy(), pixels)
-        np.testing.assert_array_equal(labels.numpy(), classes)
+WRONG = {
+    "too few targets": ((BYTES, CLASSES[:99]), "as many targets as images expected in the train split, found 99"),
+    "no images": ((BYTES[:0], CLASSES[:0]), "as many targets as images"),
+    "rows of no square": ((np.zeros((400, 785)), CLASSES), "rows of 785 pixels are not square"),
+    "five dimensions": ((np.zeros((400, 1, 1, 2, 2)), CLASSES), r"images \(n, H, W\)"),
+    "no pixels": ((np.zeros((400, 0, 5)), CLASSES), r"images \(n, H, W\)"),
+    "texts as images": ((np.array(["a"] * 400), CLASSES), "images of numbers expected"),
+    "NaN": ((BYTES * np.float32("nan"), CLASSES), "finite pixels expected in the train split"),
+    "infinite targets": ((BYTES, CLASSES / np.zeros(1)), "finite targets expected"),
+    "tables as targets": ((BYTES, np.stack([CLASSES] * 3, 1)), r"targets \(n,\), .*found int64 \(408, 3\)"),
+}
 
 
-def write_keras(path: Path, data: tuple[tuple[np.ndarray, np.ndarray], ...]) -> Path:
-    (x, y), (x_test, y_test) = data
-    np.savez(path, x_train=x, y_train=y.astype(np.uint8), x_test=x_test, y_test=y_test.astype(np.uint8))
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")
+def test_wrong_arrays_are_named(case: str) -> None:
+    x, y = WRONG[case][0]
+    with pytest.raises(ValueError, match=WRONG[case][1]):
+        make_arrays({"train": (x, y), "valid": (x[:8], y[:8])})
+
+
+def test_splits_that_differ_or_lack_are_named_or_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="images of one size expected in every split"):
+        make_arrays({"train": (BYTES, CLASSES), "valid": (BYTES[:, :5], CLASSES)})
+    with pytest.raises(ValueError, match="targets of one kind expected"):
+        make_arrays({"train": (BYTES, CLASSES), "valid": (BYTES, CLASSES + 0.5)})
+    held_out = make_arrays({"train": (BYTES, np.sort(CLASSES))}).splits  # the last sixth would be of one class
+    assert torch.bincount(held_out.valid[1]).tolist() == [17] * 4
+    assert len(held_out.test[1]) == 0
+
+
+def write(path: Path, x: np.ndarray, y: np.ndarray, **others: np.ndarray) -> Path:
+    np.savez(path, x_train=x, y_train=y, x_valid=x[:80], y_valid=y[:80], x_test=x[80:120], y_test=y[80:120], **others)
     return path
 
 
-def write_idx(
-    folder: Path, data: tuple[tuple[np.ndarray, np.ndarray], ...], prefix: str = "", gz: bool = False
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, pair in zip(("train", "test" if prefix else "t10k"), data, strict=True):
-        for kind, array in zip(("images-idx3", "labels-idx1"), pair, strict=True):
-            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            content = head + array.astype(np.uint8).tobytes()
-            name = f"{prefix}{split}-{kind}-ubyte"
-            (folder / (f"{name}.gz" if gz else name)).write_bytes(gzip.compress(content, 1) if gz else content)
-    return folder
-
-
-LAYOUTS = {
-    "Keras": lambda folder, data: write_keras(folder / "mnist.npz", data),
-    "IDX": lambda folder, data: write_idx(folder / "own", data),
-    "IDX, gzipped": lambda folder, data: write_idx(folder / "own", data, gz=True),
-    "one IDX file": lambda folder, data: write_idx(folder / "own", data, gz=True) / "train-images-idx3-ubyte.gz",
-    "torchvision": lambda folder, data: write_idx(folder / "FashionMNIST" / "raw", data).parent,
+TRAINED = {  # images, targets, number of outputs, metrics, names
+    "float32 0..255": (BYTES.astype(np.float32), CLASSES, 4, {"val/acc"}, list("0123")),
+    "spectrograms": (WAVES, CLASSES, 4, {"val/acc"}, list("0123")),
+    "gaps": (BYTES, CLASSES * 100, 4, {"val/acc"}, ["0", "100", "200", "300"]),
+    "names": (BYTES, NAMES[CLASSES], 4, {"val/acc"}, NAMES.tolist()),
+    "labels": (BYTES, LABELS, 5, {"val/acc"}, None),
+    "several values": (BYTES, WAVES[:, :, 0, 0], 2, {"val/mse"}, None),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_published_files_are_split_as_in_the_tutorial(tmp_path: Path, layout: str) -> None:
-    data = published()
-    assert_split_as_in_the_tutorial(read_dataset(LAYOUTS[layout](tmp_path, data)), data)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "names")) for c in TRAINED])
+def test_arrays_from_training_to_prediction(cli: Run, tmp_path: Path, case: str) -> None:
+    x, y, outputs, metrics, names = TRAINED[case]
+    write(tmp_path / "own.npz", x, y)
+    done = cli(*FIT, "--data.dataset=own.npz", "--model.lr=0.001")
+    assert ("images from" in done.stdout + done.stderr) == (case == "spectrograms")
+    saved = checkpoint(tmp_path / BEST)
+    assert len(saved["state_dict"]["net.4.weight"]) == outputs
+    tested = cli("test", "--config", RUN / "config.yaml", "--ckpt_path", BEST)
+    assert all(f"test{metric[3:]}" in tested.stdout for metric in metrics)
+    write(tmp_path / "few.npz", x[::2], y[::2])  # which lacks two of the classes
+    cli("predict", "--ckpt_path", BEST, "--data.dataset=few.npz")
+    with (tmp_path / "lightning_logs" / "version_1" / "predictions.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = [f"p_{name}" for name in names] if names else [f"prediction_{index}" for index in range(outputs)]
+    assert list(rows[0])[-outputs:] == columns
 
 
-def test_sorted_images_are_held_out_by_class(tmp_path: Path) -> None:
-    """The last sixth of them would be of one class."""
-    (x, _), test = published()
-    labels = np.arange(120) // 12
-    _, valid, _ = read_dataset(write_keras(tmp_path / "sorted.npz", ((x, labels), test)))
-    assert torch.bincount(valid[1]).tolist() == [2] * 10
+def test_classes_that_the_model_does_not_know_are_named(cli: Run, tmp_path: Path) -> None:
+    write(tmp_path / "own.npz", BYTES, NAMES[CLASSES])
+    cli(*FIT, "--data.dataset=own.npz")
+    write(tmp_path / "other.npz", BYTES, np.array(["ash", "beech", "elm", "date"])[CLASSES])
+    write(tmp_path / "labels.npz", BYTES, LABELS)
+    write(tmp_path / "one.npz", BYTES, CLASSES * 0)
+    test = ("test", "--config", RUN / "config.yaml", "--ckpt_path", BEST)
+    for dataset, part in (("other", "has the class elm"), ("labels", "has targets for multilabel")):
+        assert_one_message(cli(*test, f"--data.dataset={dataset}.npz", ok=False), part)
+    assert_one_message(cli(*FIT, "--data.dataset=one.npz", ok=False), "one.npz has one class, expected two")
 
 
-def test_fashion_has_names_and_emnist_is_upright_and_chosen(tmp_path: Path) -> None:
-    data = published()
-    fashion = write_idx(tmp_path / "FashionMNIST" / "raw", data)
-    source = open_dataset(str(fashion.parent), tmp_path / "data", FolderOptions())
-    assert source.class_names is not None
-    assert (source.class_names[0], source.class_names[9]) == ("T-shirt/top", "Ankle boot")
+def test_idx_names_are_the_models(tmp_path: Path) -> None:
+    (x, y), test = (BYTES.repeat(2, 1)[:120], np.arange(120) % 10), (BYTES.repeat(2, 1)[:20], np.arange(20) % 10)
+    fashion = write_idx(tmp_path / "FashionMNIST" / "raw", ((x, y), test))
+    data = ImageDataModule(str(fashion.parent), data_dir=str(tmp_path / "data"))
+    assert (data.num_classes, data.class_names and data.class_names[9]) == (10, "Ankle boot")
 
-    raw = write_idx(tmp_path / "EMNIST" / "raw", data, "emnist-letters-")
-    (raw / "emnist-letters-mapping.txt").write_text("1 65 97\n2 66 98\n")
-    assert idx.class_names(raw / "emnist-letters-train-images-idx3-ubyte") == ["0", "A/a", "B/b"]
-    images = read_dataset(raw.parent).train[0]
-    np.testing.assert_array_equal(images[:, 0].numpy(), data[0][0][:100].swapaxes(1, 2))
-    write_idx(raw, data, "emnist-digits-")
-    with pytest.raises(
-        DatasetError, match=r"several datasets, choose one: .*emnist-digits-train.*emnist-letters-train"
+
+# ------------------------------------------------------------------------------------------- weights and metrics
+
+
+def test_weights_of_classes_and_metrics_of_any_number(cli: Run, tmp_path: Path) -> None:
+    keep = (CLASSES != 3) | (np.arange(400) % 8 == 3)  # the last class is rare
+    write(tmp_path / "own.npz", BYTES[keep], CLASSES[keep])
+    expected = torch.tensor([350 / 4 / 100] * 3 + [350 / 4 / 50])
+    fit = (*FIT, "--data.dataset=own.npz", "--config", OVERLAYS / "per_class.yaml")
+    for options, weight in (
+        (("--model.loss=torch.nn.CrossEntropyLoss", "--model.loss.weight=[1,2,1,1]"), torch.tensor([1.0, 2, 1, 1])),
+        (("--model.balanced=true",), expected),
     ):
-        read_dataset(raw.parent)
-    assert len(read_dataset(raw / "emnist-digits-train-images-idx3-ubyte").train[0]) == 100
+        name = f"run{len(options)}"
+        done = cli(*fit, *options, f"--run_name={name}", "--trainer.max_steps=6")
+        assert "val/recall/3" in done.stdout
+        logs = Path("lightning_logs") / name
+        last = logs / "checkpoints" / "last.ckpt"
+        assert torch.allclose(checkpoint(tmp_path / last)["state_dict"]["loss.weight"], weight)
+        cli(*fit, *options, f"--ckpt_path={last}", "--trainer.max_steps=12")
+        assert torch.allclose(checkpoint(tmp_path / last)["state_dict"]["loss.weight"], weight)
+        cli("test", "--config", logs / "config.yaml", "--ckpt_path", last)
+        cli("predict", "--ckpt_path", last)
 
 
-def test_damaged_idx_files_are_named(tmp_path: Path) -> None:
-    folder = write_idx(tmp_path / "own", published())
-    images = folder / "train-images-idx3-ubyte"
-    whole = images.read_bytes()
-    for damage, message in (
-        (whole[:-1], "94,079 bytes of data, 120 x 28 x 28 expected"),
-        (whole[:10], "ends in its header"),
-        (b"\0\0\x09\x03" + whole[4:], "no IDX file of 3 dimensions"),
-        (whole[:4] + b"\xff" * 12 + whole[16:], "expected"),
-    ):
-        images.write_bytes(damage)
-        with pytest.raises(DatasetError, match=message):
-            read_dataset(folder)
-    images.unlink()
-    with pytest.raises(DatasetError, match="neither MNIST's IDX files nor a folder of images for each class"):
-        read_dataset(folder)
-    images.write_bytes(whole)
-    (folder / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(DatasetError, match=r"no t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte\.gz beside"):
-        read_dataset(folder)
+def test_mixed_images_have_an_accuracy_and_resume(cli: Run, tmp_path: Path) -> None:
+    write(tmp_path / "own.npz", BYTES, CLASSES)
+    fit = (
+        *FIT,
+        "--data.dataset=own.npz",
+        "--data.mix=mnist_lit.transforms.MixUp",
+        "--last_checkpoint.every_n_train_steps=1",
+    )
+    assert "train/acc" in cli(*fit, "--run_name=whole").stdout
+    kill = ("--trainer.callbacks+=interrupt.SignalAt", "--trainer.callbacks.signum=SIGKILL")
+    kill += ("--trainer.callbacks.hook=on_train_batch_end", "--trainer.callbacks.step=5")
+    assert cli(*fit, *kill, "--run_name=cut", ok=False).returncode == -9
+    cli(*fit, "--ckpt_path=lightning_logs/cut/checkpoints/last.ckpt")
+    whole, cut = (
+        checkpoint(tmp_path / "lightning_logs" / name / "checkpoints" / "last.ckpt") for name in ("whole", "cut")
+    )
+    assert all(torch.equal(whole["state_dict"][name], cut["state_dict"][name]) for name in whole["state_dict"])
 
 
-FOREIGN = {
-    "HTML": (b"\n<!DOCTYPE html><html>Not Found", "HTML, not a gzip: the server sent a page"),
-    "IDX": (b"\0\0\x08\x03" + bytes(12), "an IDX file: name it as it was published"),
-    "XZ": (b"\xfd7zXZ\0 and so on", "an XZ archive"),
-    "LFS": (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
-    "npy": (b"\x93NUMPY\x01\0", "a single array"),
-    "PNG": (b"\x89PNG\r\n", "an image: use --data.dataset=FOLDER"),
-    "tar": (b"data/".ljust(257, b"\0") + b"ustar", "a tar archive: unpack it"),
-    "text": (b"label,pixel0\n5,0\n", "neither a pickle nor an .npz nor an IDX file"),
-}
+# ------------------------------------------------------------------------------------------- subsets and folds
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_other_formats_are_named(tmp_path: Path, kind: str, zipped: bool) -> None:
-    content, message = FOREIGN[kind]
-    path = tmp_path / "mnist.pkl.gz"
-    path.write_bytes(gzip.compress(content) if zipped else content)
-    with pytest.raises(DatasetError, match=message):
-        read_dataset(path)
+@pytest.mark.parametrize("make", [DataLoader, train_dataloader, eval_dataloader])
+def test_subsets_of_a_dataset_in_memory_are_batched(make) -> None:
+    x, y = torch.arange(50.0)[:, None], torch.arange(50)
+    few, many = random_split(BatchTensorDataset(x, y), [20, 30])
+    options = {"seed": 0} if make is train_dataloader else {}
+    for part in (few, many, Subset(many, range(7))):
+        seen = [(images[:, 0].long(), labels) for images, labels in make(part, 8, **options)]
+        assert all(torch.equal(images, labels) for images, labels in seen)
+        found = torch.cat([labels for _, labels in seen]).tolist()
+        assert sorted(found) == sorted(int(part[index][1]) for index in range(len(part)))
 
 
-def test_zip_archive_is_named(cli: Run, tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.writestr("cats/1.jpg", b"")
-    done = cli("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset=images.zip", ok=False)
-    assert "images.zip: damaged, or not a dataset (this is a ZIP archive: unpack it" in done.stderr
+def test_folds_share_every_image_evenly(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "own.npz", BYTES, CLASSES))
+    seen, digests = [], set()
+    for fold in range(5):
+        data = ImageDataModule(path, data_dir=str(tmp_path / "data"), folds=5, fold=fold)
+        data.prepare_data()
+        train, valid, test = (data.source.splits[split] for split in ("train", "valid", "test"))
+        assert torch.bincount(valid[1]).tolist() == [24] * 4  # of 480
+        assert len(train[1]) == 384
+        assert len(test[1]) == 40
+        seen += [image.numpy().tobytes() for image in valid[0]]
+        digests.add(data.digest)
+    assert sorted(seen) == sorted(image.tobytes() for image in np.concatenate([BYTES, BYTES[:80]]))
+    assert len(digests) == 5
+    assert torch.bincount(fold_of(torch.rand(10, 2), 3, 0)).tolist() == [4, 3, 3]
 
 
-# -------------------------------------------------------------------------------------------- addresses
-
-
-def test_addresses_are_tried_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has no file, one that answers with a page, one with another dataset, and one with IDX files."""
-    monkeypatch.setattr(mnist, "BACK_OFF", 0.01)
-    wanted, other = write_idx(tmp_path / "mnist", published(), gz=True), arrays()
-    digest = content_digest(read_dataset(wanted))
-    monkeypatch.setattr(mnist, "DIGEST", digest)
-    page, pickled = b"<!DOCTYPE html>", gzip.compress(pickle.dumps(other))
-    with (
-        server("404") as (missing, _),
-        server("whole", page) as (html, _),
-        server("whole", pickled) as (wrong, _),
-        folder_server(wanted) as (folder, requests),
-    ):
-        mnist.download_mnist([missing, html, wrong, folder], tmp_path / "data", timeout=60)
-        assert sorted(path.lstrip("/") for path in requests) == sorted(mnist.IDX)
-        mnist.download_mnist([missing], tmp_path / "data", timeout=60)  # it is there
-        with pytest.raises(DownloadError, match=r"answered 404.*; .*this is HTML.*; .*but not MNIST"):
-            mnist.download_mnist([missing, html, wrong], tmp_path / "none", timeout=60)
-    found = mnist.find_mnist(tmp_path / "data")
-    assert found is not None
-    assert content_digest(mnist.read_mnist(found)) == digest
-    assert [path.name for path in (tmp_path / "none").iterdir()] == [".lock"]
-
-
-def test_address_of_an_unreachable_host_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tutorial's two addresses are of one host: without a network only one of them waits."""
-    monkeypatch.setattr(mnist, "BACK_OFF", 0.01)
-    with pytest.raises(DownloadError) as caught:
-        mnist.download_mnist(["http://127.0.0.1:9/a", "http://127.0.0.1:9/b"], tmp_path, timeout=60)
-    assert "127.0.0.1:9/a could not be downloaded: no connection" in str(caught.value)
-    assert "127.0.0.1:9/b" not in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------------- real MNIST
-
-
-@pytest.fixture(scope="module")
-def real(mnist_archive: Path) -> Arrays:
-    with gzip.open(mnist_archive) as file:
-        return pickle.load(file, encoding="latin-1")
-
-
-@pytest.mark.slow
-@pytest.mark.mnist
-@pytest.mark.parametrize("layout", [*LAYOUTS, "protocol 0", "protocol 4, lists"])
-def test_mnist_is_the_same_in_every_layout(real: Arrays, tmp_path: Path, layout: str) -> None:
-    if layout.startswith("protocol"):
-        path = tmp_path / "mnist.pkl"
-        path.write_bytes(pickle.dumps(as_lists(real) if "lists" in layout else real, int(layout[9])))
-    else:
-        (x, y), (xv, yv), test = real
-        pixels = [(a * 256).astype(np.uint8).reshape(-1, 28, 28) for a in (np.concatenate([x, xv]), test[0])]
-        path = LAYOUTS[layout](tmp_path, ((pixels[0], np.concatenate([y, yv])), (pixels[1], test[1])))
-    assert content_digest(read_dataset(path)) == mnist.DIGEST
+def test_a_pickle_with_a_test_split_has_the_tutorials_pixels(tmp_path: Path) -> None:
+    (x, y), valid, test = pairs()
+    arrays = make_arrays({"train": (x, y), "valid": valid, "test": test})
+    assert torch.equal(arrays.splits.train[0].flatten(1) / 256, torch.from_numpy(x))

@@ -66,7 +66,7 @@ def test_other_images_have_none(digits: Tensor) -> None:
 
 @pytest.mark.mnist
 def test_mnist_has_its_own_form(mnist_archive: Path) -> None:
-    assert form_of(read_mnist(mnist_archive).train[0]) == MNIST
+    assert form_of(read_mnist(mnist_archive).splits.train[0]) == MNIST
 
 
 OTHERS = {
@@ -83,7 +83,7 @@ def test_pictures_are_brought_into_the_form_of_the_training_data(
     cli: Run, mnist_archive: Path, tmp_path: Path, kind: str
 ) -> None:
     """Of 200 pictures, dark on light and light on dark, as many are right as of the test images in that form."""
-    splits, arrays = read_mnist(mnist_archive), {}
+    splits, arrays = read_mnist(mnist_archive).splits, {}
     for name, (images, labels), n in zip(("train", "valid", "test"), splits, (20_000, 1000, 1000), strict=True):
         arrays[f"x_{name}"], arrays[f"y_{name}"] = OTHERS[kind](images[:n]).numpy(), labels[:n].numpy()
     np.savez(tmp_path / "own.npz", **arrays)

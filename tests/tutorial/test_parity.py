@@ -111,7 +111,7 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     module = data_module(dataset, data_dir)
     module.prepare_data()
     module.setup("fit")
-    assert all(len(images) % 64 for images in module.source.targets.values())
+    assert all(len(targets) % 64 for _, targets in module.source.splits.values())
     return module
 
 

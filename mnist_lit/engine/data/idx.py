@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-Pair = tuple[np.ndarray, np.ndarray]
+from mnist_lit.engine.data.arrays import Pair
 
 # http://yann.lecun.com/exdb/mnist: two zeros, 8 for uint8, and the number of dimensions.
 MAGIC = b"\0\0\x08"
@@ -35,73 +35,54 @@ def find_idx(path: Path) -> Path | None:
     if path.is_file():
         return path if NAME.fullmatch(path.name) else None
     for folder in (path, path / "raw"):
-        names = sorted(file.name for file in folder.glob("*train-images-idx3-ubyte*"))
-        found = {name.removesuffix(".gz"): name for name in reversed(names) if NAME.fullmatch(name)}
+        files = sorted(file for file in folder.glob("*train-images-idx3-ubyte*") if NAME.fullmatch(file.name))
+        found = {file.name.removesuffix(".gz"): file for file in files}
         if len(found) > 1:
-            raise ValueError(
-                f"several datasets, choose one: {', '.join(sorted(str(folder / name) for name in found.values()))}"
-            )
-        for name in found.values():
-            return folder / name
+            raise ValueError(f"several datasets, choose one: {', '.join(map(str, found.values()))}")
+        if found:
+            return files[0]
     return None
 
 
-def read_idx(train: Path, read: Callable[[Path], bytes]) -> tuple[Pair, Pair]:
-    """Read the training and the test images of a dataset.
-
-    EMNIST's images are transposed in its files; here they are upright, like MNIST's.
+def read_idx(train: Path, read: Callable[[Path], bytes]) -> dict[str, Pair]:
+    """Read the training and the test images of a dataset, EMNIST's upright, which are transposed in its files.
 
     Args:
         train: the file of the training images, as from ``find_idx``; the other three lie beside it.
         read: reads a file, gzipped or not.
 
     Returns:
-        training and test images uint8 (n, H, W) with their labels uint8 (n,).
+        by ``train`` and ``test``: images uint8 (n, H, W) and their labels uint8 (n,).
 
     Raises:
         ValueError: if a file is missing or damaged.
     """
-    parts = NAME.fullmatch(train.name)
-    assert parts is not None
-    test = "test" if parts["set"] else "t10k"
-    pairs = []
-    for split in ("train", test):
-        arrays = []
-        for kind in ("images-idx3", "labels-idx1"):
-            plain = train.with_name(f"{parts['set']}{split}-{kind}-ubyte")
-            names = [plain, plain.with_name(f"{plain.name}.gz")]
-            file = next((name for name in names if name.is_file()), None)
-            if file is None:
-                raise ValueError(f"there is no {plain.name} or {plain.name}.gz beside {train.name}")
-            arrays.append(_decode(file.name, read(file), 3 if kind == "images-idx3" else 1))
-        images, labels = arrays
-        pairs.append((images.swapaxes(1, 2) if parts["set"].startswith("emnist") else images, labels))
-    return pairs[0], pairs[1]
+    prefix = train.name[: train.name.index("train")]
+    pairs = {}
+    for split, name in (("train", "train"), ("test", "test" if prefix else "t10k")):
+        images, labels = (
+            _decode(train.with_name(f"{prefix}{name}-{kind}-ubyte"), read) for kind in ("images-idx3", "labels-idx1")
+        )
+        pairs[split] = images.swapaxes(1, 2) if prefix.startswith("emnist") else images, labels
+    return pairs
 
 
-def _decode(name: str, content: bytes, dimensions: int) -> np.ndarray:
-    if content[:4] != MAGIC + bytes([dimensions]):
-        raise ValueError(f"{name} is no IDX file of {dimensions} dimensions of bytes")
+def _decode(plain: Path, read: Callable[[Path], bytes]) -> np.ndarray:
+    file = next((path for path in (plain, plain.with_name(f"{plain.name}.gz")) if path.is_file()), None)
+    if file is None:
+        raise ValueError(f"there is no {plain.name} or {plain.name}.gz")
+    content, dimensions = read(file), int(plain.name[-7])
     start = 4 + 4 * dimensions
-    if len(content) < start:
-        raise ValueError(f"{name} ends in its header")
     shape = tuple(int(length) for length in np.frombuffer(content[4:start], ">u4"))
-    if len(content) - start != np.prod(shape, dtype=object):
-        raise ValueError(f"{name} has {len(content) - start:,} bytes of data, {' x '.join(map(str, shape))} expected")
+    if content[:4] != MAGIC + bytes([dimensions]) or len(content) - start != np.prod(shape, dtype=object):
+        raise ValueError(f"{file.name} is not an IDX file of {dimensions} dimensions of bytes, or is cut off")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def class_names(train: Path) -> list[str] | None:
     """The names of the classes where they are known: FashionMNIST's, KMNIST's, EMNIST's by its mapping file."""
-    parts = NAME.fullmatch(train.name)
-    assert parts is not None
-    if parts["set"]:
-        mapping = train.with_name(f"{parts['set'].removesuffix('-')}-mapping.txt")
-        if not mapping.is_file():
-            return None
+    mapping = train.with_name(train.name.partition("-train")[0] + "-mapping.txt")
+    if mapping.is_file():
         codes = {int(line.split()[0]): line.split()[1:] for line in mapping.read_text("utf-8").splitlines() if line}
         return ["/".join(map(chr, map(int, codes.get(index, [])))) or str(index) for index in range(max(codes) + 1)]
-    for folder in train.parents[:2]:
-        if folder.name in CLASS_NAMES:
-            return CLASS_NAMES[folder.name]
-    return None
+    return next((CLASS_NAMES[folder.name] for folder in train.parents[:2] if folder.name in CLASS_NAMES), None)

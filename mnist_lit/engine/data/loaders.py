@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, TensorDataset, default_collate
 
 from mnist_lit.engine.errors import ConfigurationError, DatasetError
 
 
+class Samples(Sequence[tuple[Tensor, ...]]):
+    """Samples that are cut out of tensors at once, for whoever asks for them one by one.
+
+    Args:
+        tensors: each with a row for each sample.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+
 class BatchTensorDataset(TensorDataset):
-    """A ``TensorDataset`` that takes a whole batch out of its tensors with one index.
+    """A ``TensorDataset`` that takes a whole batch out of its tensors with one index, also below a ``Subset``.
 
     Example:
         >>> dataset = BatchTensorDataset(images, labels)  # (n, H, W), (n,)
-        >>> dataset.__getitems__([3, 1])  # images (2, H, W), labels (2,)
+        >>> collate(dataset.__getitems__([3, 1]))  # images (2, H, W), labels (2,)
     """
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+    def __getitems__(self, indices: list[int]) -> Samples:
         """The hook through which PyTorch's loader asks for a batch: every tensor indexed once."""
         index = torch.tensor(indices)  # index_select is several times as fast as [indices]
-        return tuple(tensor.index_select(0, index) for tensor in self.tensors)
+        return Samples(*(tensor.index_select(0, index) for tensor in self.tensors))
 
 
-def identity_collate(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The ``collate_fn`` for ``BatchTensorDataset``, which returns batches and not single samples."""
-    return batch
+def collate(samples: Any) -> Any:
+    """PyTorch's ``default_collate``, which has nothing to do for ``Samples``."""
+    return samples.tensors if isinstance(samples, Samples) else default_collate(samples)
 
 
 class ResumableSampler(DistributedSampler):
@@ -107,15 +124,15 @@ class ResumableLoader(DataLoader):
         self._resumed = state_dict
 
 
-def augment(transform: Callable[[Tensor], Tensor], batch: Tensor, seed: int, trainer: Trainer) -> Tensor:
+def augment(transform: Callable[..., Any], batch: Any, seed: int, trainer: Trainer) -> Any:
     """Transform a training batch, so that what is drawn at random follows from seed, epoch and batch alone.
 
     Then a resumed run draws the same, and so does one that takes several steps per execution; and the model's own
     random numbers are those of a run without a transform.
 
     Args:
-        transform: takes the samples of one step.
-        batch: of one step or, with ``steps_per_execution``, of several.
+        transform: takes the samples of one step, images or images and targets, and returns the same.
+        batch: of one step or, with ``steps_per_execution``, of several: a tensor, or a tuple of tensors.
         seed: of the transform.
         trainer: that is about to train on the batch.
 
@@ -129,14 +146,17 @@ def augment(transform: Callable[[Tensor], Tensor], batch: Tensor, seed: int, tra
     loader: Any = trainer.train_dataloader
     steps = getattr(loader, "steps_per_execution", 1)
     first = trainer.fit_loop.epoch_loop.batch_progress.current.ready * steps
-    devices = [batch.device] if batch.is_cuda else []
+    tensors = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+    devices = [tensors[0].device] if tensors[0].is_cuda else []
     parts = []
     with torch.random.fork_rng(devices):
-        for index, part in enumerate(batch.split(loader.batch_size // steps)):
+        for index, part in enumerate(zip(*(each.split(loader.batch_size // steps) for each in tensors), strict=True)):
             place = (seed, trainer.current_epoch, first + index, trainer.global_rank)
             torch.manual_seed(int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "big"))
-            parts.append(transform(part))
-    return torch.cat(parts)
+            done = transform(*part)
+            parts.append((done,) if isinstance(done, Tensor) else done)
+    joined = tuple(map(torch.cat, zip(*parts, strict=True)))
+    return joined[0] if isinstance(batch, Tensor) else joined
 
 
 def train_dataloader(
@@ -170,7 +190,7 @@ def train_dataloader(
     if trainer:
         order.set_epoch(trainer.current_epoch)  # workers prefetch before Lightning sets it
     steps = getattr(trainer.lightning_module, "steps_per_execution", 1) if trainer else 1
-    loader = ResumableLoader(dataset, sampler=order, **_options(dataset, batch_size * steps, trainer, num_workers))
+    loader = ResumableLoader(dataset, sampler=order, **_options(batch_size * steps, trainer, num_workers))
     loader.steps_per_execution = steps  # for StepsPerExecution, which needs such batches
     return loader
 
@@ -196,23 +216,20 @@ def eval_dataloader(
         n = len(dataset)  # type: ignore[arg-type]
         if n < world_size:
             raise DatasetError(f"{n} samples to evaluate are too few for {world_size} processes")
-        if isinstance(dataset, BatchTensorDataset):
-            dataset = BatchTensorDataset(*(t[trainer.global_rank :: world_size] for t in dataset.tensors))
-        else:
-            dataset = Subset(dataset, range(trainer.global_rank, n, world_size))
+        dataset = Subset(dataset, range(trainer.global_rank, n, world_size))
         # The same number of batches in every process, because DDP waits for the others at each.
         smallest, largest = n // world_size, -(-n // world_size)
         while -(-smallest // batch_size) != -(-largest // batch_size):
             batch_size += 1
         order = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False)  # which Lightning leaves alone
-    return DataLoader(dataset, sampler=order, **_options(dataset, batch_size, trainer, num_workers))
+    return DataLoader(dataset, sampler=order, **_options(batch_size, trainer, num_workers))
 
 
-def _options(dataset: Dataset, batch_size: int, trainer: Trainer | None, num_workers: int) -> dict[str, Any]:
+def _options(batch_size: int, trainer: Trainer | None, num_workers: int) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "generator": torch.Generator(),  # otherwise every loader draws from the model's random numbers
-        "collate_fn": identity_collate if isinstance(dataset, BatchTensorDataset) else None,
+        "collate_fn": collate,
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": trainer is not None and trainer.strategy.root_device.type == "cuda",

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from mnist_lit.engine.data.arrays import Task
+from mnist_lit.engine.data.folders import Format
 from mnist_lit.engine.data.images import find_images
 from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
-from mnist_lit.engine.data.sources import FolderOptions, Source, open_dataset
+from mnist_lit.engine.data.sources import Source, open_dataset
 from mnist_lit.engine.errors import DatasetError
 from mnist_lit.engine.images import ImageError, ImageReader
 from mnist_lit.engine.outputs import class_names
@@ -26,19 +28,20 @@ from mnist_lit.engine.threads import available_cpus
 
 Batch = tuple[Tensor, Tensor]
 OTHER_DTYPES = "bf16-true", "16-true", "64-true"  # Lightning's precisions of a model that is not in float32
+RANGES = (0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)  # that float images usually have
 
 
 class ImageDataModule(LightningDataModule):
-    """Images and their targets from a dataset file or a folder of image files.
+    """Images and their targets from arrays in a file, or from a folder of image files.
 
-    Batches leave the loaders as uint8 images (B, C, H, W), C 1 or 3, and targets (B,). They reach the model as
-    float32 images in 0..1 and the same targets: classes int64, or values float32.
+    Batches leave the loaders as images (B, C, H, W) in their own dtype, uint8 where they are bytes, and targets as in
+    ``Arrays``. They reach the model as float32 images, bytes in 0..1, and the same targets.
 
-    Subclass it for data of another kind: override ``open``.
+    Subclass it for data of another kind, and override ``open``.
 
     Args:
-        dataset: path of an ``.npz`` or of IDX files (see ``read_dataset``), or of a folder with a folder of images for
-            each class, or with ``train``, ``valid`` and ``test`` above them.
+        dataset: path of a dataset file (see ``read_dataset``), or of a folder with a folder of images for each class,
+            or with ``train``, ``valid`` and ``test`` above them.
         data_dir: folder of the fast copies.
         batch_size: training images per step and device; evaluation takes twice as many.
         num_workers: processes that load batches; by default none for data in memory, which is fastest, and one for
@@ -47,14 +50,20 @@ class ImageDataModule(LightningDataModule):
         channels: 1 for grey, 3 for colour; by default that of the images.
         valid_fraction: of each class, for a folder without ``valid``.
         test_fraction: of each class, for a folder without ``train``, ``valid`` and ``test``.
-        split_seed: of the choice of these images.
+        split_seed: of the choice of these images, and of the folds.
+        folds: number of folds of the training and validation images for cross-validation.
+        fold: the one to validate on, from 0; the others are trained on.
         memory_limit: GiB of decoded images; those of a larger folder are read from their files in every epoch.
         train_transform: images float32 (B, C, H, W) on the device to images, for training only. What it draws at
             random from torch follows from seed, epoch and batch alone.
-        mean: of each channel, subtracted from images in 0..1; for training, prediction and export.
+        mix: such images and one-hot classes (B, K) to the same, for training only, such as ``MixUp`` of torchvision.
+        mean: of each channel, subtracted from the images; for training, prediction and export.
         std: of each channel, by which they are divided after that.
-        num_classes: number of classes of the model; by default that of the dataset, 1 for values.
-        class_names: names of the classes; by default those of the folders, or 0, 1, ...
+        pixel_range: lowest and highest value of float images, to which image files to predict are brought; by default
+            that of the training images.
+        task: what the targets are; by default as they are found.
+        num_classes: number of outputs of the model; by default that of the classes, labels or values.
+        class_names: names of the classes; by default those of the folders or the targets.
         images: what ``predict`` reads instead of the test split: image files, folders or patterns such as
             ``digits/*.png``. Files that cannot be read end up in ``broken``, with the reason.
 
@@ -65,7 +74,9 @@ class ImageDataModule(LightningDataModule):
     """
 
     # Options that a command takes from its checkpoint, unless they are given.
-    from_checkpoint: tuple[str, ...] = ("num_classes", "class_names", "image_size", "channels", "mean", "std")
+    from_checkpoint: tuple[str, ...] = tuple(
+        "task num_classes class_names image_size channels mean std pixel_range".split()
+    )
 
     source: Source
 
@@ -76,31 +87,35 @@ class ImageDataModule(LightningDataModule):
         batch_size: PositiveInt = 64,
         num_workers: NonNegativeInt | None = None,
         image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None,
-        channels: Literal[1, 3] | None = None,
+        channels: PositiveInt | None = None,
         valid_fraction: ClosedUnitInterval = 0.1,
         test_fraction: ClosedUnitInterval = 0.1,
         split_seed: int = 0,
+        folds: PositiveInt = 1,
+        fold: NonNegativeInt = 0,
         memory_limit: PositiveFloat = 2.0,
         train_transform: nn.Module | Callable[..., Any] | None = None,
+        mix: nn.Module | Callable[..., Any] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        pixel_range: tuple[float, float] | None = None,
+        task: Task | None = None,
         num_classes: PositiveInt | None = None,
         class_names: list[str] | None = None,
         images: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images", "train_transform", *self.from_checkpoint])
+        self.save_hyperparameters(ignore=["images", "train_transform", "mix", *self.from_checkpoint])
         self.dataset, self.data_dir = dataset, Path(data_dir)
         # Plain numbers: jsonargparse's types would not load safely from a checkpoint.
         self.batch_size, self.num_workers = int(batch_size), num_workers and int(num_workers)
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self._image_size = size and (int(size[0]), int(size[1]))
-        self._channels, self._num_classes = channels, num_classes and int(num_classes)
-        self.folder_options = FolderOptions(
-            channels, self._image_size, valid_fraction, test_fraction, split_seed, memory_limit
-        )
-        self.train_transform, self.mean, self.std = train_transform, mean, std
-        self.class_names = class_names
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (0, 0)
+        self.form = Format(channels and int(channels), (int(height), int(width)) if height else None)
+        self.held_out, self.memory_limit = (valid_fraction, test_fraction, split_seed), memory_limit
+        self.folds, self.fold = int(folds), int(fold)
+        self.train_transform, self.mix, self.mean, self.std = train_transform, mix, mean, std
+        self.pixel_range, self.class_names = pixel_range, class_names
+        self._task, self._num_classes = task, num_classes and int(num_classes)
         self.images = [images] if isinstance(images, str) else images or []
         self.files: list[Path] = []  # that are predicted, in order
         self.warnings: list[str] = []  # of each of them, "" if there is none
@@ -113,19 +128,17 @@ class ImageDataModule(LightningDataModule):
 
     def open(self) -> Source:
         """Open ``dataset``. Called once in every process, first by ``prepare_data``."""
-        return open_dataset(self.dataset, self.data_dir, self.folder_options)
+        return open_dataset(self.dataset, self.data_dir, self.form, self.held_out, self.memory_limit)
 
     def reader(self) -> ImageReader:
         """What reads the ``images`` to predict."""
-        if self._channels is None or self._image_size is None:
-            raise DatasetError(
-                "to predict image files takes --data.image_size and --data.channels, or a --ckpt_path that knows them"
-            )
-        return ImageReader({"channels": self._channels, "image_size": self._image_size})
+        if self.form.channels not in (1, 3) or not self.form.size:
+            raise DatasetError("--data.images: image files need a --ckpt_path of a model for grey or colour images")
+        return ImageReader({"channels": self.form.channels, "image_size": self.form.size})
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images as the loader has them, uint8 (B, C, H, W), to float32 in 0..1, on the device."""
-        return images / 255
+        """Images as the loader has them (B, C, H, W) to float32 on the device: bytes to 0..1, floats as they are."""
+        return images / 255 if images.dtype == torch.uint8 else images.float()
 
     # ------------------------------------------------------------------------------------------- opening
 
@@ -142,67 +155,105 @@ class ImageDataModule(LightningDataModule):
             self._open()
 
     def _open(self) -> None:
-        self.source = source = self.open()
-        name = self.dataset_used = source.name
-        self.digest = source.digest
-        classes = self._classes_of_source()
-        if self.class_names and len(self.class_names) < classes:
-            raise DatasetError(f"{name} has {classes} classes, --data.class_names has {len(self.class_names)} names")
-        self.class_names = self.class_names or source.class_names
-        if self._num_classes is not None and classes > self._num_classes:
-            raise DatasetError(f"{name} has {classes} classes, but the model has {self._num_classes} outputs")
-        if self._channels not in (None, source.channels):
-            raise DatasetError(f"{name} has images of {source.channels} channels, the model takes {self._channels}")
+        source = self.open()
+        name = source.name
+        if self.folds > 1:
+            if self.fold >= self.folds:
+                raise DatasetError(f"--data.fold={self.fold}: folds count from 0 to {self.folds - 1}")
+            source = source.fold(self.fold, self.folds, self.held_out[2])
+        if self._task not in (None, source.task):
+            raise DatasetError(f"{name} has targets for {source.task}, the model is for {self._task}")
+        if source.task == "multiclass":
+            source = self._number_classes(source)
+        found, wanted = source.num_classes, self._num_classes
+        if wanted is not None and found > wanted:
+            raise DatasetError(f"{name} has {found} classes, but the model has {wanted} outputs")
+        if source.task == "multiclass" and max(found, wanted or 0) < 2:
+            raise DatasetError(f"{name} has one class, expected two at least")
+        if self.form.channels not in (None, source.form.channels):
+            raise DatasetError(
+                f"{name} has images of {source.form.channels} channels, the model takes {self.form.channels}"
+            )
         for values in (self.mean, self.std):
-            if values is not None and len(values) not in (1, source.channels):
+            if values is not None and len(values) not in (1, source.form.channels):
                 raise DatasetError(
-                    f"{name} has images of {source.channels} channels; --data.mean and --data.std "
+                    f"{name} has images of {source.form.channels} channels; --data.mean and --data.std "
                     f"need a number for each, or one for all, not {values}"
                 )
-        self.save_hyperparameters(
-            {
-                "dataset_used": name,
-                "class_names": self.class_names,
-                "channels": source.channels,
-                "image_size": list(source.image_size),
-                "mean": self.mean,
-                "std": self.std,
-            }
-        )
+        self.source, self.dataset_used, self.digest = source, name, source.digest
+        images, _ = source.splits["train"]
+        if isinstance(images, Tensor) and images.is_floating_point():
+            self._describe_floats(images)
+        known = {option: getattr(self, option) for option in ("class_names", "mean", "std", "pixel_range")}
+        channels, size = source.form
+        self.save_hyperparameters({"dataset_used": name, "channels": channels, "image_size": list(size), **known})
 
-    def _classes_of_source(self) -> int:
-        targets = self.source.targets
-        if targets["train"].is_floating_point():
-            return 1  # one value to regress on
-        return max(len(self.source.class_names or ()), *(int(t.max()) + 1 for t in targets.values() if len(t)))
+    def _number_classes(self, source: Source) -> Source:
+        """Number the classes as the model does, which knows their names or their number."""
+        ours = source.class_names or list(map(str, range(source.num_classes)))
+        names = self.class_names or list(map(str, range(self._num_classes or 0)))
+        if set(ours) <= set(names):
+            return source.numbered(names)
+        if unknown := set(ours) & set(names) and set(ours) - set(names):
+            raise DatasetError(f"{source.name} has the class {min(unknown)}, which is not one of {', '.join(names)}")
+        if self.class_names and len(names) < len(ours):
+            raise DatasetError(f"{source.name} has {len(ours)} classes, --data.class_names has {len(names)} names")
+        self.class_names = self.class_names or source.class_names
+        return source
+
+    def _describe_floats(self, images: Tensor) -> None:
+        low, high = images.min().item(), images.max().item()
+        if self.pixel_range is None:
+            self.pixel_range = next((r for r in RANGES if r[0] <= low and high <= r[1]), (low, high))
+        if self.mean is None:
+            mean, std = (values.tolist() for values in torch.std_mean(images.float(), (0, 2, 3))[::-1])
+            options = (f"--data.{k}=[{','.join(f'{x:.4g}' for x in v)}]" for k, v in (("mean", mean), ("std", std)))
+            rank_zero_info(
+                f"{self.dataset_used}: {str(images.dtype)[6:]} images from {low:.4g} to {high:.4g}, taken as they are; "
+                f"{' '.join(options)} would normalize them"
+            )
 
     # What the model takes from the data on the command line. Each opens the dataset unless it was given.
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, or 1 for values."""
+        """Number of outputs: of classes, labels or values."""
         if self._num_classes is None:
             self.prepare_data()
-            self._num_classes = self._classes_of_source()
+            self._num_classes = self.source.num_classes
         return self._num_classes
+
+    @property
+    def task(self) -> Task:
+        """What the targets are."""
+        if self._task is None:
+            self.prepare_data()
+            self._task = self.source.task
+        return self._task
 
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        return self._shape[0]
+        return self._form.channels
 
     @property
     def num_pixels(self) -> int:
         """C * H * W of the images."""
-        return math.prod(self._shape)
+        return self._form.channels * math.prod(self._form.size)
 
     @property
-    def _shape(self) -> tuple[int, int, int]:
+    def _form(self) -> Format:
         if self.images:
             reader = self.reader()
-            return (reader.channels, *reader.size)
+            return Format(reader.channels, reader.size)
         self.prepare_data()
-        return (self.source.channels, *self.source.image_size)
+        return self.source.form
+
+    @property
+    def class_weights(self) -> Tensor:
+        """Weight of each class (K,), inversely proportional to its share of the training images."""
+        _, targets = self.source.splits["train"]
+        return len(targets) / (self.num_classes * targets.bincount(minlength=self.num_classes).clamp(min=1))
 
     # ------------------------------------------------------------------------------------------- image files
 
@@ -272,7 +323,7 @@ class ImageDataModule(LightningDataModule):
         return 0 if isinstance(dataset, BatchTensorDataset) else available_cpus(processes)
 
     def _split(self, name: str) -> Dataset:
-        if not len(self.source.targets[name]):
+        if not len(self.source.splits[name][1]):
             raise DatasetError(
                 f"{self.dataset_used}: no {name} split, expected arrays x_{name} and y_{name}, or a folder {name}"
             )
@@ -290,9 +341,16 @@ class ImageDataModule(LightningDataModule):
             model's dtype.
         """
         images, target = batch
+        is_file = images.dtype == torch.uint8
         images = self.preprocess(images)
-        if self.train_transform is not None and self.trainer is not None and self.trainer.training:
-            images = augment(self.train_transform, images, self.seed, self.trainer)
+        if is_file and self.pixel_range:  # of a model that was trained on floats
+            images = images * (self.pixel_range[1] - self.pixel_range[0]) + self.pixel_range[0]
+        trainer = self.trainer if self.trainer is not None and self.trainer.training else None
+        if trainer and self.train_transform is not None:
+            images = augment(self.train_transform, images, self.seed, trainer)
+        if trainer and self.mix is not None:
+            one_hot = nn.functional.one_hot(target, self.num_classes).to(images.dtype)
+            images, target = augment(self.mix, (images, one_hot), self.seed, trainer)
         if self.mean is not None:
             images = images - images.new_tensor(self.mean).view(-1, 1, 1)
         if self.std is not None:
