@@ -20,7 +20,7 @@ def main() -> None:
 
     gc.freeze()
     gc.enable()
-    commands = {"new": "mnist_lit.new", "serve": "mnist_lit.serve"}
+    commands = {"new": "mnist_lit.new", "serve": "mnist_lit.serve", "folds": "mnist_lit.engine.folds"}
     cli.main("mnist_lit.MNISTDataModule", "configs/cnn.yaml", commands)
 
 

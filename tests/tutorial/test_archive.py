@@ -144,7 +144,7 @@ WRONG = {
     "a number": (pickled(5), "damaged, or not a dataset"),
     "nothing": (b"", "damaged, or not a dataset"),
     "objects": (pickled([[np.zeros(3), np.array([{}] * 3)]] * 3), "more than numpy arrays"),
-    "texts": (pickled([[np.zeros((3, 4)), np.array(["a"] * 3)]] * 3), "holds an array of <U1"),
+    "texts": (pickled([[np.zeros((3, 4)), np.array(["a"] * 3)]] * 3), "more than arrays of numbers"),
     "HTML": (b"\n<!DOCTYPE html><html>Not Found", "this is HTML: the server sent a page"),
     "LFS": (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
     "npy": (b"\x93NUMPY\x01\0", "a single array"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, checkpoint
-from test_archive import pairs, write_idx
+from test_archive import write_idx
 from torch.utils.data import DataLoader, Subset, random_split
 
 from mnist_lit.engine.data.arrays import fold_of, make_arrays
@@ -140,7 +140,7 @@ def test_arrays_from_training_to_prediction(cli: Run, tmp_path: Path, case: str)
     assert all(f"test{metric[3:]}" in tested.stdout for metric in metrics)
     write(tmp_path / "few.npz", x[::2], y[::2])  # which lacks two of the classes
     cli("predict", "--ckpt_path", BEST, "--data.dataset=few.npz")
-    with (tmp_path / "lightning_logs" / "version_1" / "predictions.csv").open(encoding="utf-8") as file:
+    with (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     columns = [f"p_{name}" for name in names] if names else [f"prediction_{index}" for index in range(outputs)]
     assert list(rows[0])[-outputs:] == columns
@@ -240,7 +240,12 @@ def test_folds_share_every_image_evenly(tmp_path: Path) -> None:
     assert torch.bincount(fold_of(torch.rand(10, 2), 3, 0)).tolist() == [4, 3, 3]
 
 
-def test_a_pickle_with_a_test_split_has_the_tutorials_pixels(tmp_path: Path) -> None:
-    (x, y), valid, test = pairs()
-    arrays = make_arrays({"train": (x, y), "valid": valid, "test": test})
-    assert torch.equal(arrays.splits.train[0].flatten(1) / 256, torch.from_numpy(x))
+def test_all_folds_at_once_print_their_mean(cli: Run, tmp_path: Path) -> None:
+    write(tmp_path / "own.npz", BYTES, CLASSES)
+    done = cli("folds", *FIT[1:], "--data.dataset=own.npz", "--data.folds=3", "--trainer.max_epochs=1")
+    (row,) = (line for line in done.stdout.splitlines() if "val/acc" in line and line.count("│") == 7)
+    *folds, mean, deviation = (float(cell) for cell in row.split("│")[2:-1])
+    assert mean == pytest.approx(np.mean(folds), abs=1e-4)
+    assert deviation == pytest.approx(np.std(folds, ddof=1), abs=1e-4)
+    digests = {checkpoint(path)["MNISTDataModule"]["digest"] for path in tmp_path.rglob("last.ckpt")}
+    assert len(digests) == 3
