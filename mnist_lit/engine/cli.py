@@ -130,8 +130,6 @@ class CLI(LightningCLI):
             parser.add_class_arguments(kind, name)
         parser.link_arguments("monitor", "best_checkpoint.monitor")
         parser.link_arguments("mode", "best_checkpoint.mode")
-        if self.project.data_module:
-            parser.set_defaults({"data": {"class_path": self.project.data_module}})
         for name in self.linked:  # ignored if the model or the data module has none
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 

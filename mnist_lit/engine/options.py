@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
+import pkgutil
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,60 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
     if command == "fit" and not configs and not whole and Path(project.default_config).is_file():
         rank_zero_info(f"Using the default config: {project.default_config}")
         configs = [project.default_config]
+    given = {key: _given(key, others) for key in ("model", "data")}
+    contents = [_read(config) for config in configs]
+    if project.data_module and not given["data"] and not any(_names_class(content.get("data")) for content in contents):
+        configs = [json.dumps({"data": {"class_path": project.data_module}}), *configs]
+        contents = [{}, *contents]
+    for place, content in enumerate(contents):
+        changed = {key: _of_class(content[key], given[key], project) for key in given if given[key] and key in content}
+        if changed:
+            configs[place] = json.dumps({**content, **changed})
     return [command, *(f"--config={config}" for config in configs), *others]
+
+
+def _given(key: str, args: Sequence[str]) -> str:
+    """The class that the command line chooses for a model or the data, or ""."""
+    names = (f"--{key}", f"--{key}.class_path")
+    found = [value for option, _, value in (arg.partition("=") for arg in args) if option in names and value]
+    return ([""] + found + [value for option, value in pairwise(args) if option in names])[-1]
+
+
+def _names_class(section: Any) -> bool:
+    return isinstance(section, str) or (isinstance(section, dict) and "class_path" in section)
+
+
+def _of_class(section: Any, chosen: str, project: Project) -> dict[str, Any]:
+    """A config's model or data for the class that the command line chooses in its place.
+
+    It keeps the options if the class inherits from the one before. jsonargparse would hand on every option of the same
+    name: ``--data=my_data.MyData`` would silently take the ``batch_size`` of another data module.
+    """
+    section = section if isinstance(section, dict) else {"class_path": section}
+    old, new = _find(section.get("class_path", project.data_module)), _find(chosen)
+    if not (old and new and issubclass(new, old)):
+        return {"class_path": chosen}
+    given = section.get("init_args", {} if "class_path" in section else section)
+    return {"class_path": chosen, "init_args": given}
+
+
+def _read(config: str) -> dict[str, Any]:
+    """The content of a config; nothing if it cannot be read, of which the parser says what is wrong."""
+    try:
+        content = yaml.safe_load(Path(config).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None
+    return content if isinstance(content, dict) else {}
+
+
+def _find(path: str) -> type | None:
+    """A class by its import path or, of those that are imported, its name; None if there is none."""
+    if "." not in path:
+        return next((kind for base in BASES for kind in _subclasses(base) if kind.__name__ == path), None)
+    with suppress(Exception):  # whatever a user's module raises; the parser says what is wrong
+        found = pkgutil.resolve_name(path)
+        return found if isinstance(found, type) else None
+    return None
 
 
 def join_values(args: Sequence[str]) -> list[str]:
@@ -91,6 +147,8 @@ def join_values(args: Sequence[str]) -> list[str]:
 def expand_home(values: Any) -> Any:
     """Replace ``~`` and ``~name`` where a path begins. A shell does not: within quotes, after ``=``, or in a config.
 
+    Numbers of jsonargparse's own types become plain ones, which YAML can write for whatever class they reach.
+
     Args:
         values: arguments, or a config, which is changed in place.
 
@@ -101,6 +159,8 @@ def expand_home(values: Any) -> Any:
     if isinstance(values, str):
         option, equals, path = values.partition("=") if values.startswith("--") else ("", "", values)
         return option + equals + (os.path.expanduser(path) if re.match(r"~[\w.-]*(/|\\|$)", path) else path)
+    if isinstance(values, (int, float)) and not isinstance(values, bool):
+        return int(values) if isinstance(values, int) else float(values)
     if isinstance(values, (Namespace, dict)):
         for key, value in list(values.items(branches=False) if isinstance(values, Namespace) else values.items()):
             values[key] = expand_home(value)
@@ -146,8 +206,7 @@ def _words(args: Sequence[str]) -> Iterator[str]:
             value = given if equals else value
             yield from _words_of(name.rstrip("+").split("."), value)
             if name in ("c", "config"):
-                with suppress(OSError, ValueError, yaml.YAMLError):
-                    yield from _words_of_config(yaml.safe_load(Path(value).read_text("utf-8")))
+                yield from _words_of_config(_read(value))
 
 
 def _words_of(names: Sequence[str], value: Any) -> Iterator[str]:

@@ -102,7 +102,7 @@ class OwnStep(Eight):
         (Eight, {"callbacks": [EMAWeightAveraging()]}, "EMAWeightAveraging, which averages after every step"),
         (Plateau, {}, "the scheduler ReduceLROnPlateau"),
         (Eight, {}, "a DataLoader that train_dataloader has not made"),
-        (OwnStep, {}, "the training_step of OwnStep, which does not call execution.run"),
+        (OwnStep, {}, "the training_step of OwnStep, which does not call StepsPerExecution.run"),
     ],
     ids=lambda case: case if isinstance(case, str) else "",
 )
