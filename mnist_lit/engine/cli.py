@@ -172,7 +172,7 @@ class CLI(LightningCLI):
         if command == "fit" and path == "last":
             root = Path(config.trainer.default_root_dir or ".")
             return newest_checkpoint(root, config.model.class_path, config.run_name, weights_only)
-        if path is None and command == "export":
+        if not path and command == "export":
             raise ConfigurationError("--ckpt_path: export needs the path of a checkpoint")
         if path is None and command != "fit":
             rank_zero_warn(f"{command} without --ckpt_path: the model's weights are random")

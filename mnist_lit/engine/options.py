@@ -107,9 +107,9 @@ def _of_class(section: Any, chosen: str, project: Project) -> dict[str, Any]:
 
 
 def _read(config: str) -> dict[str, Any]:
-    """The content of a config; nothing if it cannot be read, of which the parser says what is wrong."""
+    """The content of a config, of a file or as it is; nothing if it cannot be read, which the parser explains."""
     try:
-        content = yaml.safe_load(Path(config).read_text("utf-8"))
+        content = yaml.safe_load(config if config.startswith("{") else Path(config).read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         content = None
     return content if isinstance(content, dict) else {}
@@ -180,14 +180,15 @@ def did_you_mean(args: Sequence[str], parser: ArgumentParser) -> str:
         >>> did_you_mean(["--trainer.max_epoch=3"], parser)
         '\nDid you mean max_epochs, not max_epoch?'
     """
-    typed = list(dict.fromkeys(_words(args)))
     classes = {kind.__name__: kind for base in BASES for kind in _subclasses(base)}
-    known = {part for key, _ in parser.get_defaults().items() for part in key.split(".")} | classes.keys()
-    known |= {"class_path", "init_args", "config", "help"}
-    for name in typed:
-        for kind in classes[name].__mro__ if name in classes else ():
-            known |= set(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
-    return "".join(f"\nDid you mean {close}, not {word}?" for word in typed if (close := closest(word, known)))
+    options = {part for key, _ in parser.get_defaults().items() for part in key.split(".")}
+    options |= {"class_path", "init_args", "config", "help"}
+    typed = dict.fromkeys(_words(args))
+    for word, _ in typed:
+        for kind in classes[word].__mro__ if word in classes else ():
+            options |= set(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
+    meant = ((closest(word, classes if is_class else options), word) for word, is_class in typed)
+    return "".join(f"\nDid you mean {close}, not {word}?" for close, word in meant if close)
 
 
 def closest(word: str, known: Collection[str]) -> str:
@@ -198,8 +199,8 @@ def closest(word: str, known: Collection[str]) -> str:
     return lower[min(close, key=lambda name: sorted(name) != letters)] if close else ""
 
 
-def _words(args: Sequence[str]) -> Iterator[str]:
-    """Names in options and, file by file, in configs."""
+def _words(args: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Names in options and, file by file, in configs, and whether each is of a class."""
     for option, value in zip(args, [*args[1:], ""], strict=True):
         if option.startswith("-"):
             name, equals, given = option.lstrip("-").rstrip("+").partition("=")
@@ -209,13 +210,13 @@ def _words(args: Sequence[str]) -> Iterator[str]:
                 yield from _words_of_config(_read(value))
 
 
-def _words_of(names: Sequence[str], value: Any) -> Iterator[str]:
-    yield from (name for name in names if name.isidentifier())
+def _words_of(names: Sequence[str], value: Any) -> Iterator[tuple[str, bool]]:
+    yield from ((name, False) for name in names if name.isidentifier())
     if names[-1] in OF_CLASSES and isinstance(value, str) and (kind := value.rpartition(".")[2]).isidentifier():
-        yield kind
+        yield kind, True
 
 
-def _words_of_config(config: Any) -> Iterator[str]:
+def _words_of_config(config: Any) -> Iterator[tuple[str, bool]]:
     if isinstance(config, dict):
         for key, value in config.items():
             yield from _words_of([str(key).rstrip("+")], value)

@@ -295,7 +295,7 @@ def test_accumulation_makes_fewer_steps(fit, tmp_path: Path) -> None:
 def test_every_overlay_is_tried_here() -> None:
     above = Path(__file__).read_text().partition("def test_every_overlay")[0]
     overlays = {path.stem for path in OVERLAYS.glob("*.yaml")}
-    elsewhere = {"augment", "ddp", "finetune", "mlflow", "nodes", "speed", "wandb"}
+    elsewhere = {"augment", "ddp", "finetune", "mixup", "mlflow", "nodes", "speed", "wandb"}
     assert overlays - set(re.findall(r"[\"'](\w+)(?:\.yaml)?[\"']", above)) == elsewhere
     readme = (CONFIGS / "README.md").read_text()
     assert [name for name in overlays if f"{name}.yaml" not in readme] == []

@@ -229,7 +229,7 @@ def test_head_is_trained_alone_at_first(tmp_path: Path) -> None:
         assert same == ({name for name in before if "net.4" not in name} if epoch == 0 else {"net.1.bias"}), epoch
     assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["net.1.bias"]
     assert all(module.training for module in model.modules())
-    last = dict(model.state_dict())
+    last = {name: value.clone() for name, value in model.state_dict().items()}
     fit(model, tmp_path, max_epochs=1)  # nothing of the callback is left
     assert all(not torch.equal(last[name], value) for name, value in model.state_dict().items() if name != "net.1.bias")
 

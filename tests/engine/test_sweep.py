@@ -156,7 +156,6 @@ WRONG = {
     "status of nothing": (SPACE, ("--status", "--study=none"), "--status: there is no study"),
     "two processes": (SPACE, ("--trainer.devices=2", "--trainer.accelerator=cpu"), "in one process each, and not in 2"),
     "two nodes": (SPACE, ("--trainer.num_nodes=2", "--trainer.accelerator=cpu"), "--trainer.num_nodes=1"),
-    "no such strategy": (SPACE, ("--trainer.strategy=ddpp",), "invalid strategy name"),
     "no such profiler": (SPACE, ("--trainer.profiler=foo",), "for the `profiler` parameter"),
     "processes in the space": ("trainer.devices: {choices: [2]}", ("--trainer.accelerator=cpu",), "and not in 2: "),
     "no such database": (SPACE, ("--storage=mysql://nowhere",), "--storage=mysql://nowhere"),
@@ -169,7 +168,9 @@ def test_wrong_sweep_is_one_message(cli: Run, arguments: tuple, tmp_path: Path, 
     (tmp_path / "space.yaml").write_text(space)
     if case == "no such space":
         settings = ("--space=nowhere.yaml",)
-    assert_one_message(cli(*arguments, *settings, ok=False), message)
+    refused = cli(*arguments, *settings, ok=False)
+    assert_one_message(refused)
+    assert message in refused.stderr
     assert not list(tmp_path.glob("lightning_logs/**/sweep-*"))
 
 

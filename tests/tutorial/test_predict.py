@@ -69,7 +69,7 @@ def test_format_mode_and_polarity_make_no_difference(tmp_path: Path, name: str) 
         if make(pixels).size == (28, 28):
             assert np.abs(found.astype(int) - expected).max() <= 1
         else:
-            assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.85
+            assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.8
 
 
 def test_digit_fills_the_box_of_its_form(tmp_path: Path) -> None:
@@ -182,9 +182,9 @@ def test_folders_of_classes_hidden_and_other_files(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True, parents=True)
         path.touch()
     found, passed_over = find_images([str(tmp_path)])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["0/a.png", "1/b.TIFF", "2/x[1].gif"]
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["0/a.png", "1/b.TIFF", "1/deep/c.png", "2/x[1].gif"]
     assert passed_over == [tmp_path / "0/notes.txt"]
-    for pattern, expected in {"2/x[1].gif": found[2:], "[01]": found[:2], "1/*.TIFF": found[1:2]}.items():
+    for pattern, expected in {"2/x[1].gif": found[3:], "[01]": found[:3], "1/*.TIFF": found[1:2]}.items():
         assert find_images([f"{tmp_path}/{pattern}"])[0] == expected
     for pattern in ("nothing", "nothing/*.png"):
         with pytest.raises(DatasetError, match="no such image"):

@@ -283,7 +283,7 @@ def test_run_of_another_machine_is_served_here(run_folder: Path, tmp_path: Path)
 def test_mistakes_are_one_message(cli: Run, tmp_path: Path) -> None:
     assert_one_message(cli("serve", "--ckpt_path=no.ckpt", ok=False), "no.ckpt", "no such checkpoint")
     for other in (CONFIGS / "cnn.yaml", tmp_path):
-        assert_one_message(cli("serve", "--ckpt_path", other, ok=False), f"{other} is no checkpoint in a run's folder")
+        assert_one_message(cli("serve", "--ckpt_path", other, ok=False), f"{other} is not in a run's folder")
     (tmp_path / "no.onnx").write_text("no")
     reason = "no.onnx is not an ONNX file" if find_spec("onnxruntime") else "onnxruntime not installed: pip install"
     assert_one_message(cli("serve", "--ckpt_path=no.onnx", ok=False), reason)
