@@ -19,6 +19,7 @@ SMALLEST = 0.1  # of the picture's shorter side; what is smaller is a speck
 SPECK = 0.17  # of the digit's size; parts that came off, as the bar of a 5, are larger
 NEAR = 0.1  # of the digit's size: a gap in a broken stroke
 SECOND = 0.35  # of the digit's size: what is larger and not near is another digit
+FLAT = 0.03  # of full brightness; paper in a photo varies by more from edge to edge
 EVEN = 0.94  # of the variance is between paper and ink: light falls evenly
 
 
@@ -34,7 +35,7 @@ def find_digit(grey: np.ndarray, even: np.ndarray) -> tuple[np.ndarray, str]:
     """
     scale = SIDE / max(grey.shape)
     grey, even = (cv2.blur(cv2.resize(values, None, fx=scale, fy=scale), (3, 3)) for values in (grey, even))  # (h, w)
-    if _is_crop(even):
+    if _is_drawing(grey, even) or _is_crop(even):
         return _digit(even)
     contrast = _contrast(grey)
     noise = 2 * float(np.median(np.abs(np.diff(contrast))))
@@ -66,6 +67,13 @@ def _digit(contrast: np.ndarray) -> tuple[np.ndarray, str]:
         warning = "paper and digit are hard to tell apart"
     ink = np.minimum(contrast / max(full, FAINTEST), 1)
     return ink * (ink > RIM) * _grown(digit, 0.05 * size), warning
+
+
+def _is_drawing(grey: np.ndarray, even: np.ndarray) -> bool:
+    """Whether the background is of one brightness up to the edge, as of a screen, and there is no frame."""
+    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    mask = _mask(even, INK * _full(even))
+    return bool(np.ptp(edge) < FLAT and mask.mean() < 0.4) and not _boxes(mask).any()
 
 
 def _is_crop(even: np.ndarray) -> bool:

@@ -137,6 +137,7 @@ RUNGS = [("logistic", rung) for rung in tutorial.LOGISTIC] + [("cnn", rung) for 
 # The rungs that change the arithmetic, and how. All others do the same operations in the same order.
 ROUNDED = {
     tutorial.rung_2: "the logarithm of the softmax is fused and shifted by the largest score",
+    tutorial.rung_4: "the weights are transposed, for which some processors have another kernel",
     tutorial.rung_12: "the mean over the last grid is summed in another order",
 }
 FIRST = (tutorial.rung_1, tutorial.rung_10)
