@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from mnist_lit.data import MNISTDataModule
     from mnist_lit.models import CNN, Classifier, FastCNN, Logistic
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = ["CNN", "Classifier", "FastCNN", "Logistic", "MNISTDataModule"]
 
