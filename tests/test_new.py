@@ -249,13 +249,13 @@ NET, TRAIN, PREDICT = "return self.net(images)", "preds = self(images)\n", "retu
 @pytest.mark.parametrize(
     ("old", "new_", "test", "message"),
     [
-        (NET, "return self.net[-1](self.net[:-1](images).detach())", "overfits", "does not change net.0.weight"),
+        (NET, "return self.net[-1](self.net[:-1](images).detach())", "overfits", "training does not change "),
         (TRAIN, "self.net.eval()\n        " + TRAIN, "overfits", "in eval mode while training: net"),
         (TRAIN, TRAIN[:-1] + " + random.SystemRandom().random() * images.mean()\n", "resumes", "a resumed run differs"),
         (PREDICT, PREDICT + ".squeeze()", "predicts", "do not match"),
         (PREDICT, PREDICT + ".T", "predicts", "do not match"),
         (PREDICT, PREDICT.replace("(1)", "(0)"), "predicts", "not close"),
-        (PREDICT, PREDICT + ".repeat(2, 1)", "predicts", "800 predictions of 400 samples"),
+        (PREDICT, PREDICT + ".repeat(2, 1)", "predicts", "do not match"),
     ],
 )
 def test_suite_finds_a_broken_module(tmp_path: Path, old: str, new_: str, test: str, message: str) -> None:
