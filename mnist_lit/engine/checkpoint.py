@@ -96,7 +96,7 @@ class Checkpoint:
             CheckpointError: if the file cannot be read, is damaged, holds anything else or asks for code.
         """
         content = load_file(path, weights_only)
-        if not isinstance(content, dict) or (missing := LAYOUT.keys() - content.keys()):
+        if missing := LAYOUT.keys() - (content.keys() if isinstance(content, dict) else ()):
             raise CheckpointError(f"{path} is not a checkpoint of Lightning (without {', '.join(sorted(missing))})")
         for key, kind in LAYOUT.items():
             if not isinstance(content[key], kind):

@@ -71,7 +71,8 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
         configs = [project.default_config]
     given = {key: _given(key, others) for key in ("model", "data")}
     contents = [_read(config) for config in configs]
-    if project.data_module and not given["data"] and not any(_names_class(content.get("data")) for content in contents):
+    first = next((content["data"] for content in contents if content.get("data")), None)
+    if project.data_module and not given["data"] and not _names_class(first):
         configs = [json.dumps({"data": {"class_path": project.data_module}}), *configs]
         contents = [{}, *contents]
     for place, content in enumerate(contents):

@@ -271,7 +271,7 @@ def test_checkpoints_hold_the_average_that_was_validated(fit, cli: Run, small: P
     settings = ("--trainer.max_epochs=3", "--data.batch_size=64", "--test_after_fit=true", *NO_PICTURES)
     printed = fit(model, overlay, settings=settings).stdout
     fitted = re.search(r"│ val/loss +│ +([\d.]+) │ +([\d.]+) │", printed)
-    fit_tested = re.search(r"│ test/loss +│ +([\d.]+) │", printed)
+    fit_tested = re.search(r"test/loss +│ +([\d.]+)", printed)
     run = Path("lightning_logs/version_0")
     last, config = run / "checkpoints" / "last.ckpt", run / "config.yaml"
     done = cli("validate", "--config", config, "--ckpt_path", last, "--data.dataset", small)

@@ -142,7 +142,7 @@ def test_resuming_with_other_steps_per_execution_is_refused(cli: Run, small: Pat
     common = ("fit", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small)
     cli(*common, *EIGHT)
     done = cli(*common, "--ckpt_path", "last", "--trainer.max_epochs=3", ok=False)
-    assert "steps_per_execution=8" in done.stderr
+    assert "--model.steps_per_execution=1 (8 in the checkpoint)" in done.stderr
     assert "Traceback" not in done.stderr
 
 

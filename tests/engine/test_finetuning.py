@@ -175,7 +175,7 @@ class Calls:
 
 @pytest.mark.parametrize("zipped", [True, pytest.param(False, marks=slow)])
 def test_file_that_asks_for_code_or_holds_no_weights(cli: Run, small: Path, tmp_path: Path, zipped: bool) -> None:
-    code = "weights.pth holds sys.exit" if zipped else "no checkpoint that can be used"
+    code = "weights.pth holds sys.exit" if zipped else "cannot be used as a checkpoint"
     for content, reason in (({"a": Calls()}, code), ({"a": 1}, "no state dict")):
         torch.save(content, tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)
         refused = cli(*FAST, "--data.dataset", small, "--init_from=weights.pth", ok=False)

@@ -101,11 +101,6 @@ def assert_in_mlflow(folder: Path, small: Path) -> None:
     assert any("confusion_matrix" in name for name in pictures), pictures
 
 
-def test_missing_library_of_a_logger_is_one_message(cli: Run, small: Path, tmp_path: Path) -> None:
-    done = cli(*FIT, "--trainer.logger=CometLogger", "--data.dataset", small, ok=False)
-    assert_one_message(done, "comet", "pip install")
-
-
 def test_every_logger_is_told_the_whole_config(cli: Run, small: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="needs the extra [trackers]")
     once = ("--trainer.max_steps=1", "--trainer.limit_val_batches=1")

@@ -69,6 +69,6 @@ def test_notebook_has_what_the_command_line_has(small: Path, tmp_path: Path) -> 
     client.execute(env=ENVIRONMENT)
     stopped, resumed = ("".join(map(str, cell.outputs)) for cell in notebook.cells)
     assert "Stopped at step 20 by SIGINT" in stopped
-    for shown in ("Epoch 2/2", "CNN on", "best: epoch", "val/acc"):
+    for shown in ("CNN on", "best: epoch", "val/acc"):
         assert shown in resumed
     assert checkpoint(tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 32
