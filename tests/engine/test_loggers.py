@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, checkpoint, curves
+from common import CONFIGS, OVERLAYS, RUN, Run, checkpoint, curves
 from test_resume import interrupt
 
 pytestmark = pytest.mark.slow
