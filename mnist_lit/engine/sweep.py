@@ -232,8 +232,9 @@ def report(project: Project, study: optuna.Study, folder: Path) -> None:
         "curves": plots.plot_intermediate_values,
         "slices": plots.plot_slice,
         "parallel": plots.plot_parallel_coordinate,
-        "importances": plots.plot_param_importances,
     }
+    if len(complete) > 1:
+        drawn["importances"] = plots.plot_param_importances
     for name, plot in drawn.items():
         try:
             plot(study)
