@@ -267,6 +267,7 @@ def test_resumes_bit_for_bit(cli: Run, five: Path, old: Path, tmp_path: Path, wh
     assert_same_run(tmp_path / RUN, whole)
 
 
+@pytest.mark.matrix
 @slow
 def test_two_processes(cli: Run, five: Path, old: Path, tmp_path: Path) -> None:
     """After the unfreezing they still agree, and so does what they have frozen before."""
@@ -320,6 +321,7 @@ def letters(path: Path, classes: str = "ABCDEFGHKLMR", train: int = 500, test: i
     return path
 
 
+@pytest.mark.matrix
 @slow
 @pytest.mark.mnist
 def test_digits_help_with_letters(cli_in: Run, mnist_dir: Path, tmp_path: Path) -> None:

@@ -283,6 +283,7 @@ def test_two_processes_print_the_accuracy_of_their_own_files(cli: Run, tmp_path:
     assert f"Right: {right} of {len(rows)}," in done.stdout
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_three_hundred_of_each_resume_and_export(cli: Run, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="needs the extra [export]")
