@@ -72,7 +72,7 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
     given = {key: _given(key, others) for key in ("model", "data")}
     contents = [_read(config) for config in configs]
     first = next((content["data"] for content in contents if content.get("data")), None)
-    if project.data_module and not given["data"] and not _names_class(first):
+    if project.data_module and not _find(given["data"]) and not _names_class(first):
         configs = [json.dumps({"data": {"class_path": project.data_module}}), *configs]
         contents = [{}, *contents]
     for place, content in enumerate(contents):
@@ -93,15 +93,17 @@ def _names_class(section: Any) -> bool:
     return isinstance(section, str) or (isinstance(section, dict) and "class_path" in section)
 
 
-def _of_class(section: Any, chosen: str, project: Project) -> dict[str, Any]:
+def _of_class(section: Any, chosen: str, project: Project) -> Any:
     """A config's model or data for the class that the command line chooses in its place.
 
     It keeps the options if the class inherits from the one before. jsonargparse would hand on every option of the same
     name: ``--data=my_data.MyData`` would silently take the ``batch_size`` of another data module.
     """
+    if (new := _find(chosen)) is None:
+        return section  # the parser says what is wrong, or it is more than a class
     section = section if isinstance(section, dict) else {"class_path": section}
-    old, new = _find(section.get("class_path", project.data_module)), _find(chosen)
-    if not (old and new and issubclass(new, old)):
+    old = _find(section.get("class_path", project.data_module))
+    if old is None or not issubclass(new, old):
         return {"class_path": chosen}
     given = section.get("init_args", {} if "class_path" in section else section)
     return {"class_path": chosen, "init_args": given}

@@ -196,6 +196,13 @@ def test_command_line_wins_wherever_it_stands(cli: Run, config: str) -> None:
     assert found["data"]["init_args"]["batch_size"] == 64
 
 
+def test_data_may_be_chosen_with_its_options(cli: Run) -> None:
+    chosen = '{"class_path": "MNISTDataModule", "init_args": {"dataset": "digits"}}'
+    printed = cli("fit", "--config", CONFIGS / "cnn.yaml", f"--data={chosen}", "--print_config").stdout
+    options = yaml.safe_load(printed)["data"]["init_args"]
+    assert (options["dataset"], options["batch_size"]) == ("digits", 64)
+
+
 def test_later_config_overrides_the_earlier_one(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 9}\n")
     printed = cli("fit", "--model.lr=0.5", "--config", CONFIGS / "cnn.yaml", "-c", "more.yaml", "--print_config").stdout
