@@ -172,6 +172,13 @@ def best_checkpoint(trainer: Trainer) -> Checkpoint | None:
     return ours[0] if ours else trainer.checkpoint_callback
 
 
+def best_or_last(trainer: Trainer) -> str:
+    """The path of the best checkpoint of a run, or else of its last; "" if there is none."""
+    run = Run.of(trainer)
+    last = run.checkpoints / "last.ckpt" if run.exists else None
+    return getattr(best_checkpoint(trainer), "best_model_path", "") or (str(last) if last and last.is_file() else "")
+
+
 def logged_values(trainer: Trainer) -> dict[str, float]:
     """The metrics that callbacks see, as numbers."""
     return {name: metric.item() for name, metric in trainer.callback_metrics.items()}

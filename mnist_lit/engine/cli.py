@@ -32,7 +32,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mnist_lit.engine.best import DEFAULT_MONITOR, BestCheckpoint, best_checkpoint, infer_mode
+from mnist_lit.engine.best import DEFAULT_MONITOR, BestCheckpoint, best_or_last, infer_mode
 from mnist_lit.engine.checkpoint import (
     EXCEPTION,
     Checkpoint,
@@ -294,8 +294,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint, or else the last, if asked to."""
-        last = self.run.checkpoints / "last.ckpt" if self.run.exists else Path()
-        kept = getattr(best_checkpoint(self.trainer), "best_model_path", "") or (str(last) if last.is_file() else "")
+        kept = best_or_last(self.trainer)
         if not kept or not self.config.fit.test_after_fit:
             return
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from mnist_lit.engine.best import best_checkpoint
+from mnist_lit.engine.best import best_checkpoint, best_or_last
 from mnist_lit.engine.run import Run, relative
 
 
@@ -50,9 +49,7 @@ class Summary(Callback):
                 table.add_row(escape(name.removesuffix("_epoch")), *map(_number, values))
         console.print(table)
         run = Run.of(trainer)
-        last = run.checkpoints / "last.ckpt" if run.exists else Path()
-        kept = getattr(best, "best_model_path", "") or (str(last) if last.is_file() else "")
-        if not kept:
+        if not (kept := best_or_last(trainer)):
             return
         commands = [shlex.join(viewer) for logger in trainer.loggers if (viewer := _viewer(logger))]
         if run.project:
