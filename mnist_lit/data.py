@@ -12,15 +12,14 @@ from rich.text import Text
 from torch import Tensor
 
 from mnist_lit.datasets.digits import VERSION, make_digits
-from mnist_lit.datasets.mnist import ARCHIVE, URLS, download_mnist, find_mnist, read_mnist
+from mnist_lit.datasets.mnist import ARCHIVE, URLS, DownloadError, download_mnist, find_mnist, read_mnist
 from mnist_lit.datasets.pickles import read_pickle
 from mnist_lit.datasets.pictures import PictureReader, find_digit_form
 from mnist_lit.engine import (
     Arrays,
-    DatasetError,
-    DownloadError,
     ImageDataModule,
     Source,
+    UserError,
     file_fingerprint,
     open_arrays,
     open_dataset,
@@ -76,7 +75,7 @@ class MNISTDataModule(ImageDataModule):
             except DownloadError as error:
                 archive = self.folder / ARCHIVE
                 if self.dataset == "mnist":
-                    raise DatasetError(
+                    raise UserError(
                         f"{error}; put the file at {archive}, or name another server with --data.url"
                     ) from error
                 text = NOT_MNIST.format(reason=error, archive=archive)
@@ -93,7 +92,7 @@ class MNISTDataModule(ImageDataModule):
         elif name != "mnist":
             source = open_dataset(name, self.data_dir, self.form, self.held_out, self.memory_limit, _read)
         elif archive is None:
-            raise DatasetError(f"there is no MNIST in {self.folder}")
+            raise UserError(f"there is no MNIST in {self.folder}")
         else:
             copy = self.folder / "mnist.pt"
             source = open_arrays(name, copy, file_fingerprint(archive), lambda: read_mnist(archive))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
-from mnist_lit.engine import ConfigurationError, Metrics, Outputs, StepsPerExecution, Task, adapt
+from mnist_lit.engine import Metrics, Outputs, StepsPerExecution, Task, UserError, adapt
 
 Batch = tuple[Tensor, Tensor]  # images float32 (B, C, H, W), targets (B,)
 
@@ -99,7 +99,7 @@ class Classifier(LightningModule):
         if self.balanced and stage == "fit":
             weights = getattr(getattr(self.trainer, "datamodule", None), "class_weights", None)
             if weights is None:
-                raise ConfigurationError("--model.balanced: needs a data module with class_weights (num_classes,)")
+                raise UserError("--model.balanced: needs a data module with class_weights (num_classes,)")
             self.loss.weight = weights.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Outputs:
@@ -235,7 +235,7 @@ class FastCNN(Classifier):
     def _step(self, batch: Batch) -> Outputs:
         height, width = batch[0].shape[-2:]
         if min(height, width) < 9:
-            raise ConfigurationError(
+            raise UserError(
                 f"FastCNN takes images of 9 x 9 pixels and more, these have {height} x {width}; larger images, or "
                 "--model=CNN, which takes any size"
             )
@@ -246,9 +246,7 @@ class FastCNN(Classifier):
         optimizer = torch.optim.Adam(self.parameters(), self.lr, betas=(self.momentum, 0.9))
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ConfigurationError(
-                "a one-cycle schedule has an end: give --trainer.max_epochs or --trainer.max_steps"
-            )
+            raise UserError("a one-cycle schedule has an end: give --trainer.max_epochs or --trainer.max_steps")
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=self.lr, total_steps=int(steps), cycle_momentum=False
         )

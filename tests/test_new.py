@@ -15,7 +15,7 @@ import pytest
 import yaml
 from common import ROOT
 
-from mnist_lit.engine import ConfigurationError
+from mnist_lit.engine import UserError
 from mnist_lit.new import new
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MNIST_LIT_ARCHIVE")}
@@ -127,7 +127,7 @@ def test_nothing_is_written_over(tmp_path: Path, folder: str, package: str | Non
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
     (tmp_path / "file").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(UserError, match=message):
         new(tmp_path / folder, package)
     assert sorted(tmp_path.rglob("*")) == before
 

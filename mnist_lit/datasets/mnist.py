@@ -13,7 +13,7 @@ from rich.progress import track
 from urllib3.util import Retry
 
 from mnist_lit.datasets.pickles import read_pickle
-from mnist_lit.engine import Arrays, DatasetError, DownloadError, content_digest, locked_directory, read_dataset
+from mnist_lit.engine import Arrays, UserError, content_digest, locked_directory, read_dataset
 
 # Tried in turn: the tutorial's, the same on its other branch, and torchvision's mirror of the IDX files. An address
 # that ends with a slash is of a folder of these.
@@ -28,8 +28,13 @@ IDX = [f"{name}-ubyte.gz" for split in ("train", "t10k") for name in (f"{split}-
 # every way in which the tutorial's archive may be compressed.
 DIGEST = "c2069063c1105f2bf96266aef1ff68c6e13bdda7a54e37bf19c16f1db24efc83"
 
+
 HEADERS = {"Accept-Encoding": "identity"}  # or a server may send the file as a gzip of a gzip
 RETRY = Retry(total=2, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504))
+
+
+class DownloadError(UserError):
+    """None of the addresses has MNIST."""
 
 
 def find_mnist(folder: Path) -> Path | None:
@@ -41,11 +46,11 @@ def read_mnist(archive: Path) -> Arrays:
     """Read the tutorial's archive, or MNIST's IDX files.
 
     Raises:
-        DatasetError: if the file is damaged or holds anything but MNIST.
+        UserError: if the file is damaged or holds anything but MNIST.
     """
     arrays = read_dataset(archive, read_pickle)
     if (digest := content_digest(arrays.splits)) != DIGEST:
-        raise DatasetError(
+        raise UserError(
             f"{archive}: a dataset, but not MNIST (content digest {digest}); delete it to "
             f"download MNIST, or use it as it is with --data.dataset={archive}"
         )
@@ -63,7 +68,7 @@ def download_mnist(urls: Sequence[str], folder: Path, timeout: float = 10.0) -> 
 
     Raises:
         DownloadError: if none of the addresses has MNIST.
-        DatasetError: if the folder cannot be written.
+        UserError: if the folder cannot be written.
     """
     failures = []
     with locked_directory(folder):
@@ -78,7 +83,7 @@ def download_mnist(urls: Sequence[str], folder: Path, timeout: float = 10.0) -> 
                     read_mnist(Path(temporary) / next(iter(names)))
                 except requests.RequestException as error:
                     failures.append(f"{url}: {_reason(error)}")
-                except DatasetError as error:
+                except UserError as error:
                     failures.append(f"what came from {url} is not MNIST: {error.__cause__ or error}")
                 else:
                     for name in reversed(names):  # find_mnist looks for the first

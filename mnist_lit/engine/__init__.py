@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mnist_lit.engine.data.sources import Source, content_digest, open_arrays, open_dataset
     from mnist_lit.engine.defaults import default_callbacks
     from mnist_lit.engine.divergence import StopOnNonFinite
-    from mnist_lit.engine.errors import ConfigurationError, DatasetError, DownloadError, UserError
+    from mnist_lit.engine.errors import UserError
     from mnist_lit.engine.execution import StepsPerExecution
     from mnist_lit.engine.finetuning import FineTuning, adapt
     from mnist_lit.engine.images import ImageError, ImageReader, read_image
@@ -54,7 +54,7 @@ _MODULES = {
     "data.sources": ["Source", "content_digest", "open_arrays", "open_dataset"],
     "defaults": ["default_callbacks"],
     "divergence": ["StopOnNonFinite"],
-    "errors": ["ConfigurationError", "DatasetError", "DownloadError", "UserError"],
+    "errors": ["UserError"],
     "execution": ["StepsPerExecution"],
     "finetuning": ["FineTuning", "adapt"],
     "images": ["ImageError", "ImageReader", "read_image"],

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.run import Run
 
 DEFAULT_MONITOR = "val/loss"
@@ -27,7 +27,7 @@ def infer_mode(monitor: str, mode: str) -> Literal["min", "max"]:
         mode: ``min``, ``max``, or ``auto`` to tell it from the name.
 
     Raises:
-        ConfigurationError: if the name does not tell.
+        UserError: if the name does not tell.
 
     Example:
         >>> infer_mode("val/acc", "auto")
@@ -38,7 +38,7 @@ def infer_mode(monitor: str, mode: str) -> Literal["min", "max"]:
         return "min"
     if mode == "max" or words.intersection(HIGHER_IS_BETTER):
         return "max"
-    raise ConfigurationError(f"--monitor={monitor}: is lower or higher better? Say --mode=min or --mode=max")
+    raise UserError(f"--monitor={monitor}: is lower or higher better? Say --mode=min or --mode=max")
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -53,7 +53,7 @@ class BestCheckpoint(ModelCheckpoint):
             folder.
 
     Raises:
-        ConfigurationError: before training, if the model logs no such metric.
+        UserError: before training, if the model logs no such metric.
 
     Example:
         >>> Trainer(callbacks=[BestCheckpoint(monitor="val/acc", save_top_k=3)])
@@ -90,7 +90,7 @@ class BestCheckpoint(ModelCheckpoint):
             if isinstance(other, ModelCheckpoint) and other is not self and str(other.dirpath) == str(self.dirpath):
                 names = {other.filename, other.CHECKPOINT_NAME_LAST if other.save_last else None}
                 for name in names & {self.filename, "last"}:
-                    raise ConfigurationError(
+                    raise UserError(
                         f"a {type(other).__name__} of trainer.callbacks writes {name}.ckpt, as --best_checkpoint or "
                         "--last_checkpoint do; give it another filename or dirpath"
                     )
@@ -109,7 +109,7 @@ class BestCheckpoint(ModelCheckpoint):
             wanted.append(("--monitor=", self.monitor))
         for name, monitor in wanted:
             if monitor not in trainer.callback_metrics:
-                raise ConfigurationError(f"{name}{monitor}: there is no such metric; {_way_out(trainer)}")
+                raise UserError(f"{name}{monitor}: there is no such metric; {_way_out(trainer)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self._is_logged(trainer):

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from mnist_lit.engine.errors import CheckpointError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.run import LOGS, Run
 from mnist_lit.engine.storage import atomic_save, printable
 
@@ -56,7 +56,7 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
+        raise UserError(
             f"cannot write the checkpoint {path} ({error.strerror}); what was saved before is still there: "
             "make room or make the folder writable, then go on with --ckpt_path=last"
         ) from error
@@ -93,16 +93,16 @@ class Checkpoint:
             weights_only: accept tensors and plain values only, so that no code runs out of the file.
 
         Raises:
-            CheckpointError: if the file cannot be read, is damaged, holds anything else or asks for code.
+            UserError: if the file cannot be read, is damaged, holds anything else or asks for code.
         """
         content = load_file(path, weights_only)
         if missing := LAYOUT.keys() - (content.keys() if isinstance(content, dict) else ()):
-            raise CheckpointError(f"{path} is not a checkpoint of Lightning (without {', '.join(sorted(missing))})")
+            raise UserError(f"{path} is not a checkpoint of Lightning (without {', '.join(sorted(missing))})")
         for key, kind in LAYOUT.items():
             if not isinstance(content[key], kind):
-                raise CheckpointError(unusable(path, f"{key} is not of type {kind.__name__}"))
+                raise UserError(unusable(path, f"{key} is not of type {kind.__name__}"))
         if not all(isinstance(weight, Tensor) for weight in content["state_dict"].values()):
-            raise CheckpointError(unusable(path, "its state_dict does not only hold tensors"))
+            raise UserError(unusable(path, "its state_dict does not only hold tensors"))
         return cls(str(path), content)
 
     @property
@@ -146,10 +146,10 @@ class Checkpoint:
         """Compare the weights with a model's.
 
         Raises:
-            CheckpointError: naming the first that differs.
+            UserError: naming the first that differs.
         """
         for name, theirs, ours in misfits(self.weights, model) if model.strict_loading else ():
-            raise CheckpointError(
+            raise UserError(
                 f"{self.path} is not of this model: {name} has the shape {theirs} there and {ours} in "
                 f"{type(model).__name__}; the config.yaml in the folder of its run is the one that fits"
             )
@@ -182,12 +182,12 @@ def load_file(path: str | Path, weights_only: bool, old: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # a hostile file can make zipfile and torch.load raise just about anything
         if isinstance(error, UnpicklingError) and (foreign := _foreign_classes(path)):
-            raise CheckpointError(
+            raise UserError(
                 f"{path} holds {', '.join(foreign)}, and to load that may run any code; if you trust the file, add "
                 "--weights_only=false"
             ) from error
         lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
-        raise CheckpointError(unusable(path, lines[0])) from error
+        raise UserError(unusable(path, lines[0])) from error
 
 
 def _foreign_classes(path: str | Path) -> list[str]:
@@ -234,7 +234,7 @@ def newest_checkpoint(
                 break
             try:
                 checkpoint = Checkpoint.read(path, weights_only)
-            except CheckpointError as error:
+            except UserError as error:
                 rank_zero_warn(f"{error}: passed over")
                 continue
             rank_zero_info(f"--ckpt_path=last: resuming from {path}")

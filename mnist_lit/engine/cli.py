@@ -42,7 +42,7 @@ from mnist_lit.engine.checkpoint import (
 )
 from mnist_lit.engine.dashboard import Dashboard
 from mnist_lit.engine.defaults import default_callbacks
-from mnist_lit.engine.errors import ENGINE, CheckpointError, ConfigurationError, UserError, require
+from mnist_lit.engine.errors import ENGINE, UserError, require
 from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.last import LastCheckpoint
 from mnist_lit.engine.messages import leave_out_noise
@@ -137,25 +137,25 @@ class CLI(LightningCLI):
         """Parse, and read the checkpoint that is named.
 
         Raises:
-            ConfigurationError: if the arguments are wrong.
+            UserError: if the arguments are wrong.
         """
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise ConfigurationError(f"{error}{did_you_mean(sys.argv[2:], self.options)}") from error
+            raise UserError(f"{error}{did_you_mean(sys.argv[2:], self.options)}") from error
         if (command := self.config.subcommand) is None:
             parser.print_help()
             sys.exit(2)
         config = expand_home(self.config[command])
         if not isinstance(config.trainer, Namespace):
-            raise ConfigurationError("trainer: is empty in the config; leave the line out, or give it options")
+            raise UserError("trainer: is empty in the config; leave the line out, or give it options")
         if config.trainer.barebones:
-            raise ConfigurationError(
+            raise UserError(
                 "--trainer.barebones leaves out logger, checkpoints, bar and every callback, which is all that this "
                 "command adds to a loop; leave it out, or use Trainer(barebones=True) in a script of your own"
             )
         if config.get("lr_scheduler") and not config.get("optimizer"):
-            raise ConfigurationError("--lr_scheduler changes nothing without --optimizer: give both")
+            raise UserError("--lr_scheduler changes nothing without --optimizer: give both")
         # LightningCLI would let hyperparameters of the checkpoint override the config, class names from an untrusted
         # file included. The config decides what is built, so the path comes back after that.
         path, config.ckpt_path = config.get("ckpt_path"), None
@@ -166,24 +166,24 @@ class CLI(LightningCLI):
     def _find_checkpoint(self, command: str, path: str | None, config: Namespace) -> Checkpoint | None:
         weights_only = config.get("weights_only") is not False
         if command == "fit" and path and config.trainer.fast_dev_run:
-            raise ConfigurationError(
+            raise UserError(
                 "--trainer.fast_dev_run makes its few steps from the start and resumes nothing; leave out --ckpt_path"
             )
         if command == "fit" and path == "last":
             root = Path(config.trainer.default_root_dir or ".")
             return newest_checkpoint(root, config.model.class_path, config.run_name, weights_only)
         if not path and command == "export":
-            raise ConfigurationError("--ckpt_path: export needs the path of a checkpoint")
+            raise UserError("--ckpt_path: export needs the path of a checkpoint")
         if path is None and command != "fit":
             rank_zero_warn(f"{command} without --ckpt_path: the model's weights are random")
         if path in ("best", "last"):
-            raise ConfigurationError(f"--ckpt_path={path}: {command} needs the path of a checkpoint")
+            raise UserError(f"--ckpt_path={path}: {command} needs the path of a checkpoint")
         if path is None or "://" in path or path == "hpc":
             return None if path is None else Checkpoint(path, {})
         if not Path(path).exists():
-            raise ConfigurationError(no_such_checkpoint("ckpt_path", path))
+            raise UserError(no_such_checkpoint("ckpt_path", path))
         if command == "fit" and Path(path).name == EXCEPTION:
-            raise CheckpointError(
+            raise UserError(
                 f"{path} was saved when a step failed, so training cannot resume from it; resume with "
                 f"--ckpt_path=last, or start a new run from its weights with --init_from={path}"
             )
@@ -261,7 +261,7 @@ class CLI(LightningCLI):
         if self.subcommand == "fit" and config.test_after_fit:
             for name, owner in (("test_step", self.model), ("test_dataloader", self.datamodule)):
                 if not is_overridden(name, owner):
-                    raise ConfigurationError(f"--test_after_fit=true: {type(owner).__name__} has no {name}")
+                    raise UserError(f"--test_after_fit=true: {type(owner).__name__} has no {name}")
         if checkpoint and checkpoint.content:
             checkpoint.check(self.model)
         if self.subcommand != "fit":
@@ -337,7 +337,7 @@ def _keep_randomness(checkpoint: Checkpoint, config: Namespace) -> None:
 def _refuse_conflicts(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
     saved = checkpoint.run.options if checkpoint.run else {}
     if saved and (conflicts := conflicting_options(saved, options)):
-        raise CheckpointError(
+        raise UserError(
             f"{checkpoint.path} resumes with the options of its run, and not with {', '.join(conflicts)}; leave them "
             f"out, or start a new run from its weights with --init_from={checkpoint.path}"
         )
@@ -470,7 +470,7 @@ def _dispatch(project: Project, args: list[str]) -> None:
     names = [*COMMANDS, *modules]
     if not command.startswith("-") and command not in names:
         meant = closest(command, names)
-        raise ConfigurationError(
+        raise UserError(
             f"no command {command!r}{f' (did you mean {meant}?)' * bool(meant)}; the commands are {', '.join(names)}"
         )
     if command == "sweep":

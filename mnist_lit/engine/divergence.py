@@ -10,10 +10,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from mnist_lit.engine.errors import DivergenceError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.outputs import step_outputs
 
 ADVICE = "the last checkpoint is from before that; train again with a lower learning rate"
+
+
+class DivergenceError(UserError):
+    """A loss or weights that are infinite or not a number."""
 
 
 class StopOnNonFinite(Callback):

@@ -16,26 +16,6 @@ class UserError(Exception):
         super().__init__(traceback.rpartition(f"{type(self).__name__}: ")[2].strip() if worker else message)
 
 
-class ConfigurationError(UserError):
-    """An option, or a combination of options, that cannot be honoured."""
-
-
-class DatasetError(UserError):
-    """A dataset that is missing, damaged or not what it should be."""
-
-
-class DownloadError(DatasetError):
-    """A dataset that could not be downloaded."""
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read, written or resumed from."""
-
-
-class DivergenceError(UserError):
-    """A loss or weights that are infinite or not a number."""
-
-
 def require(extra: str, *modules: str) -> None:
     """Ask for an extra before anything takes time.
 
@@ -44,10 +24,10 @@ def require(extra: str, *modules: str) -> None:
         modules: that have to be there.
 
     Raises:
-        ConfigurationError: naming those that are missing and the command that installs them.
+        UserError: naming those that are missing and the command that installs them.
 
     Example:
         >>> require("sweep", "optuna", "matplotlib")
     """
     if missing := [module for module in modules if find_spec(module) is None]:
-        raise ConfigurationError(f"{', '.join(missing)} not installed: pip install '{ENGINE}[{extra}]'")
+        raise UserError(f"{', '.join(missing)} not installed: pip install '{ENGINE}[{extra}]'")

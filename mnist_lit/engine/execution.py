@@ -11,7 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.errors import UserError
 
 # Options that would count executions instead of steps, and the only value that makes no difference.
 NEUTRAL = {
@@ -34,7 +34,7 @@ class StepsPerExecution(Callback):
         steps: optimizer steps per execution; 1 changes nothing.
 
     Raises:
-        ConfigurationError: before training, naming an option that it does not support.
+        UserError: before training, naming an option that it does not support.
 
     Example:
         >>> class Model(LightningModule):
@@ -82,7 +82,7 @@ class StepsPerExecution(Callback):
 
     def _refuse(self, options: list[str]) -> None:
         if options:
-            raise ConfigurationError(
+            raise UserError(
                 f"steps_per_execution={self.steps} does not support {' and '.join(options)}; "
                 "leave that out, or set --model.steps_per_execution=1"
             )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mnist_lit.engine.checkpoint import Checkpoint
-from mnist_lit.engine.errors import ConfigurationError, DatasetError, UserError, require
+from mnist_lit.engine.errors import UserError, require
 from mnist_lit.engine.execution import estimated_steps
 from mnist_lit.engine.messages import leave_out_noise
 from mnist_lit.engine.outputs import are_probabilities, class_names, find_classes
@@ -69,7 +69,7 @@ class Trainer(lightning.pytorch.Trainer):
             weights_only: false accepts a checkpoint that holds more than tensors and plain values.
 
         Raises:
-            ConfigurationError: if the model cannot be exported, or the file does not agree with the checkpoint.
+            UserError: if the model cannot be exported, or the file does not agree with the checkpoint.
         """
         if format == "onnx":
             require("export", "onnx", "onnxscript", "onnxruntime")
@@ -110,7 +110,7 @@ class Trainer(lightning.pytorch.Trainer):
             pairs += [(written(*some), predictor(*some)) for some in (first, other_size) if some]
             difference = max(_difference(ours, theirs) for ours, theirs in pairs)
             if not difference <= TOLERANCE:
-                raise ConfigurationError(
+                raise UserError(
                     f"{path} would differ from {ckpt_path} by {difference:.1e}, more than {TOLERANCE:g}; "
                     "nothing was written"
                 )
@@ -172,7 +172,7 @@ class Predictor(nn.Module):
                 outputs = self.model(batch[0] if isinstance(batch, (tuple, list)) else batch)
         predictions = outputs.get("preds") if isinstance(outputs, Mapping) else outputs
         if not isinstance(predictions, Tensor):
-            raise ConfigurationError(
+            raise UserError(
                 "export needs a predict_step that returns a tensor, or a dict with preds; that of "
                 f"{type(self.model).__name__} returns a {type(outputs).__name__}"
             )
@@ -185,7 +185,7 @@ def _evaluation_set(source: LightningDataModule | LightningModule) -> tuple[list
     try:
         source.setup("test")
         return list(source.test_dataloader()), "test"
-    except (DatasetError, MisconfigurationException):
+    except (UserError, MisconfigurationException):
         source.setup("validate")
         return list(source.val_dataloader()), "validation"
 
@@ -220,7 +220,7 @@ def _export(predictor: Predictor, batch: Any) -> tuple[ExportedProgram, list[Ten
         except Exception as error:  # whatever a network does that torch.export cannot follow
             name = type(getattr(predictor.model, "net", predictor.model)).__name__
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ConfigurationError(f"torch.export cannot follow {name}: {reason}") from error
+            raise UserError(f"torch.export cannot follow {name}: {reason}") from error
         if not sizes or _agrees(program.module(), sizes):  # torch.export may find a bound, as in ResNets
             break
     return program, sizes

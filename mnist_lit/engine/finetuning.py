@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.errors import UserError
 
 # ------------------------------------------------------------------------------------------------ networks
 
@@ -156,7 +156,7 @@ class FineTuning(Callback):
         head: name of the head; by default the last ``Linear`` or ``Conv2d`` that the module registers.
 
     Raises:
-        ConfigurationError: if there is no head, or a strategy that cannot freeze weights.
+        UserError: if there is no head, or a strategy that cannot freeze weights.
 
     Example:
         >>> Trainer(callbacks=[FineTuning(unfreeze_at_epoch=1, lr_factor=0.1)])
@@ -179,7 +179,7 @@ class FineTuning(Callback):
         name, head = self._find_head(pl_module)
         strategy = trainer.strategy
         if isinstance(strategy, ParallelStrategy) and not getattr(strategy.model, "find_unused_parameters", False):
-            raise ConfigurationError(
+            raise UserError(
                 f"FineTuning cannot freeze weights under {type(strategy).__name__}; of the strategies for several "
                 "devices it takes --trainer.strategy=ddp_find_unused_parameters_true"
             )
@@ -239,7 +239,7 @@ class FineTuning(Callback):
     def _find_head(self, module: LightningModule) -> tuple[str, nn.Module]:
         name, head = find_head(module) if self.head is None else (self.head, module.get_submodule(self.head))
         if head is None:
-            raise ConfigurationError(
+            raise UserError(
                 f"FineTuning finds no head in {type(module).__name__}, which has neither Linear nor Conv2d layers; "
                 "name a submodule with the callback's option head, or leave the callback out"
             )

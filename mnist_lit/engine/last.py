@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zer
 
 from mnist_lit.engine.best import logged_values
 from mnist_lit.engine.checkpoint import EXCEPTION, explain_write_errors
-from mnist_lit.engine.errors import CheckpointError, UserError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.run import Run, relative
 
 PENDING = "last.pending"
@@ -195,7 +195,7 @@ class LastCheckpoint(Checkpoint):
         if isinstance(cause, OSError) and (vanished or cause.errno == errno.ENOSPC):
             run = relative(self._run.folder)
             what = "has vanished, with its curves and checkpoints," if vanished else "has a full disk"
-            raise CheckpointError(
+            raise UserError(
                 f"{run} {what} while training; the weights after step {trainer.global_step} are in {relative(path)}"
             ) from exception
 

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_lit.engine.checkpoint import no_such_checkpoint
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.run import Run, relative
 
@@ -45,7 +45,7 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
         project: whose default config ``fit`` takes, if it is there and no model is named.
 
     Raises:
-        ConfigurationError: if there is no such checkpoint, or no config for it.
+        UserError: if there is no such checkpoint, or no config for it.
     """
     command, *options = args
     parser = argparse.ArgumentParser(project.command(command), USAGE, add_help=False, allow_abbrev=False)
@@ -60,9 +60,9 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
             rank_zero_info(f"Using the run's config: {relative(config)}")
             configs = [str(config)]
         elif command in WITH_CHECKPOINT and not ckpt_path.exists():
-            raise ConfigurationError(no_such_checkpoint("ckpt_path", ckpt_path))
+            raise UserError(no_such_checkpoint("ckpt_path", ckpt_path))
         elif command in WITH_CHECKPOINT and not whole:
-            raise ConfigurationError(
+            raise UserError(
                 f"--ckpt_path={ckpt_path} is not in a run's folder, where its config.yaml would be; name the config "
                 "that it was trained with: --config=FILE"
             )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_lit.engine.errors import CheckpointError, ConfigurationError, require
+from mnist_lit.engine.errors import UserError, require
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.threads import available_cpus
 
@@ -39,8 +39,8 @@ def open_onnx(path: Path, threads: int | None) -> Served:
     """Read a file of ``export``, which needs onnxruntime and not torch.
 
     Raises:
-        CheckpointError: if it cannot be read, or is of another program.
-        ConfigurationError: if it takes something else than pictures.
+        UserError: if it cannot be read, or is of another program.
+        UserError: if it takes something else than pictures.
     """
     require("export", "onnxruntime")
     import onnxruntime
@@ -54,9 +54,9 @@ def open_onnx(path: Path, threads: int | None) -> Served:
         name, data, classes = about["model"], json.loads(about["data"]), json.loads(about.get("classes", "null"))
     except Exception as error:  # onnxruntime has several, without a common class
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is not an ONNX file that export has written ({reason})") from error
+        raise UserError(f"{path} is not an ONNX file that export has written ({reason})") from error
     if images.type != "tensor(uint8)":
-        raise ConfigurationError(
+        raise UserError(
             f"{path} takes {images.type}, and pictures are uint8: convert them in the data module's "
             "on_after_batch_transfer, and not in its dataset"
         )
@@ -74,8 +74,8 @@ def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
     """Build the model as ``predict`` does, without its dataset.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read, or is of another model.
-        ConfigurationError: if the model takes something else than images.
+        UserError: if the checkpoint cannot be read, or is of another model.
+        UserError: if the model takes something else than images.
     """
     import torch
 
@@ -90,7 +90,7 @@ def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
     model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
     data = {**checkpoint.get("hyper_parameters", {}), **checkpoint.get("datamodule_hyper_parameters", {})}
     if not data.get("image_size") or not data.get("channels"):
-        raise ConfigurationError(
+        raise UserError(
             f"{path} does not say how large the model's images are; let {type(built.datamodule).__name__} save it: "
             'self.save_hyperparameters({"channels": 3, "image_size": [64, 64]})'
         )
@@ -106,7 +106,7 @@ def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
         found = torch.from_numpy(predict(example))
     except Exception as error:  # whatever a model does that wants another batch
         reason = str(error).partition("\n")[0]
-        raise ConfigurationError(
+        raise UserError(
             f"{type(model).__name__} cannot be served from a checkpoint: predicting the batch (images uint8 "
             f"{example.shape}, None) raised {type(error).__name__}: {reason}. A file of export takes images alone: "
             f"{project.command('export', '--ckpt_path', path)}"

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mnist_lit.engine.errors import CheckpointError, ConfigurationError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.provenance import engine_version
 
 # Options whose effect is in the checkpoint: weights, optimizers, schedulers, random numbers, the best so far.
@@ -59,8 +59,8 @@ class ResumeGuard(Callback):
     """Refuse to resume schedules and optimizers that the checkpoint would silently change, and warn of another engine.
 
     Raises:
-        CheckpointError: naming a schedule of another length, or an optimizer with other groups of parameters.
-        ConfigurationError: for weight averaging that Lightning does not restore exactly.
+        UserError: naming a schedule of another length, or an optimizer with other groups of parameters.
+        UserError: for weight averaging that Lightning does not restore exactly.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class ResumeGuard(Callback):
         """Compare the schedules, which are there by now and not restored yet."""
         averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if trainer.ckpt_path and averages:
-            raise ConfigurationError(
+            raise UserError(
                 "StochasticWeightAveraging cannot be resumed exactly, its average and schedule are restored in part; "
                 "train in one piece, or use TailAveraging or EMAWeightAveraging"
             )
@@ -97,7 +97,7 @@ class ResumeGuard(Callback):
         for optimizer, state in zip(trainer.optimizers, self._optimizers, strict=False):
             theirs, ours = len(state.get("param_groups", optimizer.param_groups)), len(optimizer.param_groups)
             if theirs != ours:
-                raise CheckpointError(
+                raise UserError(
                     f"{trainer.ckpt_path} has a {type(optimizer).__name__} with {theirs} groups of parameters, and "
                     f"this run has {ours}, such as with or without the callback FineTuning; resume with the callbacks "
                     f"that it was started with, or start a new run with --init_from={trainer.ckpt_path}"
@@ -106,7 +106,7 @@ class ResumeGuard(Callback):
             lengths = dict(_horizons(config.scheduler.state_dict()))
             for name, length in _horizons(state):
                 if lengths.get(name, length) != length:
-                    raise CheckpointError(
+                    raise UserError(
                         f"{trainer.ckpt_path} has a {type(config.scheduler).__name__} with {name}={length}, and this "
                         f"run asks for {lengths[name]}, such as by another --trainer.max_epochs; resume with the "
                         f"length that it was started with, or start a new run with --init_from={trainer.ckpt_path}"

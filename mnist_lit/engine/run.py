@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from mnist_lit.engine.errors import ConfigurationError, require
+from mnist_lit.engine.errors import UserError, require
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.storage import atomic_write
 
@@ -69,10 +69,10 @@ class Run(Callback):
             project: whose command line starts it.
 
         Raises:
-            ConfigurationError: if there is a run of this name, or the folder cannot be written.
+            UserError: if there is a run of this name, or the folder cannot be written.
         """
         if name and Path(name).name != name:
-            raise ConfigurationError(f"--run_name={name}: expected the name of one folder, without {os.sep}")
+            raise UserError(f"--run_name={name}: expected the name of one folder, without {os.sep}")
         if rank_zero_only.rank:  # type: ignore[attr-defined]
             return cls(project=project)
         logs = root.absolute() / LOGS
@@ -81,10 +81,10 @@ class Run(Callback):
             folder = cls._make(logs, name)
         except FileExistsError as error:
             if name is None or not (logs / name).exists():
-                raise ConfigurationError(_unwritable(root, error)) from error
-            raise ConfigurationError(f"--run_name={name}: there is such a run already in {logs}") from error
+                raise UserError(_unwritable(root, error)) from error
+            raise UserError(f"--run_name={name}: there is such a run already in {logs}") from error
         except OSError as error:
-            raise ConfigurationError(_unwritable(root, error)) from error
+            raise UserError(_unwritable(root, error)) from error
         atexit.register(_remove_if_empty, folder)  # of a start that fails before it leaves anything
         return cls(folder, project)
 
@@ -120,7 +120,7 @@ class Run(Callback):
         """Keep every other process from training in this folder, until this one ends or trains in another one.
 
         Raises:
-            ConfigurationError: if one does.
+            UserError: if one does.
         """
         if rank_zero_only.rank or not self.exists:  # type: ignore[attr-defined]
             return
@@ -130,7 +130,7 @@ class Run(Callback):
         try:
             lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout:
-            raise ConfigurationError(
+            raise UserError(
                 f"{relative(self.folder)} is being trained by another process; wait until it has ended, or start "
                 "a new run without --ckpt_path"
             ) from None

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.errors import UserError
 
 # Arguments of PyTorch's schedulers that say how long they last.
 LENGTHS = "total_steps", "T_max", "total_iters"
@@ -30,7 +30,7 @@ class Schedule(LRScheduler):
         interval: what they count.
 
     Raises:
-        ConfigurationError: if the milestones do not fit, or a run without an end is asked for its length.
+        UserError: if the milestones do not fit, or a run without an end is asked for its length.
 
     Example, with a twentieth of the run for the warm-up and the rest for the cosine::
 
@@ -55,7 +55,7 @@ class Schedule(LRScheduler):
         self.parts = schedulers
         self.milestones = milestones or []
         if len(self.milestones) != len(self.parts) - 1:
-            raise ConfigurationError(
+            raise UserError(
                 f"lr_scheduler: {len(self.parts)} schedulers need {max(len(self.parts) - 1, 0)} milestones, where each "
                 f"but the first begins, not {len(self.milestones)}"
             )
@@ -64,7 +64,7 @@ class Schedule(LRScheduler):
         """What ``configure_optimizers`` returns as ``lr_scheduler``."""
         starts = [0, *(self._place(milestone, trainer) for milestone in self.milestones)]
         if sorted(set(starts)) != starts:
-            raise ConfigurationError(f"lr_scheduler: the milestones {self.milestones} are not in order")
+            raise UserError(f"lr_scheduler: the milestones {self.milestones} are not in order")
         made = [self._part(part, index, starts, trainer) for index, part in enumerate(self.parts)]
         scheduler = made[0] if len(made) == 1 else SequentialLR(self.optimizer, made, starts[1:])
         return {"scheduler": scheduler, "interval": self.interval}
@@ -75,7 +75,7 @@ class Schedule(LRScheduler):
     def _length(self, trainer: Trainer) -> int:
         length = trainer.estimated_stepping_batches if self.interval == "step" else trainer.max_epochs
         if length is None or length < 0 or math.isinf(length):
-            raise ConfigurationError(
+            raise UserError(
                 "lr_scheduler: a schedule as long as the run needs a run with an end: give --trainer.max_epochs"
                 + (" or --trainer.max_steps" if self.interval == "step" else "")
             )

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mnist_lit.engine.errors import ENGINE, ConfigurationError, UserError, require
+from mnist_lit.engine.errors import ENGINE, UserError, require
 from mnist_lit.engine.images import ImageError, ImageReader
 from mnist_lit.engine.predictors import Served, Together, open_checkpoint, open_onnx
 from mnist_lit.engine.project import Project
@@ -236,7 +236,7 @@ def main(args: list[str], project: Project, reader: MakeReader = ImageReader) ->
         try:
             listening = socket.create_server((host, port), family=family, backlog=2048)
         except (OSError, OverflowError) as error:
-            raise ConfigurationError(f"--host={host} --port={port} cannot be had ({error}); choose others") from error
+            raise UserError(f"--host={host} --port={port} cannot be had ({error}); choose others") from error
         app = load(options, others, project, reader)
     except UserError as error:
         sys.exit(f"{project.name}: error: {error}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import UserError
 
 
 @contextmanager
@@ -55,14 +55,14 @@ def locked_directory(folder: Path) -> Iterator[None]:
     """Make a data folder and lock it, so that one process at a time writes in it.
 
     Raises:
-        DatasetError: if the folder cannot be made or written, or its disk is full.
+        UserError: if the folder cannot be made or written, or its disk is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             yield
     except OSError as error:
-        raise DatasetError(
+        raise UserError(
             f"cannot write in the data folder {folder} ({error.strerror or error}); "
             "make room or make it writable; or choose another one with --data.data_dir and, if the dataset is there "
             "already, name its file or folder with --data.dataset"

@@ -37,7 +37,8 @@ from rich.table import Column, Table
 
 from mnist_lit.engine.best import infer_mode
 from mnist_lit.engine.cli import CLI, run
-from mnist_lit.engine.errors import ConfigurationError, DivergenceError
+from mnist_lit.engine.divergence import DivergenceError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.options import with_config
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.run import LOGS, relative
@@ -58,7 +59,7 @@ class OneProcess(CLI):
 
     def before_fit(self) -> None:
         if self.trainer.world_size > 1:
-            raise ConfigurationError(
+            raise UserError(
                 f"a sweep's trials run in one process each, and not in {self.trainer.world_size}: --trainer.devices=1 "
                 "--trainer.num_nodes=1; for several GPUs start as many sweeps of the same study, each with a "
                 "CUDA_VISIBLE_DEVICES of its own"
@@ -82,7 +83,7 @@ class Prune(Callback):
             return
         if self.monitor not in trainer.callback_metrics:
             names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise ConfigurationError(f"--monitor={self.monitor}: the model logs {names}")
+            raise UserError(f"--monitor={self.monitor}: the model logs {names}")
         self.values.append(trainer.callback_metrics[self.monitor].item())
         self.trial.report(self.values[-1], len(self.values))
         self.pruned = trainer.should_stop = self.trial.should_prune()
@@ -98,7 +99,7 @@ def read_space(path: Path) -> Space:
         path: a YAML file; per option ``low`` and ``high``, optionally ``log: true`` or a ``step``, or ``choices``.
 
     Raises:
-        ConfigurationError: naming what is wrong.
+        UserError: naming what is wrong.
     """
     try:
         settings = get_loader("yaml")(path.read_text(encoding="utf-8"))  # as a config: 1e-4 is a number
@@ -106,7 +107,7 @@ def read_space(path: Path) -> Space:
             raise ValueError("expected names of options, such as model.init_args.lr")
         return {name: _distribution(name, setting) for name, setting in settings.items()}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"--space={path}: {error}") from error
+        raise UserError(f"--space={path}: {error}") from error
 
 
 def _distribution(name: str, setting: Any) -> BaseDistribution:
@@ -131,12 +132,12 @@ def _grid(name: str, options: Any) -> list[Any]:
     """All values of an option.
 
     Raises:
-        ConfigurationError: for a range that has no steps.
+        UserError: for a range that has no steps.
     """
     if isinstance(options, CategoricalDistribution):
         return list(options.choices)
     if options.step is None or options.log:
-        raise ConfigurationError(f"--sampler=grid: {name} needs choices, or a step from low to high")
+        raise UserError(f"--sampler=grid: {name} needs choices, or a step from low to high")
     number = int((options.high - options.low) / options.step + 1e-9) + 1
     return [options.low + index * options.step for index in range(number)]
 
@@ -255,7 +256,7 @@ def open_study(url: str, name: str, **options: Any) -> optuna.Study:
         options: of ``optuna.create_study``.
 
     Raises:
-        ConfigurationError: when the database cannot be used.
+        UserError: when the database cannot be used.
     """
     for last in (False, False, True):  # Optuna's tables cannot be made by two processes at once
         try:
@@ -263,7 +264,7 @@ def open_study(url: str, name: str, **options: Any) -> optuna.Study:
             return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, **options)
         except Exception as error:  # whatever the driver of a database raises
             if last:
-                raise ConfigurationError(f"--storage={url}: {str(error).partition(chr(10))[0]}") from error
+                raise UserError(f"--storage={url}: {str(error).partition(chr(10))[0]}") from error
             time.sleep(1)
     raise AssertionError
 
@@ -284,7 +285,7 @@ def main(args: list[str], project: Project) -> None:
         project: that runs.
 
     Raises:
-        ConfigurationError: when the space or the storage cannot be used.
+        UserError: when the space or the storage cannot be used.
     """
     parser = argparse.ArgumentParser(
         prog=project.command("sweep"),
@@ -315,11 +316,11 @@ def main(args: list[str], project: Project) -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     if known.status:
         if known.storage is None and not (folder / "study.db").is_file():
-            raise ConfigurationError(f"--status: there is no study in {folder} yet")
+            raise UserError(f"--status: there is no study in {folder} yet")
         try:
             study = optuna.load_study(study_name=known.study, storage=url)
         except KeyError:
-            raise ConfigurationError(f"--status: there is no study {known.study} in {url}") from None
+            raise UserError(f"--status: there is no study {known.study} in {url}") from None
         return print_trials(study, study.get_trials(deepcopy=False), known.study)
     if known.space is None:
         parser.error("--space: a sweep needs a file that says what to search, such as configs/sweep.yaml")
@@ -340,10 +341,10 @@ def main(args: list[str], project: Project) -> None:
     study = open_study(url, known.study, direction=f"{mode}imize", **options)
     described = {name: distribution_to_json(distribution) for name, distribution in space.items()}
     if study.user_attrs.get("space", described) != described:
-        raise ConfigurationError(f"the study {known.study} has another space; name a new one with --study")
+        raise UserError(f"the study {known.study} has another space; name a new one with --study")
     study.set_user_attr("space", described)
     study.set_user_attr("monitor", monitor)
     sweep(project, study, space, trials, fit, monitor)
     if not study.get_trials(states=[TrialState.COMPLETE]):
-        raise ConfigurationError(f"none of {trials} trials came to an end: every one diverged or was pruned")
+        raise UserError(f"none of {trials} trials came to an end: every one diverged or was pruned")
     report(project, study, folder)

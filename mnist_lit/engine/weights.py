@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from mnist_lit.engine.checkpoint import load_file, misfits, no_such_checkpoint, unusable
-from mnist_lit.engine.errors import CheckpointError, require
+from mnist_lit.engine.errors import UserError, require
 from mnist_lit.engine.finetuning import first_convolution, rename, to_channels
 
 
@@ -27,22 +27,22 @@ def init_from(model: LightningModule, path: str, strict: bool = True, weights_on
         weights_only: as for ``read_weights``.
 
     Raises:
-        CheckpointError: if they do not fit, or cannot be read.
+        UserError: if they do not fit, or cannot be read.
     """
     if not Path(path).exists():
-        raise CheckpointError(no_such_checkpoint("init_from", path))
+        raise UserError(no_such_checkpoint("init_from", path))
     weights = rename(read_weights(path, weights_only), model.state_dict())
     adapted = [] if strict else _adapt_channels(weights, model)
     misfitting = misfits(weights, model)
     left_out = {name for name, _, _ in misfitting}
     if not weights.keys() & model.state_dict().keys() - left_out:
-        raise CheckpointError(
+        raise UserError(
             f"--init_from={path}: none of its weights fits {type(model).__name__}; there are "
             f"{_briefly(weights, 3)} there and {_briefly(model.state_dict(), 3)} here"
         )
     listed = _briefly([f"{name} ({theirs} there, {ours} here)" for name, theirs, ours in misfitting])
     if misfitting and strict:
-        raise CheckpointError(
+        raise UserError(
             f"--init_from={path} does not fit {type(model).__name__}: {listed}; --init_strict=false starts from those "
             "weights that do"
         )
@@ -79,8 +79,8 @@ def read_weights(path: str | Path, weights_only: bool = True) -> dict[str, Tenso
         weights_only: accept tensors and plain values only, so that no code runs out of the file.
 
     Raises:
-        CheckpointError: if the file cannot be read, is damaged, holds anything else or asks for code.
-        ConfigurationError: if safetensors is needed and not installed.
+        UserError: if the file cannot be read, is damaged, holds anything else or asks for code.
+        UserError: if safetensors is needed and not installed.
 
     Example:
         >>> list(read_weights("resnet18-f37072fd.pth"))[:2]
@@ -93,12 +93,12 @@ def read_weights(path: str | Path, weights_only: bool = True) -> dict[str, Tenso
         try:
             return load_safetensors(path)
         except Exception as error:  # as below
-            raise CheckpointError(unusable(path, (str(error) or type(error).__name__).splitlines()[0])) from error
+            raise UserError(unusable(path, (str(error) or type(error).__name__).splitlines()[0])) from error
     # torch.save wrote files that are no zip archives until torch 1.6; old weights are still around in them.
     content = load_file(path, weights_only, old=True)
     weights: Any = None
     if isinstance(content, dict):
         weights = next((content[key] for key in ("state_dict", "model") if key in content), content)
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise CheckpointError(unusable(path, "it has no state dict, which is names and tensors"))
+        raise UserError(unusable(path, "it has no state dict, which is names and tensors"))
     return weights

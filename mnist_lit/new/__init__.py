@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from mnist_lit.engine import ConfigurationError, Project
+from mnist_lit.engine import Project, UserError
 
 ENGINE = __name__.partition(".")[0]
 TEMPLATE = Path(__file__).parent / "template"
@@ -33,18 +33,18 @@ def new(folder: Path, package: str | None = None, bare: bool = False) -> None:
         bare: start from a data module of thirty lines that reads no files.
 
     Raises:
-        ConfigurationError: if there is something at ``folder``, it cannot be written, or the name cannot be used.
+        UserError: if there is something at ``folder``, it cannot be written, or the name cannot be used.
 
     Example:
         >>> new(Path("../leaf-id"))  # with the package leaf_id
     """
     package = package or re.sub(r"[-. ]+", "_", folder.absolute().name.lower())
     if not re.fullmatch(r"[a-z]([a-z0-9_]*[a-z0-9])?", package) or keyword.iskeyword(package):
-        raise ConfigurationError(f"{package} cannot be the name of a package; choose one such as --package=my_project")
+        raise UserError(f"{package} cannot be the name of a package; choose one such as --package=my_project")
     if package in FOLDERS or ((spec := find_spec(package)) and spec.origin):  # a mere folder has no origin
-        raise ConfigurationError(f"there is a package {package} already; choose another name with --package")
+        raise UserError(f"there is a package {package} already; choose another name with --package")
     if os.path.lexists(folder):
-        raise ConfigurationError(f"{folder} exists already; name a folder that does not")
+        raise UserError(f"{folder} exists already; name a folder that does not")
     wanted = requirement()
     try:
         for root in (TEMPLATE, BARE)[: 1 + bare]:
@@ -60,7 +60,7 @@ def new(folder: Path, package: str | None = None, bare: bool = False) -> None:
                 target.write_text(text, encoding="utf-8", newline="\n")
         (folder / ".ci" / "run").chmod(0o755)
     except OSError as error:
-        raise ConfigurationError(f"cannot write {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
     if not _git(folder, "rev-parse", "--is-inside-work-tree"):
         for command in ("init --quiet", "add --all", f"commit --quiet --message 'Start from {ENGINE}'"):
             _git(folder, *shlex.split(command))

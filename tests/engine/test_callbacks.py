@@ -18,7 +18,7 @@ from plain import Model, Weights, data, fit
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lit.engine import LessOverhead, Metrics, PredictionsFile, ProgressBar, StopOnNonFinite, TailAveraging
-from mnist_lit.engine.errors import DivergenceError
+from mnist_lit.engine.errors import UserError
 
 # ------------------------------------------------------------------------------------------------- divergence
 
@@ -26,7 +26,7 @@ from mnist_lit.engine.errors import DivergenceError
 @pytest.mark.parametrize("callbacks", [[StopOnNonFinite], [StopOnNonFinite, LessOverhead]], ids=len)
 def test_run_that_diverges_is_stopped(tmp_path: Path, callbacks: list[type[Callback]]) -> None:
     message = r"the loss is (nan|inf) at step [23] \(epoch 0, batch [12]\), the learning rate 1e\+38; .* lower"
-    with pytest.raises(DivergenceError, match=message):
+    with pytest.raises(UserError, match=message):
         fit(Model(lr=1e38), tmp_path, *(callback() for callback in callbacks))
 
 
@@ -36,7 +36,7 @@ def test_no_checkpoint_is_made_of_weights_that_are_not_finite(tmp_path: Path) ->
             if trainer.global_step == 8:  # after the last loss
                 pl_module.net[-1].bias.data.fill_(math.nan)  # type: ignore[index, union-attr]
 
-    with pytest.raises(DivergenceError, match="the weights are no longer finite after step 8"):
+    with pytest.raises(UserError, match="the weights are no longer finite after step 8"):
         fit(Model(), tmp_path, StopOnNonFinite(), Break(), ModelCheckpoint(tmp_path), enable_checkpointing=True)
     assert len(list(tmp_path.glob("*.ckpt"))) == 1  # the first epoch's
 

@@ -19,7 +19,7 @@ from plain import Model, data
 import mnist_lit
 from mnist_lit import Classifier
 from mnist_lit.engine import StepsPerExecution
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.errors import UserError
 
 CHECKPOINTS = Path("checkpoints")
 SCHEDULED = ("--optimizer=Adam", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5")
@@ -114,7 +114,7 @@ def test_what_eight_steps_in_one_do_not_support_is_refused(
         loader.steps_per_execution = 8  # type: ignore[attr-defined]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, log_every_n_steps=1, **quiet, **options)
-    with pytest.raises(ConfigurationError, match=re.escape(f"steps_per_execution=8 does not support {message}")):
+    with pytest.raises(UserError, match=re.escape(f"steps_per_execution=8 does not support {message}")):
         trainer.fit(model(), loader, data())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mnist_lit import CNN, FastCNN, Logistic
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.export import Trainer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
@@ -115,7 +115,7 @@ def test_file_takes_the_tensors_that_count(tmp_path: Path, kind: type, suffix: s
 def test_what_cannot_be_exported_is_one_message_and_leaves_no_file(tmp_path: Path) -> None:
     model = Plain(Untraceable(4, 4))
     path = saved(model, tmp_path)
-    with pytest.raises(ConfigurationError, match=r"torch\.export cannot follow Untraceable: "):
+    with pytest.raises(UserError, match=r"torch\.export cannot follow Untraceable: "):
         Trainer(accelerator="cpu", logger=False).export(model, ckpt_path=str(path))
     assert [path.name for path in tmp_path.iterdir()] == ["any.ckpt"]
 

@@ -21,7 +21,7 @@ from hostile import Calls, hostile
 from mirror import server
 
 from mnist_lit.engine.checkpoint import Checkpoint, newest_checkpoint
-from mnist_lit.engine.errors import CheckpointError
+from mnist_lit.engine.errors import UserError
 
 LAST = RUN / "checkpoints" / "last.ckpt"
 QUICK = ("fit", "--config", CONFIGS / "logistic.yaml", "--trainer.log_every_n_steps=4")
@@ -134,7 +134,7 @@ def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Pa
             # What is damaged where nothing is read, such as the padding between members, is the original.
             assert_same(Checkpoint.read(path).content, original, name)
             harmless += 1
-        except CheckpointError as error:
+        except UserError as error:
             messages.append(str(error))
     grown = peak_memory() - before
     print(f"{len(bad)} checkpoints: {len(messages)} refused, {harmless} harmless, {grown} KiB more memory")

@@ -16,7 +16,7 @@ from plain import Model, Weights, fit
 from test_resume import TWO_PROCESSES, assert_same_run, interrupt
 from torch import nn
 
-from mnist_lit.engine.errors import ConfigurationError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.finetuning import FineTuning, adapt, to_channels
 
 LAST = RUN / "checkpoints" / "last.ckpt"
@@ -286,7 +286,7 @@ def test_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
         fit(Model(), tmp_path, FineTuning(head="net.fc"))
     model = Model()
     model.net = nn.BatchNorm1d(3)  # type: ignore[assignment]
-    with pytest.raises(ConfigurationError, match=r"finds no head in Model, .* option head"):
+    with pytest.raises(UserError, match=r"finds no head in Model, .* option head"):
         fit(model, tmp_path, FineTuning())
 
 

@@ -22,7 +22,7 @@ from mnist_lit.datasets.pickles import read_pickle
 from mnist_lit.engine.data.arrays import Arrays, Splits
 from mnist_lit.engine.data.files import cached, read_dataset
 from mnist_lit.engine.data.sources import content_digest
-from mnist_lit.engine.errors import DatasetError, DownloadError
+from mnist_lit.engine.errors import UserError
 
 Pairs = tuple[tuple[np.ndarray, np.ndarray], ...]
 
@@ -109,7 +109,7 @@ def test_emnist_is_upright_and_chosen(tmp_path: Path) -> None:
     raw = write_idx(tmp_path / "EMNIST" / "raw", data, "emnist-letters-")
     np.testing.assert_array_equal(read(raw.parent).train[0][:, 0].numpy(), data[0][0][:100].swapaxes(1, 2))
     write_idx(raw, data, "emnist-digits-")
-    with pytest.raises(DatasetError, match=r"several datasets, choose one: .*emnist-digits-train.*emnist-letters"):
+    with pytest.raises(UserError, match=r"several datasets, choose one: .*emnist-digits-train.*emnist-letters"):
         read(raw.parent)
     assert len(read(raw / "emnist-digits-train-images-idx3-ubyte").train[0]) == 100
 
@@ -158,7 +158,7 @@ def test_wrong_content_is_named(tmp_path: Path, case: str) -> None:
     content, message = WRONG[case]
     path = tmp_path / "mnist.pkl.gz"
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)
 
@@ -173,7 +173,7 @@ def test_damaged_idx_files_are_named(tmp_path: Path, cut: int | str | None) -> N
     else:
         images.write_bytes(whole[:-cut] if cut else b"\0\0\x09\x03" + whole[4:])
     message = "there is no t10k-labels" if cut == "missing" else "train-images-idx3-ubyte is not an IDX file"
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         read(folder)
 
 
@@ -199,7 +199,7 @@ def test_every_truncation_and_flip_is_an_error_or_harmless(tmp_path: Path, kind:
         path.write_bytes(damaged)
         try:
             assert_holds(read(path), data)
-        except DatasetError:
+        except UserError:
             refused += 1
     assert refused > 170
 
@@ -214,7 +214,7 @@ def test_decompression_bomb_is_refused_in_bounded_memory(tmp_path: Path) -> None
         "files.MAX_DECODED_BYTES = 1 << 27\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: files.read_dataset(Path(sys.argv[1]))\n"
-        "except files.DatasetError as error: print(error)\n"
+        "except files.UserError as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     command = [sys.executable, "-c", program, path]
@@ -229,7 +229,7 @@ def test_hostile_pickle_is_refused_and_never_runs(tmp_path: Path, case: str) -> 
     marker, path = tmp_path / "executed", tmp_path / "own.pkl.gz"
     path.write_bytes(gzip.compress(hostile(marker)[case]))
     started = time.process_time()  # not that of other processes
-    with pytest.raises(DatasetError, match=r"own\.pkl\.gz: damaged, or not a dataset"):
+    with pytest.raises(UserError, match=r"own\.pkl\.gz: damaged, or not a dataset"):
         read(path)
     assert not marker.exists()
     assert time.process_time() - started < 10
@@ -291,7 +291,7 @@ def test_failed_download_says_why_and_leaves_nothing(tmp_path: Path, case: str) 
     timeout = 1.0 if case in ("silent", "stalls") else 60  # of the others none may pass, however busy the machine is
     with (
         server(behaviour, body, failures=99 if case == "503" else 0) as (url, requests),
-        pytest.raises(DownloadError, match=message),
+        pytest.raises(mnist.DownloadError, match=message),
     ):
         mnist.download_mnist([url], tmp_path / "mnist", timeout)
     assert len(requests) == attempts
@@ -311,7 +311,7 @@ def test_addresses_are_tried_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyP
         mnist.download_mnist(urls, tmp_path / "data")
         assert sorted(path.lstrip("/") for path in requests) == sorted(mnist.IDX)
         mnist.download_mnist([missing], tmp_path / "data")  # it is there
-        with pytest.raises(DownloadError, match=r":9/.*no connection.*; .*answered 404.*; .*but not MNIST"):
+        with pytest.raises(mnist.DownloadError, match=r":9/.*no connection.*; .*answered 404.*; .*but not MNIST"):
             mnist.download_mnist(urls[:3], tmp_path / "none")
     found = mnist.find_mnist(tmp_path / "data")
     assert found is not None

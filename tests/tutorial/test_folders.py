@@ -19,7 +19,7 @@ from test_resume import assert_same_run
 from mnist_lit.engine.data.folders import Format, find_folder
 from mnist_lit.engine.data.module import ImageDataModule
 from mnist_lit.engine.data.sources import Source, open_dataset
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.images import read_image
 
 CLASSES = {"blue bar": (50, 60, 210), "green box": (40, 180, 60), "red disc": (200, 40, 40)}
@@ -134,7 +134,7 @@ def half(path: Path) -> None:
 def test_what_cannot_be_used_is_named_at_once(tmp_path: Path, case: str) -> None:
     make, message = MISTAKES[case]
     make(tmp_path / "pets")
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         ImageDataModule(str(tmp_path / "pets"), data_dir=str(tmp_path / "data")).prepare_data()
 
 

@@ -19,7 +19,7 @@ from mnist_lit.datasets.digits import make_digits
 from mnist_lit.datasets.mnist import read_mnist
 from mnist_lit.datasets.pictures import PictureReader, find_digit_form
 from mnist_lit.engine.data.images import find_images
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import UserError
 
 FIT = ("fit", "--config", CONFIGS / "fast.yaml")
 PREDICT = ("predict", "--ckpt_path", "lightning_logs/version_0/checkpoints/best.ckpt", "--data.images")
@@ -187,5 +187,5 @@ def test_folders_of_classes_hidden_and_other_files(tmp_path: Path) -> None:
     for pattern, expected in {"2/x[1].gif": found[3:], "[01]": found[:3], "1/*.TIFF": found[1:2]}.items():
         assert find_images([f"{tmp_path}/{pattern}"])[0] == expected
     for pattern in ("nothing", "nothing/*.png"):
-        with pytest.raises(DatasetError, match="no such image"):
+        with pytest.raises(UserError, match="no such image"):
             find_images([f"{tmp_path}/{pattern}"])

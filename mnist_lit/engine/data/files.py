@@ -18,7 +18,7 @@ from rich.progress import open as open_with_progress
 
 from mnist_lit.engine.data import idx
 from mnist_lit.engine.data.arrays import Arrays, Pair, make_arrays
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.storage import atomic_save, locked_directory
 
 MAX_DECODED_BYTES = 4 * 2**30
@@ -42,21 +42,21 @@ def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None
         other: makes the arrays of each split out of the bytes of any other file, gzipped or not.
 
     Raises:
-        DatasetError: naming the file and what is wrong with it.
+        UserError: naming the file and what is wrong with it.
     """
     try:
         pairs = _read(path, other)
     except PermissionError as error:
-        raise DatasetError(f"{path}: not allowed to read it") from error
+        raise UserError(f"{path}: not allowed to read it") from error
     except Exception as error:  # hostile bytes can make gzip, zipfile and pickle raise just about anything
-        raise DatasetError(
+        raise UserError(
             f"{path}: damaged, or not a dataset ({error or type(error).__name__}); "
             "replace the file, or delete it if it was downloaded and run again"
         ) from error
     try:
         return make_arrays(pairs)
     except ValueError as error:
-        raise DatasetError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _read(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None) -> Mapping[str, Pair]:
@@ -120,7 +120,7 @@ def cached(copy: Path, source: str, make: Callable[[], Any]) -> Any:
         make: returns tensors and plain values in tuples, lists and dicts.
 
     Raises:
-        DatasetError: if ``make`` raises it, or if the copy cannot be written.
+        UserError: if ``make`` raises it, or if the copy cannot be written.
     """
     found = _load(copy, source)
     if found is None:
@@ -130,7 +130,7 @@ def cached(copy: Path, source: str, make: Callable[[], Any]) -> Any:
                 atomic_save({"source": source, "content": make()}, copy)
                 found = _load(copy, source)
     if found is None:
-        raise DatasetError(f"{copy} was written and cannot be read back; check the disk")
+        raise UserError(f"{copy} was written and cannot be read back; check the disk")
     return found["content"]
 
 
@@ -149,12 +149,12 @@ def file_fingerprint(path: Path) -> str:
     """Identify the content of a file by its path, size and time of change, as a ``source`` for ``cached``.
 
     Raises:
-        DatasetError: if there is no such file.
+        UserError: if there is no such file.
     """
     try:
         status = path.stat()
     except OSError as error:
-        raise DatasetError(f"{path}: no such dataset ({error.strerror})") from error
+        raise UserError(f"{path}: no such dataset ({error.strerror})") from error
     if not path.is_file():
-        raise DatasetError(f"{path}: a device or a pipe; expected a file or a folder")
+        raise UserError(f"{path}: a device or a pipe; expected a file or a folder")
     return f"{path} {status.st_size} {status.st_mtime_ns}"

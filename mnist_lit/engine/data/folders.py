@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mnist_lit.engine.data.arrays import Arrays, Splits, stratified
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.images import FORMATS, SUFFIXES, ImageError, Size, read_image, unreadable
 from mnist_lit.engine.threads import available_cpus
 
@@ -69,7 +69,7 @@ def find_folder(root: Path, valid: float = 0.1, test: float = 0.1, seed: int = 0
         seed: of the choice of those images.
 
     Raises:
-        DatasetError: if there are no images, the classes of two splits differ, or a file cannot be opened at all.
+        UserError: if there are no images, the classes of two splits differ, or a file cannot be opened at all.
     """
     folders = {SPLITS[name.lower()]: path for name, path in _folders(root).items() if name.lower() in SPLITS}
     if "train" not in folders:
@@ -80,14 +80,14 @@ def find_folder(root: Path, valid: float = 0.1, test: float = 0.1, seed: int = 0
     }
     names = list(found["train"])
     if not names:
-        raise DatasetError(
+        raise UserError(
             f"{root}: no images ({', '.join(SUFFIXES)}) in folders of their own for each class, such as "
             f"{root / 'cats' / '1.jpg'}"
         )
     splits, listing, times = {}, [f"{valid} {test} {seed}"], []
     for split, classes in found.items():
         if unknown := classes.keys() - set(names):
-            raise DatasetError(f"{folders[split]}: {min(unknown)} is not a class of {folders['train']}")
+            raise UserError(f"{folders[split]}: {min(unknown)} is not a class of {folders['train']}")
         files = [(label, entry) for label, name in enumerate(names) for entry in classes.get(name, [])]
         # An array and not a list, whose objects every worker would copy one by one as it looks at them.
         paths = np.array([os.fsencode(entry.path) for _, entry in files])
@@ -127,11 +127,11 @@ def _images(folder: str) -> list[os.DirEntry[str]]:
     for entry in _entries(folder):
         if entry.is_dir():
             if entry.is_symlink():  # which may lead in a circle
-                raise DatasetError(f"{entry.path}: a link to a folder below a class; only a class itself may be one")
+                raise UserError(f"{entry.path}: a link to a folder below a class; only a class itself may be one")
             found += _images(entry.path)
         elif entry.name.lower().endswith(SUFFIXES):
             if not entry.is_file():
-                raise DatasetError(f"{entry.path}: a link to nothing, a device or a pipe; expected an image file")
+                raise UserError(f"{entry.path}: a link to nothing, a device or a pipe; expected an image file")
             found.append(entry)
     return sorted(found, key=lambda entry: entry.path)
 
@@ -158,10 +158,10 @@ def find_format(folder: ImageFolder, form: Format) -> Format:
     """Find out channels and size of a folder's images, where they are not given: grey only if all images are.
 
     Raises:
-        DatasetError: if the images are of several sizes and none is given, or some cannot be read.
+        UserError: if the images are of several sizes and none is given, or some cannot be read.
     """
     if form.channels not in (None, 1, 3):
-        raise DatasetError(f"--data.channels={form.channels}: image files have 1 channel (grey) or 3 (colour)")
+        raise UserError(f"--data.channels={form.channels}: image files have 1 channel (grey) or 3 (colour)")
     sizes: dict[Size, str] = {}
     grey = True
     for path, found in _each(probe, folder.paths, "Looking at images"):
@@ -169,7 +169,7 @@ def find_format(folder: ImageFolder, form: Format) -> Format:
         sizes.setdefault(found.size, path)
     if not form.size and len(sizes) > 1:
         (one, path), (other, path2), *_ = sizes.items()
-        raise DatasetError(
+        raise UserError(
             f"images of {len(sizes)} sizes, such as {one[0]} x {one[1]} ({path}) and {other[0]} x {other[1]} "
             f"({path2}); choose one with --data.image_size, such as --data.image_size=64"
         )
@@ -180,7 +180,7 @@ def decode_folder(folder: ImageFolder, form: Format) -> Arrays:
     """Decode all images of a folder, on all processors.
 
     Raises:
-        DatasetError: naming the images that cannot be read.
+        UserError: naming the images that cannot be read.
     """
     images = torch.empty(len(folder.paths), form.channels, *form.size, dtype=torch.uint8)
     read = partial(read_image, channels=form.channels, size=form.size)
@@ -213,7 +213,7 @@ def _each(function: Callable[[str], T], paths: Sequence[str], what: str) -> Iter
                 yield path, result
     if broken:
         more = f" and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
-        raise DatasetError(f"{'; '.join(broken[:NAMED])}{more}; delete or replace what cannot be read")
+        raise UserError(f"{'; '.join(broken[:NAMED])}{more}; delete or replace what cannot be read")
 
 
 class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
@@ -235,10 +235,10 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         """Image uint8 (C, H, W) and label ().
 
         Raises:
-            DatasetError: if the file cannot be read.
+            UserError: if the file cannot be read.
         """
         path = os.fsdecode(self.paths[index])
         try:
             return torch.from_numpy(read_image(path, *self.form)), self.labels[index]
         except ImageError as error:
-            raise DatasetError(f"{path}: {error}; delete it, or replace it") from error
+            raise UserError(f"{path}: {error}; delete it, or replace it") from error

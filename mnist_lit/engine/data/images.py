@@ -6,7 +6,7 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.images import SUFFIXES
 
 
@@ -20,7 +20,7 @@ def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
         the images, and the files of folders that were passed over because they have another suffix.
 
     Raises:
-        DatasetError: naming the pattern that matches nothing.
+        UserError: naming the pattern that matches nothing.
     """
     found: list[Path] = []
     passed_over: list[Path] = []
@@ -33,7 +33,7 @@ def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
             passed_over += [path for path in inside if path.suffix.lower() not in SUFFIXES]
             files += [Path(match)] if Path(match).is_file() else []
         if not files:
-            raise DatasetError(
+            raise UserError(
                 f"--data.images={pattern}: no such image; expected a file, a folder or a pattern of "
                 f"{', '.join(SUFFIXES)} files"
             )

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, TensorDataset, default_collate
 
-from mnist_lit.engine.errors import ConfigurationError, DatasetError
+from mnist_lit.engine.errors import UserError
 
 
 class Samples(Sequence[tuple[Tensor, ...]]):
@@ -71,7 +71,7 @@ class ResumableLoader(DataLoader):
         kwargs: as in ``DataLoader``.
 
     Raises:
-        ConfigurationError: when resumed within an epoch with another batch size or number of processes.
+        UserError: when resumed within an epoch with another batch size or number of processes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # of which Lightning makes others, such as to overfit
@@ -95,7 +95,7 @@ class ResumableLoader(DataLoader):
             return 0
         for name, ours in self._shares(order).items():
             if resumed[name] != ours:
-                raise ConfigurationError(
+                raise UserError(
                     f"the checkpoint is of the middle of an epoch with a {name} of {resumed[name]}, not {ours}, and "
                     f"batches are counted; resume with {resumed[name]}, or start a new run from its weights with "
                     "--init_from"
@@ -114,10 +114,10 @@ class ResumableLoader(DataLoader):
         """Resume in the checkpoint's epoch after the samples taken.
 
         Raises:
-            ConfigurationError: if the position is that of another kind of loader.
+            UserError: if the position is that of another kind of loader.
         """
         if self._order and state_dict.keys() != self.state_dict().keys():
-            raise ConfigurationError(
+            raise UserError(
                 "the checkpoint's position in the epoch is that of another kind of data loader; start a new run from "
                 "its weights with --init_from"
             )
@@ -209,13 +209,13 @@ def eval_dataloader(
         num_workers: of the loader.
 
     Raises:
-        DatasetError: if there are fewer samples than processes.
+        UserError: if there are fewer samples than processes.
     """
     order: Sampler | None = None
     if trainer and (world_size := trainer.world_size) > 1:
         n = len(dataset)  # type: ignore[arg-type]
         if n < world_size:
-            raise DatasetError(f"{n} samples to evaluate are too few for {world_size} processes")
+            raise UserError(f"{n} samples to evaluate are too few for {world_size} processes")
         dataset = Subset(dataset, range(trainer.global_rank, n, world_size))
         # The same number of batches in every process, because DDP waits for the others at each.
         smallest, largest = n // world_size, -(-n // world_size)

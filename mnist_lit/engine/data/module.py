@@ -20,7 +20,7 @@ from mnist_lit.engine.data.folders import Format
 from mnist_lit.engine.data.images import find_images
 from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
 from mnist_lit.engine.data.sources import Source, open_dataset
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.images import ImageError, ImageReader
 from mnist_lit.engine.outputs import class_names
 from mnist_lit.engine.storage import printable
@@ -133,7 +133,7 @@ class ImageDataModule(LightningDataModule):
     def reader(self) -> ImageReader:
         """What reads the ``images`` to predict."""
         if self.form.channels not in (1, 3) or not self.form.size:
-            raise DatasetError("--data.images: image files need a --ckpt_path of a model for grey or colour images")
+            raise UserError("--data.images: image files need a --ckpt_path of a model for grey or colour images")
         return ImageReader({"channels": self.form.channels, "image_size": self.form.size})
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -159,24 +159,24 @@ class ImageDataModule(LightningDataModule):
         name = source.name
         if self.folds > 1:
             if self.fold >= self.folds:
-                raise DatasetError(f"--data.fold={self.fold}: folds count from 0 to {self.folds - 1}")
+                raise UserError(f"--data.fold={self.fold}: folds count from 0 to {self.folds - 1}")
             source = source.fold(self.fold, self.folds, self.held_out[2])
         if self._task not in (None, source.task):
-            raise DatasetError(f"{name} has targets for {source.task}, the model is for {self._task}")
+            raise UserError(f"{name} has targets for {source.task}, the model is for {self._task}")
         if source.task == "multiclass":
             source = self._number_classes(source)
         found, wanted = source.num_classes, self._num_classes
         if wanted is not None and found > wanted:
-            raise DatasetError(f"{name} has {found} classes, but the model has {wanted} outputs")
+            raise UserError(f"{name} has {found} classes, but the model has {wanted} outputs")
         if source.task == "multiclass" and max(found, wanted or 0) < 2:
-            raise DatasetError(f"{name} has one class, expected two at least")
+            raise UserError(f"{name} has one class, expected two at least")
         if self.form.channels not in (None, source.form.channels):
-            raise DatasetError(
+            raise UserError(
                 f"{name} has images of {source.form.channels} channels, the model takes {self.form.channels}"
             )
         for values in (self.mean, self.std):
             if values is not None and len(values) not in (1, source.form.channels):
-                raise DatasetError(
+                raise UserError(
                     f"{name} has images of {source.form.channels} channels; --data.mean and --data.std "
                     f"need a number for each, or one for all, not {values}"
                 )
@@ -195,9 +195,9 @@ class ImageDataModule(LightningDataModule):
         if set(ours) <= set(names):
             return source.numbered(names)
         if unknown := set(ours) & set(names) and set(ours) - set(names):
-            raise DatasetError(f"{source.name} has the class {min(unknown)}, which is not one of {', '.join(names)}")
+            raise UserError(f"{source.name} has the class {min(unknown)}, which is not one of {', '.join(names)}")
         if self.class_names and len(names) < len(ours):
-            raise DatasetError(f"{source.name} has {len(ours)} classes, --data.class_names has {len(names)} names")
+            raise UserError(f"{source.name} has {len(ours)} classes, --data.class_names has {len(names)} names")
         self.class_names = self.class_names or source.class_names
         return source
 
@@ -279,7 +279,7 @@ class ImageDataModule(LightningDataModule):
             self.warnings.append(warning)
         if not pictures:
             path, reason = next(iter(self.broken.items()))
-            raise DatasetError(f"none of {len(paths)} files can be predicted; {path}: {reason}")
+            raise UserError(f"none of {len(paths)} files can be predicted; {path}: {reason}")
         names = [path.parent.name for path in self.files]
         known = {name: label for label, name in enumerate(class_names(self, self._num_classes or 10))}
         self.labels = [known[name] for name in names] if known.keys() >= set(names) else []
@@ -324,7 +324,7 @@ class ImageDataModule(LightningDataModule):
 
     def _split(self, name: str) -> Dataset:
         if not len(self.source.splits[name][1]):
-            raise DatasetError(
+            raise UserError(
                 f"{self.dataset_used}: no {name} split, expected arrays x_{name} and y_{name}, or a folder {name}"
             )
         return self.source.datasets[name]
@@ -369,12 +369,12 @@ class ImageDataModule(LightningDataModule):
         """Resume in the checkpoint's order.
 
         Raises:
-            DatasetError: if the checkpoint was trained on another dataset.
+            UserError: if the checkpoint was trained on another dataset.
         """
         if self.trainer is None or self.trainer.state.fn != "fit":
             return  # a model may be tested on another dataset than it was trained on
         if state_dict["digest"] != self.digest:
-            raise DatasetError(
+            raise UserError(
                 f"the checkpoint was trained on {state_dict['dataset']}, this run has {self.dataset_used}; "
                 f"resume with --data.dataset={state_dict['dataset']}, or start a new run without --ckpt_path"
             )

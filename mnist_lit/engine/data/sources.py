@@ -18,7 +18,7 @@ from mnist_lit.engine.data.arrays import Arrays, Splits, Task, fold_of
 from mnist_lit.engine.data.files import cached, file_fingerprint, read_dataset
 from mnist_lit.engine.data.folders import Format, ImageFiles, ImageFolder, decode_folder, find_folder, find_format
 from mnist_lit.engine.data.loaders import BatchTensorDataset
-from mnist_lit.engine.errors import DatasetError
+from mnist_lit.engine.errors import UserError
 
 ANY = Format()
 
@@ -116,14 +116,14 @@ def open_dataset(
         read: reads a dataset file.
 
     Raises:
-        DatasetError: if there is no such dataset, it is damaged, or its copy cannot be written.
+        UserError: if there is no such dataset, it is damaged, or its copy cannot be written.
     """
     path = Path(name).resolve()
     copy = data_dir / "copies" / f"{path.name}-{hashlib.sha256(bytes(path)).hexdigest()[:8]}.pt"
     try:
         train = idx.find_idx(path)
     except ValueError as error:
-        raise DatasetError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     if path.is_dir() and train is None:
         return _open_folder(name, find_folder(path, *held_out), copy, form, memory_limit)
     source = open_arrays(name, copy, file_fingerprint(train or path), lambda: read(path))
