@@ -8,35 +8,25 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import os
-import platform
 import time
 import warnings
-from collections.abc import Iterable
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
+from filelock import FileLock
 from jsonargparse import get_loader
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-)
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from mnist_lit.engine.best import infer_mode
-from mnist_lit.engine.cli import CLI, run
+from mnist_lit.engine.cli import run
 from mnist_lit.engine.divergence import DivergenceError
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.options import with_config
@@ -47,23 +37,7 @@ from mnist_lit.engine.storage import atomic_write
 HEARTBEAT = 5  # seconds; a process that is silent for twice as long counts as dead
 DONE = TrialState.COMPLETE, TrialState.PRUNED
 
-Space = dict[str, BaseDistribution]
-
-
-class TrialBudgetExceeded(Exception):  # noqa: N818, it is not an error
-    """Another process has taken the last trial."""
-
-
-class OneProcess(CLI):
-    """The command line of a trial, which refuses to start further processes."""
-
-    def before_fit(self) -> None:
-        if self.trainer.world_size > 1:
-            raise UserError(
-                f"a sweep's trials run in one process each, and not in {self.trainer.world_size}: --trainer.devices=1 "
-                "--trainer.num_nodes=1; for several GPUs start as many sweeps of the same study, each with a "
-                "CUDA_VISIBLE_DEVICES of its own"
-            )
+Space = dict[str, dict[str, Any]]  # by option: {low: 0.1, high: 1.0, log: true} or {choices: [a, b]}
 
 
 class Prune(Callback):
@@ -82,14 +56,10 @@ class Prune(Callback):
         if trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics:
-            names = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise UserError(f"--monitor={self.monitor}: the model logs {names}")
+            raise UserError(f"--monitor={self.monitor}: the model logs {', '.join(trainer.callback_metrics)}")
         self.values.append(trainer.callback_metrics[self.monitor].item())
         self.trial.report(self.values[-1], len(self.values))
         self.pruned = trainer.should_stop = self.trial.should_prune()
-
-
-# -------------------------------------------------------------------------------------------- space
 
 
 def read_space(path: Path) -> Space:
@@ -99,50 +69,27 @@ def read_space(path: Path) -> Space:
         path: a YAML file; per option ``low`` and ``high``, optionally ``log: true`` or a ``step``, or ``choices``.
 
     Raises:
-        UserError: naming what is wrong.
+        UserError: if the file or a setting cannot be used.
     """
     try:
-        settings = get_loader("yaml")(path.read_text(encoding="utf-8"))  # as a config: 1e-4 is a number
-        if not isinstance(settings, dict) or not settings:
-            raise ValueError("expected names of options, such as model.init_args.lr")
-        return {name: _distribution(name, setting) for name, setting in settings.items()}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--space={path}: {error}") from error
+        space = get_loader("yaml")(path.read_text(encoding="utf-8"))  # as a config: 1e-4 is a number
+        suggest(optuna.create_study().ask(), space)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        expected = "options with {low: 0.1, high: 1.0, log: true} or {choices: [a, b]}"
+        raise UserError(f"--space={path}: expected {expected} ({error})") from error
+    return space
 
 
-def _distribution(name: str, setting: Any) -> BaseDistribution:
-    try:
+def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
+    """Have Optuna pick a value for each option."""
+    picked: dict[str, Any] = {}
+    for name, setting in space.items():
         if "choices" in setting:
-            return CategoricalDistribution(**setting)
-        whole = isinstance(setting["low"], int) and isinstance(setting["high"], int)
-        return (IntDistribution if whole else FloatDistribution)(**setting)
-    except (KeyError, TypeError, ValueError) as error:
-        expected = "{low: 0.1, high: 1.0, log: true} or {choices: [a, b]}"
-        raise ValueError(f"{name}: expected {expected}, not {setting} ({error})") from error
-
-
-def _suggest(trial: optuna.Trial, name: str, options: Any) -> Any:
-    if isinstance(options, CategoricalDistribution):
-        return trial.suggest_categorical(name, options.choices)
-    suggest = trial.suggest_int if isinstance(options, IntDistribution) else trial.suggest_float
-    return suggest(name, options.low, options.high, step=options.step, log=options.log)
-
-
-def _grid(name: str, options: Any) -> list[Any]:
-    """All values of an option.
-
-    Raises:
-        UserError: for a range that has no steps.
-    """
-    if isinstance(options, CategoricalDistribution):
-        return list(options.choices)
-    if options.step is None or options.log:
-        raise UserError(f"--sampler=grid: {name} needs choices, or a step from low to high")
-    number = int((options.high - options.low) / options.step + 1e-9) + 1
-    return [options.low + index * options.step for index in range(number)]
-
-
-# ------------------------------------------------------------------------------------------- trials
+            picked[name] = trial.suggest_categorical(name, setting["choices"])
+        else:
+            whole = isinstance(setting["low"], int) and isinstance(setting["high"], int)
+            picked[name] = (trial.suggest_int if whole else trial.suggest_float)(name, **setting)
+    return picked
 
 
 def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit: list[str], monitor: str) -> None:
@@ -156,24 +103,14 @@ def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit:
         fit: arguments of ``fit`` that all trials have in common.
         monitor: the metric that decides.
     """
-    better = max if study.direction == StudyDirection.MAXIMIZE else min
-
-    def alive(upto: int | None = None) -> int:
-        found = study.get_trials(deepcopy=False)[:upto]
-        return sum(trial.state in (*DONE, TrialState.RUNNING) for trial in found)
 
     def objective(trial: optuna.Trial) -> float:
-        if (number := alive(trial.number)) >= trials:
-            raise TrialBudgetExceeded
-        settings = {name: _suggest(trial, name, options) for name, options in space.items()}
-        text = ", ".join(f"{name}={value}" for name, value in settings.items())
-        Console().rule(f"Trial {number + 1} of {trials}: {escape(text)}")
-        trial.set_user_attr("process", f"{os.getpid()} on {platform.node()}")
-        arguments = [f"--{name}={value}" for name, value in settings.items()]
-        arguments.append(f"--run_name={study.study_name}-{trial.number}")
+        settings = [f"{name}={value}" for name, value in suggest(trial, space).items()]
+        Console().rule(escape(f"Trial {trial.number}: {', '.join(settings)}"))
         prune = Prune(trial, monitor)
+        own = (f"run_name={study.study_name}-{trial.number}", "trainer.devices=1", "trainer.num_nodes=1")
         try:
-            cli = run(project, ["fit", *fit, *arguments], [prune], OneProcess)
+            cli = run(project, ["fit", *fit, *(f"--{option}" for option in (*settings, *own))], [prune])
         except DivergenceError as error:
             raise optuna.TrialPruned(str(error)) from error
         trial.set_user_attr("run", relative(cli.run.folder))
@@ -181,30 +118,14 @@ def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit:
         values = [value for value in prune.values if math.isfinite(value)]
         if prune.pruned or not values:
             raise optuna.TrialPruned
-        return better(values)
+        return max(values) if study.direction.name == "MAXIMIZE" else min(values)
 
-    while len(study.get_trials(deepcopy=False, states=DONE)) < trials:
-        if alive() < trials:
-            study.optimize(objective, n_trials=1, catch=TrialBudgetExceeded)
+    while len(study.get_trials(False, DONE)) < trials:
+        if len(study.get_trials(False, (*DONE, TrialState.RUNNING))) < trials:
+            study.optimize(objective, n_trials=1)
         else:  # other processes run the last ones; those of a killed process are done again
             optuna.storages.fail_stale_trials(study)
             time.sleep(1)
-
-
-def print_trials(study: optuna.Study, trials: Iterable[FrozenTrial], title: str) -> None:
-    """Print a table of trials, those that run now with what they have reached."""
-    trials = list(trials)
-    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    numbers = ("validations", study.user_attrs.get("monitor", "value"), *(name.rpartition(".")[2] for name in names))
-    table = Table("run", "state", *(Column(name, justify="right") for name in numbers), title=escape(title))
-    for trial in trials:
-        reached = trial.value
-        if reached is None and trial.last_step is not None:
-            reached = trial.intermediate_values[trial.last_step]
-        values = (len(trial.intermediate_values), reached, *(trial.params.get(name) for name in names))
-        cells = (f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for v in values)
-        table.add_row(f"{study.study_name}-{trial.number}", trial.state.name.lower(), *map(escape, cells))
-    Console().print(table)
 
 
 def report(project: Project, study: optuna.Study, folder: Path) -> None:
@@ -221,11 +142,15 @@ def report(project: Project, study: optuna.Study, folder: Path) -> None:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
     complete = study.get_trials(states=[TrialState.COMPLETE])
-    maximize = study.direction == StudyDirection.MAXIMIZE
-    ranked = sorted(complete, key=lambda trial: trial.value or 0.0, reverse=maximize)
-    print_trials(study, ranked[:10], "The best trials")
+    best = sorted(complete, key=lambda trial: trial.value or 0.0, reverse=study.direction.name == "MAXIMIZE")[:10]
+    names = list(best[0].params)
+    table = Table("run", study.user_attrs["monitor"], *(name.rpartition(".")[2] for name in names))
+    for trial in best:
+        values = [trial.value, *(trial.params[name] for name in names)]
+        cells = (f"{value:.4g}" if isinstance(value, float) else escape(str(value)) for value in values)
+        table.add_row(f"{study.study_name}-{trial.number}", *cells)
+    Console().print(table)
     with atomic_write(folder / "best.yaml") as part:
         part.write_text(study.best_trial.user_attrs["config"], encoding="utf-8")
     drawn: dict[str, Any] = {
@@ -233,48 +158,16 @@ def report(project: Project, study: optuna.Study, folder: Path) -> None:
         "curves": plots.plot_intermediate_values,
         "slices": plots.plot_slice,
         "parallel": plots.plot_parallel_coordinate,
+        "importances": plots.plot_param_importances,
     }
-    if len(complete) > 1:
-        drawn["importances"] = plots.plot_param_importances
     for name, plot in drawn.items():
-        try:
+        with suppress(RuntimeError, ValueError):  # such as the importances of one trial
             plot(study)
             pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-        except (RuntimeError, ValueError) as error:  # such as importances of one trial
-            console.print(f"{name}.png is not drawn: {error}")
         pyplot.close("all")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"The plots are in {folder}, the best config, too. Train with it again:")
     console.print(f"  {project.command('fit', '--config', folder / 'best.yaml')}")
-
-
-def open_study(url: str, name: str, **options: Any) -> optuna.Study:
-    """Open a study, and make it first if the database has none of that name.
-
-    Args:
-        url: of the database, as for Optuna.
-        name: of the study.
-        options: of ``optuna.create_study``.
-
-    Raises:
-        UserError: when the database cannot be used.
-    """
-    for last in (False, False, True):  # Optuna's tables cannot be made by two processes at once
-        try:
-            storage = optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT)
-            return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, **options)
-        except Exception as error:  # whatever the driver of a database raises
-            if last:
-                raise UserError(f"--storage={url}: {str(error).partition(chr(10))[0]}") from error
-            time.sleep(1)
-    raise AssertionError
-
-
-def _options(project: Project, fit: list[str]) -> dict[str, Any]:
-    """Options of a fit with these arguments, as its own parser reads them."""
-    printed = io.StringIO()
-    with redirect_stdout(printed), suppress(SystemExit):
-        run(project, ["fit", *fit, "--print_config"])
-    return yaml.safe_load(printed.getvalue())
 
 
 def main(args: list[str], project: Project) -> None:
@@ -285,66 +178,61 @@ def main(args: list[str], project: Project) -> None:
         project: that runs.
 
     Raises:
-        UserError: when the space or the storage cannot be used.
+        UserError: if the space cannot be used, or is not the study's.
     """
     parser = argparse.ArgumentParser(
         prog=project.command("sweep"),
         usage="%(prog)s --config FILE --space FILE [--trials N] [--KEY=VALUE ...]",
         description="Search hyperparameters with Optuna for the best --monitor. Options that are not listed here go to "
-        "the fit of every trial. The same command again resumes where it stopped.",
+        "the fit of every trial, which runs on one device. The same command again resumes where it stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("--space", type=Path, help="what to search, see configs/sweep.yaml")
-    parser.add_argument(
-        "--trials", type=int, help="in all, also those done before (default: 20; with --sampler=grid the whole grid)"
-    )
+    parser.add_argument("--space", type=Path, required=True, help="what to search, see configs/sweep.yaml")
+    parser.add_argument("--trials", type=int, help="in all, also those done before (default: 20, or the whole grid)")
     parser.add_argument(
         "--sampler",
         choices=["tpe", "random", "grid"],
         default="tpe",
-        help="Optuna's (default: tpe, which learns); grid runs every combination to its end",
+        help="Optuna's (default: tpe, which learns); grid runs every combination of choices to its end",
     )
-    parser.add_argument("--status", action="store_true", help="print the trials so far, also while others run")
     parser.add_argument("--study", default="sweep", help="name of the study (default: sweep)")
     parser.add_argument(
         "--storage", help="any of Optuna's database addresses (default: a SQLite file in lightning_logs/STUDY)"
     )
     known, fit = parser.parse_known_args(args)
     folder = Path(LOGS) / known.study
-    url = known.storage or f"sqlite:///{folder}/study.db"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    if known.status:
-        if known.storage is None and not (folder / "study.db").is_file():
-            raise UserError(f"--status: there is no study in {folder} yet")
-        try:
-            study = optuna.load_study(study_name=known.study, storage=url)
-        except KeyError:
-            raise UserError(f"--status: there is no study {known.study} in {url}") from None
-        return print_trials(study, study.get_trials(deepcopy=False), known.study)
-    if known.space is None:
-        parser.error("--space: a sweep needs a file that says what to search, such as configs/sweep.yaml")
     space, trials = read_space(known.space), known.trials or 20
-    options: dict[str, Any] = {}
     # Optuna's samplers draw new seeds in every process: several of them share a study.
-    if known.sampler == "random":
-        options["sampler"] = optuna.samplers.RandomSampler()
+    options: dict[str, Any] = {"sampler": optuna.samplers.RandomSampler() if known.sampler == "random" else None}
     if known.sampler == "grid":
-        grid = {name: _grid(name, distribution) for name, distribution in space.items()}
+        if open_ranges := [name for name, setting in space.items() if "choices" not in setting]:
+            raise UserError(f"--sampler=grid: {open_ranges[0]} needs choices")
+        grid = {name: setting["choices"] for name, setting in space.items()}
         options = {"sampler": optuna.samplers.GridSampler(grid), "pruner": optuna.pruners.NopPruner()}
         size = math.prod(map(len, grid.values()))
         trials = min(known.trials or size, size)
     _, *fit = with_config(["fit", *fit], project)
-    config = _options(project, fit)
-    monitor, mode = config["monitor"], infer_mode(config["monitor"], config["mode"])
+    printed = io.StringIO()
+    with redirect_stdout(printed), suppress(SystemExit):
+        run(project, ["fit", *fit, "--print_config"])  # a mistake in the options ends the sweep before its first trial
+    config = yaml.safe_load(printed.getvalue())
+    options["direction"] = f"{infer_mode(config['monitor'], config['mode'])}imize"
     folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(url, known.study, direction=f"{mode}imize", **options)
-    described = {name: distribution_to_json(distribution) for name, distribution in space.items()}
-    if study.user_attrs.get("space", described) != described:
+    storage = known.storage or f"sqlite:///{folder}/study.db"
+    with FileLock(folder / ".lock"):  # Optuna's tables cannot be made by two processes at once
+        study = optuna.create_study(
+            storage=optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT),
+            study_name=known.study,
+            load_if_exists=True,
+            **options,
+        )
+    if study.user_attrs.get("space", space) != space:
         raise UserError(f"the study {known.study} has another space; name a new one with --study")
-    study.set_user_attr("space", described)
-    study.set_user_attr("monitor", monitor)
-    sweep(project, study, space, trials, fit, monitor)
+    study.set_user_attr("space", space)
+    study.set_user_attr("monitor", config["monitor"])
+    sweep(project, study, space, trials, fit, config["monitor"])
     if not study.get_trials(states=[TrialState.COMPLETE]):
         raise UserError(f"none of {trials} trials came to an end: every one diverged or was pruned")
     report(project, study, folder)

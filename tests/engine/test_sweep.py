@@ -90,7 +90,7 @@ def test_two_processes_share_a_study(arguments: tuple, tmp_path: Path) -> None:
     finished = [trial for trial in found if trial.state.name in FINISHED]
     assert len(finished) == 8
     assert len({trial.user_attrs["run"] for trial in finished}) == 8
-    assert len({trial.user_attrs["process"] for trial in finished}) == 2
+    assert len(re.findall("Train with it again", (tmp_path / "output").read_text())) == 2
     assert not list(tmp_path.glob("lightning_logs/version_*"))
 
 
@@ -119,64 +119,36 @@ def test_hopeless_trial_is_pruned_after_an_epoch(cli: Run, arguments: tuple, tmp
     assert (folder / "best.yaml").read_text() == "model: Logistic\n"
 
 
-@pytest.mark.matrix
 @pytest.mark.slow
-def test_sweep_in_which_all_diverge_says_so(cli: Run, arguments: tuple, tmp_path: Path) -> None:
-    (tmp_path / "space.yaml").write_text("model.init_args.lr: {choices: [1.0e+38]}")
-    done = cli(*arguments, "--trials=2", ok=False)
-    assert "mnist_lit: error: none of 2 trials came to an end" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert [trial.state.name for trial in trials(tmp_path)] == ["PRUNED", "PRUNED"]
-
-
-@pytest.mark.slow
-def test_grid_tries_every_combination_and_status_shows_them(cli: Run, arguments: tuple, tmp_path: Path) -> None:
+def test_grid_tries_every_combination(cli: Run, arguments: tuple, tmp_path: Path) -> None:
     """Numbers as people write them: 1e-1 is a text in YAML."""
-    space = "model.init_args.lr: {choices: [1e-1, 5e-1]}\nmodel.init_args.momentum: {low: 0.0, high: 0.5, step: 0.5}\n"
+    space = "model.init_args.lr: {choices: [1e-1, 5e-1]}\nmodel.init_args.momentum: {choices: [0.0, 0.5]}\n"
     (tmp_path / "space.yaml").write_text(space)
-    grid = (*arguments, "--sampler=grid", "--trainer.max_epochs=1")
-    cli(*grid, "--trials=1")
-    shown = cli("sweep", "--status").stdout
-    assert len(re.findall(r"sweep-\d", shown)) == 1
-    cli(*grid)
+    for trials_so_far, more in ((1, ("--trials=1",)), (4, ())):
+        cli(*arguments, "--sampler=grid", "--trainer.max_epochs=1", *more)
+        assert len(trials(tmp_path)) == trials_so_far
     found = [tuple(trial.params.values()) for trial in trials(tmp_path)]
     assert sorted(found) == [(0.1, 0.0), (0.1, 0.5), (0.5, 0.0), (0.5, 0.5)]
-    shown = cli("sweep", "--status").stdout
-    for trial in trials(tmp_path):
-        assert re.search(rf"sweep-{trial.number} +│ complete +│ +1 │ +{trial.value:.4g} ", shown)
 
 
 WRONG = {
-    "no such space": ("", (), "--space=nowhere.yaml: "),
-    "no settings": ("[]", (), "--space=space.yaml: expected names of options"),
-    "no bounds": ("model.init_args.lr: 0.1", (), "model.init_args.lr: expected {low"),
-    "bounds crossed": ("model.init_args.lr: {low: 2.0, high: 1.0}", (), "model.init_args.lr: expected {low"),
+    "no such space": (None, (), "--space=space.yaml: "),
+    "no settings": ("[]", (), "--space=space.yaml: expected options with {low"),
+    "no bounds": ("model.init_args.lr: 0.1", (), "--space=space.yaml: expected options with {low"),
+    "bounds crossed": ("model.init_args.lr: {low: 2.0, high: 1.0}", (), "--space=space.yaml: expected options with"),
     "no such setting": ("model.init_args.lrr: {low: 1.0, high: 2.0}", (), "'lrr' is not accepted"),
-    "grid without steps": (SPACE, ("--sampler=grid",), "--sampler=grid: model.init_args.lr needs choices"),
-    "status of nothing": (SPACE, ("--status", "--study=none"), "--status: there is no study"),
-    "two processes": (SPACE, ("--trainer.devices=2", "--trainer.accelerator=cpu"), "in one process each, and not in 2"),
-    "two nodes": (SPACE, ("--trainer.num_nodes=2", "--trainer.accelerator=cpu"), "--trainer.num_nodes=1"),
-    "no such profiler": (SPACE, ("--trainer.profiler=foo",), "for the `profiler` parameter"),
-    "processes in the space": ("trainer.devices: {choices: [2]}", ("--trainer.accelerator=cpu",), "and not in 2: "),
-    "no such database": (SPACE, ("--storage=mysql://nowhere",), "--storage=mysql://nowhere"),
+    "grid of a range": (SPACE, ("--sampler=grid",), "--sampler=grid: model.init_args.lr needs choices"),
+    "no such option": (SPACE, ("--trainer.profiler=foo",), "for the `profiler` parameter"),
+    "all diverge": ("model.init_args.lr: {choices: [1.0e+38]}", ("--trials=1",), "none of 1 trials came to an end"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_sweep_is_one_message(cli: Run, arguments: tuple, tmp_path: Path, case: str) -> None:
     space, settings, message = WRONG[case]
-    (tmp_path / "space.yaml").write_text(space)
-    if case == "no such space":
-        settings = ("--space=nowhere.yaml",)
+    (tmp_path / "space.yaml").unlink()
+    if space:
+        (tmp_path / "space.yaml").write_text(space)
     refused = cli(*arguments, *settings, ok=False)
     assert_one_message(refused)
     assert message in refused.stderr
-    assert not list(tmp_path.glob("lightning_logs/**/sweep-*"))
-
-
-@pytest.mark.slow
-def test_strategy_of_one_process_runs_whatever_the_devices(cli: Run, arguments: tuple, tmp_path: Path) -> None:
-    one = ("--trainer.strategy=SingleDeviceStrategy", "--trainer.strategy.device=cpu", "--trainer.devices=2")
-    done = cli(*arguments, "--trials=1", *one)
-    assert [trial.state.name for trial in trials(tmp_path)] == ["COMPLETE"]
-    assert "Warning" not in done.stderr
