@@ -194,7 +194,6 @@ def venv(tmp_path: Path) -> str:
     (site,) = tmp_path.glob("venv/lib/python*/site-packages")
     (site / "installed.pth").write_text(sysconfig.get_path("purelib"))
     path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
-    shell("pip install --quiet --upgrade pip", tmp_path, PATH=path)  # the oldest reject git+file:///
     return path
 
 
@@ -202,9 +201,9 @@ def venv(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("install", "expected"),
     [
-        ("git+file://{parent}/origin.git", "git+file://{parent}/origin.git@{commit}"),
-        ("checkout", "git+file://{parent}/origin.git@{commit}"),
-        ("-e checkout", "git+file://{parent}/origin.git@{commit}"),
+        ("git+file://{parent}/origin.git", "git+file://localhost{parent}/origin.git@{commit}"),
+        ("checkout", "git+file://localhost{parent}/origin.git@{commit}"),
+        ("-e checkout", "git+file://localhost{parent}/origin.git@{commit}"),
         ("wheels/*.whl", "file://{parent}/wheels/mnist_lit-*.whl"),
     ],
 )

@@ -12,6 +12,7 @@ import subprocess
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -45,20 +46,13 @@ def new(folder: Path, package: str | None = None, bare: bool = False) -> None:
         raise UserError(f"there is a package {package} already; choose another name with --package")
     if os.path.lexists(folder):
         raise UserError(f"{folder} exists already; name a folder that does not")
-    wanted = requirement()
+    # Without a host, pip before 24.1 rejects the address in the metadata of an installed project.
+    wanted = requirement().replace("git+file:///", "git+file://localhost/")
     try:
-        for root in (TEMPLATE, BARE)[: 1 + bare]:
-            for source in root.rglob("*"):
-                part = source.relative_to(root)
-                if source.is_dir() or part.parts[0] == BARE.name or "cache" in str(part):
-                    continue
-                text = source.read_text(encoding="utf-8").replace(NAME, package)
-                if part.name == "pyproject.toml":
-                    text = re.sub(rf'"{ENGINE}(\[.*?\])?"', rf'"{ENGINE}\1{wanted}"', text)
-                target = folder / str(part).replace(NAME, package)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(text, encoding="utf-8", newline="\n")
-        (folder / ".ci" / "run").chmod(0o755)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:  # a whole project, or none
+            _copy(Path(temporary) / "project", package, bare, wanted)
+            os.replace(Path(temporary) / "project", folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
     if not _git(folder, "rev-parse", "--is-inside-work-tree"):
@@ -68,6 +62,22 @@ def new(folder: Path, package: str | None = None, bare: bool = False) -> None:
     print(f"  pip install -e . && {Project(package).command('fit')}\n  pip install -e '.[test]' && pytest")
     if "file:" in wanted:
         print(f"It installs on this machine only; for others write '{ENGINE} @ git+URL@COMMIT' in its pyproject.toml.")
+
+
+def _copy(folder: Path, package: str, bare: bool, wanted: str) -> None:
+    """Copy the template, with the package's name and the requirement in the places of the template's."""
+    for root in (TEMPLATE, BARE)[: 1 + bare]:
+        for source in root.rglob("*"):
+            part = source.relative_to(root)
+            if source.is_dir() or part.parts[0] == BARE.name or "cache" in str(part):
+                continue
+            text = source.read_text(encoding="utf-8").replace(NAME, package)
+            if part.name == "pyproject.toml":
+                text = re.sub(rf'"{ENGINE}(\[.*?\])?"', rf'"{ENGINE}\1{wanted}"', text)
+            target = folder / str(part).replace(NAME, package)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8", newline="\n")
+    (folder / ".ci" / "run").chmod(0o755)
 
 
 def requirement() -> str:
