@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -29,3 +32,55 @@ def restore_hooks(trainer: Trainer) -> None:
         for hook in STEP_HOOKS:
             if vars(callback).get(hook, Callback) is None:
                 delattr(callback, hook)
+
+
+def wrap_training_loaders(trainer: Trainer, wrap: Callable[[Any, Trainer], Any]) -> None:
+    """Have every training loader go through a function, after Lightning has given it its sampler.
+
+    Lightning 2.6 has no hook for it. Its ``Strategy.process_dataloader`` is the last to see a loader, so this very
+    strategy object gets another one. There is no upstream issue. If a later version does not call it, resumed epochs
+    see other batches.
+    """
+    process = trainer.strategy.process_dataloader
+    if getattr(process, "wrapped", False):
+        return
+
+    def process_dataloader(loader: object) -> object:
+        loader = process(loader)
+        return wrap(loader, trainer) if trainer.training else loader
+
+    process_dataloader.wrapped = True  # type: ignore[attr-defined]
+    trainer.strategy.process_dataloader = process_dataloader  # type: ignore[assignment, method-assign]
+
+
+def epoch_sums(trainer: Trainer, add: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What ``self.log(..., on_epoch=True)`` has summed up in the training epoch.
+
+    Lightning 2.6 keeps it in ``_results`` and leaves it out of checkpoints, so that the mean of a resumed epoch would
+    be of its second part alone. If a later version moves it, saving a checkpoint fails.
+
+    Args:
+        trainer: that trains.
+        add: sums of before, which are added to those that are there.
+
+    Returns:
+        tensors by name and kind; with ``add`` what could not be added yet, because it has not been logged.
+    """
+    sums = {
+        key: result
+        for key, result in trainer.fit_loop.epoch_loop._results.items()
+        if result.is_tensor and result.meta.on_epoch and not result.has_reset
+    }
+    if add is None:
+        parts = ("value", "cumulated_batch_size")
+        return {
+            key: {name: getattr(result, name) for name in parts if hasattr(result, name)}
+            for key, result in sums.items()
+        }
+    for key in sums.keys() & add.keys():
+        result = sums[key]
+        for name, value in add[key].items():
+            ours, value = getattr(result, name), value.to(getattr(result, name).device)
+            extreme = result.meta.is_max_reduction or result.meta.is_min_reduction
+            setattr(result, name, result.meta.reduce_fx(ours, value) if extreme else ours + value)
+    return {key: value for key, value in add.items() if key not in sums}

@@ -8,7 +8,8 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from mnist_lit.engine.best import BestCheckpoint
 from mnist_lit.engine.dashboard import Dashboard
 from mnist_lit.engine.divergence import StopOnNonFinite
-from mnist_lit.engine.last import LastCheckpoint, RandomState
+from mnist_lit.engine.exact import ExactResume
+from mnist_lit.engine.last import LastCheckpoint
 from mnist_lit.engine.metrics import Metrics
 from mnist_lit.engine.overhead import LessOverhead
 from mnist_lit.engine.predictions import PredictionsFile
@@ -36,7 +37,7 @@ def default_callbacks(*own: Callback) -> list[Callback]:
         (Dashboard, Dashboard),
         (StopOnNonFinite, StopOnNonFinite),
         (LessOverhead, LessOverhead),
-        (RandomState, RandomState),
+        (ExactResume, ExactResume),
         (ResumeGuard, ResumeGuard),
         (PredictionsFile, PredictionsFile),
         (BestCheckpoint, BestCheckpoint),

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import signal
 import sys
 import threading
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 from mnist_lit.engine.best import logged_values
 from mnist_lit.engine.checkpoint import EXCEPTION, explain_write_errors
@@ -54,22 +52,12 @@ class LastCheckpoint(Checkpoint):
         self._started = False
         self._metrics: dict[str, float] = {}  # of an epoch that ends in the checkpoint
         self._before: dict[str, float] = {}  # of this epoch, until the checkpoint
-        self._positions: list[Any] = []  # of the training loaders
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._run = Run.of(trainer)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == "fit":
-            self._positions = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader") or []
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._saved_step = True, trainer.global_step
-        # A schedule that asks for trainer.estimated_stepping_batches makes Lightning set up the loader before it
-        # restores the loops, and then it never loads the position in the epoch (Lightning issue 20550).
-        positions, self._positions = self._positions, []
-        for loader, position in zip(CombinedLoader(trainer.train_dataloader).flattened, positions, strict=False):
-            loader.load_state_dict(position)
         if threading.current_thread() is threading.main_thread():  # the only one that Python lets handle signals
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[signum] = signal.signal(signum, self._stop)
@@ -198,43 +186,3 @@ class LastCheckpoint(Checkpoint):
             raise UserError(
                 f"{run} {what} while training; the weights after step {trainer.global_step} are in {relative(path)}"
             ) from exception
-
-
-class RandomState(Callback):
-    """Save the state of the random generators of every process in checkpoints, and restore it.
-
-    Example:
-        >>> Trainer(callbacks=[RandomState(), LastCheckpoint()])
-    """
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        numpy_state = np.random.get_state(legacy=False)
-        assert isinstance(numpy_state, dict)
-        numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-        state = {
-            "python": random.getstate(),
-            "numpy": numpy_state,
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all(),
-        }
-        states = [state] * trainer.world_size
-        if torch.distributed.is_initialized():
-            torch.distributed.all_gather_object(states, state)
-        checkpoint["random_states"] = states  # one for each process
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        states = checkpoint.get("random_states", [])
-        if trainer.state.fn != "fit":
-            return
-        if len(states) != trainer.world_size:
-            rank_zero_warn(
-                f"the checkpoint has the random state of {len(states)} processes, this run has "
-                f"{trainer.world_size}: it resumes, but not exactly as the uninterrupted run would have"
-            )
-            return
-        state = states[trainer.global_rank]
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])

@@ -37,7 +37,7 @@ def fit(cli: Run, folder: Path, small: Path, *arguments: object, ok: bool = True
     return cli(*settings, ok=ok, fork=not starts_anew)
 
 
-STATE = ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "metrics", "global_step", "epoch")
+STATE = ("state_dict", "optimizer_states", "lr_schedulers", "processes", "metrics", "global_step", "epoch")
 
 
 def assert_same_run(interrupted: Path, whole: Path) -> None:

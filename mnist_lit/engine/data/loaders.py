@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,79 +50,6 @@ def collate(samples: Any) -> Any:
     return samples.tensors if isinstance(samples, Samples) else default_collate(samples)
 
 
-class ResumableSampler(DistributedSampler):
-    """A ``DistributedSampler`` that leaves out the first samples of an epoch."""
-
-    skip = 0
-
-    def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.skip, None)
-
-
-class ResumableLoader(DataLoader):
-    """A ``DataLoader`` whose position in the epoch is part of the checkpoint.
-
-    The order follows from seed and epoch, so the position is the number of samples taken, whatever workers
-    have prefetched. A run may be resumed with another number of workers.
-
-    Args:
-        args: as in ``DataLoader``. Without a ``ResumableSampler`` every epoch starts at its beginning.
-        kwargs: as in ``DataLoader``.
-
-    Raises:
-        UserError: when resumed within an epoch with another batch size or number of processes.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # of which Lightning makes others, such as to overfit
-        super().__init__(*args, **kwargs)
-        self._order = self.sampler if isinstance(self.sampler, ResumableSampler) else None
-        self._taken = 0  # samples of this epoch
-        self._resumed: dict[str, int] = {}
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if order := self._order:
-            order.skip = self._taken = self._position(order)
-            if self.generator is not None:  # what workers draw at random follows from seed and epoch, too
-                self.generator.manual_seed(order.seed + order.epoch)
-        for batch in super().__iter__():
-            self._taken += self.batch_size or 0
-            yield batch
-
-    def _position(self, order: ResumableSampler) -> int:
-        resumed, self._resumed = self._resumed, {}
-        if not resumed or resumed["epoch"] != order.epoch:
-            return 0
-        for name, ours in self._shares(order).items():
-            if resumed[name] != ours:
-                raise UserError(
-                    f"the checkpoint is of the middle of an epoch with a {name} of {resumed[name]}, not {ours}, and "
-                    f"batches are counted; resume with {resumed[name]}, or start a new run from its weights with "
-                    "--init_from"
-                )
-        return resumed["samples"]
-
-    def _shares(self, order: ResumableSampler) -> dict[str, int]:
-        return {"batch size": self.batch_size or 0, "number of processes": order.num_replicas}
-
-    def state_dict(self) -> dict[str, int]:
-        """Epoch, samples taken of it, and what batches consist of."""
-        order = self._order
-        return {"epoch": order.epoch, "samples": self._taken, **self._shares(order)} if order else {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume in the checkpoint's epoch after the samples taken.
-
-        Raises:
-            UserError: if the position is that of another kind of loader.
-        """
-        if self._order and state_dict.keys() != self.state_dict().keys():
-            raise UserError(
-                "the checkpoint's position in the epoch is that of another kind of data loader; start a new run from "
-                "its weights with --init_from"
-            )
-        self._resumed = state_dict
-
-
 def augment(transform: Callable[..., Any], batch: Any, seed: int, trainer: Trainer) -> Any:
     """Transform a training batch, so that what is drawn at random follows from seed, epoch and batch alone.
 
@@ -166,8 +92,8 @@ def train_dataloader(
     seed: int,
     trainer: Trainer | None = None,
     num_workers: int = 0,
-) -> ResumableLoader:
-    """Shuffle by seed and epoch. The position in the epoch is part of the checkpoint.
+) -> DataLoader:
+    """Shuffle by seed and epoch. The order follows from seed and epoch alone.
 
     Args:
         dataset: the training split, of any kind that has a length.
@@ -181,17 +107,15 @@ def train_dataloader(
         steps.
     """
     # For one process, too: its order depends on seed and epoch alone, which Lightning sets.
-    order = ResumableSampler(
+    order: DistributedSampler = DistributedSampler(
         dataset,
         num_replicas=trainer.world_size if trainer else 1,
         rank=trainer.global_rank if trainer else 0,
         seed=seed,
     )
-    if trainer:
-        order.set_epoch(trainer.current_epoch)  # workers prefetch before Lightning sets it
     steps = getattr(trainer.lightning_module, "steps_per_execution", 1) if trainer else 1
-    loader = ResumableLoader(dataset, sampler=order, **_options(batch_size * steps, trainer, num_workers))
-    loader.steps_per_execution = steps  # for StepsPerExecution, which needs such batches
+    loader = DataLoader(dataset, sampler=order, **_options(batch_size * steps, trainer, num_workers))
+    loader.steps_per_execution = steps  # for StepsPerExecution
     return loader
 
 

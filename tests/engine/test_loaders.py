@@ -1,0 +1,204 @@
+"""Exact resume with loaders, modules and data of anybody's, in a plain ``Trainer``."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from torchmetrics import MeanMetric
+
+from mnist_lit.engine import LastCheckpoint, train_dataloader
+from mnist_lit.engine.exact import ExactResume
+
+N, BATCH = 40, 4  # ten steps per epoch
+
+
+class Numbered(Dataset):
+    """Samples that know their number, made at random when they are loaded."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((3,), index / N) + 0.01 * torch.randn(3) + 0.01 * random.random(), index
+
+
+class Batches(Dataset):
+    """Whole batches by one index."""
+
+    def __len__(self) -> int:
+        return N // BATCH
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        numbers = torch.arange(index * BATCH, (index + 1) * BATCH)
+        return numbers[:, None] / N * torch.ones(3), numbers
+
+
+class Model(LightningModule):
+    """Draws random numbers, logs means of its own, and has a schedule as long as the run.
+
+    Args:
+        loader: makes its training loader.
+    """
+
+    def __init__(self, loader: Callable[[Model], Any]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
+        self.mean, self.loader = MeanMetric(), loader
+        self.seen: list[list[int]] = []
+        self.kept = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+    def train_dataloader(self) -> Any:
+        return self.loader(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        several = list(batch.values()) if isinstance(batch, dict) else batch
+        parts = [part for part in (several if isinstance(several[0], list | tuple) else [batch]) if part]
+        self.seen.append([int(number) for _, numbers in parts for number in numbers])
+        loss = sum((F.mse_loss(self.net(x)[:, 0], x.sum(1)) for x, _ in parts), torch.zeros(()))
+        self.mean(loss.detach())
+        self.log_dict({"mean": loss, "size": float(len(parts[0][0]))}, on_step=False, on_epoch=True, batch_size=BATCH)
+        self.log("largest", loss, on_step=False, on_epoch=True, reduce_fx="max", batch_size=BATCH)
+        self.log("metric", self.mean, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, 0.9)
+        if (steps := self.trainer.estimated_stepping_batches) in (-1, float("inf")):
+            return optimizer
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Stop(Callback):
+    """Asks the run to stop in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.step = -1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit(folder: Path, make: Callable[[Model], Any], *stops: int, **options: Any) -> tuple[Model, list[list[int]], Any]:
+    """Train, stopped in some steps and resumed; the module, the numbers that it has seen, and the last metrics."""
+    seen: list[list[int]] = []
+    for index, stop in enumerate([*stops, -1]):
+        seed_everything(1, verbose=False)
+        model = Model(make)
+        callbacks: list[Callback] = [ExactResume(), LastCheckpoint(), Stop(stop)]
+        quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        logger = CSVLogger(folder, "", "run")
+        trainer = Trainer(max_epochs=3, callbacks=callbacks, logger=logger, default_root_dir=folder, **quiet, **options)
+        last = folder / "run" / "checkpoints" / "last.ckpt"
+        with pytest.raises(SystemExit, match="143") if stop >= 0 else nullcontext():
+            trainer.fit(model, ckpt_path=last if index else None, weights_only=True)
+        seen += model.seen
+    return model, seen, {name: value.item() for name, value in trainer.logged_metrics.items()}
+
+
+def loader(**options: Any) -> Callable[[Model], DataLoader]:
+    return lambda model: DataLoader(Numbered(), **{"batch_size": BATCH, **options})
+
+
+WEIGHTS = torch.arange(N).float()
+TENSORS = TensorDataset(torch.arange(3.0 * N).reshape(N, 3) / N, torch.arange(N))
+LOADERS: dict[str, Callable[[Model], Any]] = {
+    "shuffle": loader(shuffle=True),
+    "in order": loader(),
+    "own generator": lambda model: loader(shuffle=True, generator=model.kept[0])(model),
+    "weighted": loader(sampler=WeightedRandomSampler(WEIGHTS, N)),
+    "replacement": lambda model: loader(sampler=RandomSampler(range(N), True, N, model.kept[0]))(model),
+    "batch sampler": loader(batch_size=1, batch_sampler=BatchSampler(RandomSampler(range(N)), BATCH, True)),
+    "whole batches": lambda model: DataLoader(Batches(), batch_size=None, shuffle=True),
+    "of the engine": lambda model: train_dataloader(TENSORS, BATCH, seed=5),
+    "two": lambda model: [loader(shuffle=True)(model), loader(shuffle=True, generator=model.kept[1])(model)],
+    "two of other lengths": lambda model: CombinedLoader(
+        {"a": loader(shuffle=True)(model), "b": DataLoader(Numbered(), 16, shuffle=True)}, "max_size_cycle"
+    ),
+}
+
+
+def assert_exact(folder: Path, make: Callable[[Model], Any], *stops: int, **options: Any) -> None:
+    whole, seen, logged = fit(folder / "whole", make, **options)
+    resumed, seen_too, logged_too = fit(folder / "stopped", make, *stops, **options)
+    assert seen_too == seen
+    assert logged_too == logged
+    for name, value in whole.state_dict().items():
+        assert value.equal(resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_any_loader_resumes_bit_for_bit(tmp_path: Path, name: str) -> None:
+    """Twice within one epoch, and once in the last step of another."""
+    assert_exact(tmp_path, LOADERS[name], 12, 15, 19)
+
+
+@pytest.mark.parametrize("options", [{"limit_train_batches": 7}, {"accumulate_grad_batches": 2}], ids=str)
+def test_resume_is_exact_whatever_an_epoch_is(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert_exact(tmp_path, LOADERS["own generator"], 4, 9, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}], ids=str)
+def test_order_resumes_with_workers(tmp_path: Path, options: dict[str, Any]) -> None:
+    make = loader(shuffle=True, num_workers=2, **options)
+    _, seen, _ = fit(tmp_path / "whole", make)
+    _, seen_too, _ = fit(tmp_path / "stopped", make, 12, 15, 19)
+    assert seen_too == seen
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return iter([(torch.full((3,), index / N), index) for index in range(N)])
+
+
+class Stateful(DataLoader):
+    """Keeps its position by itself."""
+
+    position = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(super().__iter__()):
+            if index >= self.position:
+                self.position = index + 1
+                yield batch
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"] % (N // BATCH)
+
+
+def test_loader_keeps_a_state_of_its_own(tmp_path: Path) -> None:
+    assert_exact(tmp_path, lambda model: Stateful(TENSORS, BATCH), 12, 15)
+
+
+def test_stream_without_state_starts_again_and_says_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="resumes with its weights, and with the loader's first batches"):
+        _, seen, _ = fit(tmp_path, lambda model: DataLoader(Stream(), BATCH), 12)
+    assert seen[13] == [0, 1, 2, 3]
