@@ -113,7 +113,8 @@ class ResumableLoader(DataLoader):
         resumed, self._resumed = self._resumed, None
         self._epoch, self._taken = self.trainer.current_epoch, 0
         within = resumed is not None and resumed["epoch"] == self._epoch
-        if resumed and self.persistent_workers and resumed["epochs"] > within:
+        before = resumed["epochs"] - within if resumed else self._epochs
+        if resumed and before and self.persistent_workers:
             with _randomness_of(random_state()):  # they drew their seed when they were started, in an earlier epoch
                 super().__iter__()
         if resumed and within:
@@ -130,7 +131,7 @@ class ResumableLoader(DataLoader):
                 self._set_own(resumed["now"])
             self._start, self._own = random_state(), self._get_own()
             batches = super().__iter__()
-        self._epochs = max(self._epochs + 1, resumed["epochs"] if resumed else 0)
+        self._epochs = before + 1
         for batch in batches:
             self._taken += 1
             yield batch
