@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
 from benchmarks.measure import BUSY, CLOCK, ROOT, Result, described, machine, medians, start
 from mnist_lit.datasets.mnist import read_mnist
-from mnist_lit.engine.data.arrays import Splits
 
 MODELS = "logistic", "cnn"
 NO_DASHBOARD = ("--dashboard.every_n_epochs=0", "--dashboard.graph=false", "--dashboard.gradient_norm=false")
@@ -96,12 +94,12 @@ def run(
     }
 
 
-def resized(splits: Splits, images: int, path: Path) -> None:
+def resized(splits: Mapping[str, tuple[np.ndarray, np.ndarray]], images: int, path: Path) -> None:
     """A dataset with as many training images, which repeat where there are no more."""
-    (x, y), (x_valid, y_valid), _ = splits
-    index = torch.arange(images) % len(x)
+    (x, y), (x_valid, y_valid) = splits["train"], splits["valid"]
+    index = np.arange(images) % len(x)
     arrays = {"x_train": x[index], "y_train": y[index], "x_valid": x_valid[:1000], "y_valid": y_valid[:1000]}
-    np.savez(path, **{name: array.numpy() for name, array in arrays.items()})
+    np.savez(path, **arrays)
 
 
 def table(title: str, rows: dict[str, Result], console: Console) -> None:
@@ -239,7 +237,7 @@ def main() -> None:
             write()
         if not args.quick:
             files = {images: folder / f"{images}.npz" for images in IMAGES}
-            splits = read_mnist(archive).splits
+            splits = read_mnist(archive)
             for images, path in files.items():
                 resized(splits, images, path)
             growing = {name: contenders[name] for name in GROWING if name in contenders}

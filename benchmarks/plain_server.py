@@ -9,13 +9,14 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request
 
-from mnist_lit.datasets.pictures import PictureReader
-from mnist_lit.engine.predictors import open_checkpoint
+from mnist_lit.datasets.pictures import fit_pictures
+from mnist_lit.engine.images import read_picture
 from mnist_lit.engine.project import Project
+from mnist_lit.engine.serve import open_checkpoint
 
 _, path, port = sys.argv
 served = open_checkpoint(Project("mnist_lit"), Path(path), [])
-model, reader = served.predict, PictureReader(served.data)
+model, fit = served.predict, fit_pictures(served.data)
 app = FastAPI()
 
 
@@ -26,7 +27,7 @@ async def predict(request: Request) -> dict[str, float]:
     if request.headers["content-type"] == "application/json":
         pixels = np.array(json.loads(body)["image"], np.uint8)[None]  # (1, 28, 28)
     else:
-        pixels, _ = reader(io.BytesIO(body))
+        pixels, _ = read_picture(io.BytesIO(body), 1, (28, 28), fit)
     return dict(zip(served.classes or [], model(pixels[None])[0].tolist(), strict=True))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.panel import Panel
@@ -14,17 +16,8 @@ from torch import Tensor
 from mnist_lit.datasets.digits import VERSION, make_digits
 from mnist_lit.datasets.mnist import ARCHIVE, URLS, DownloadError, download_mnist, find_mnist, read_mnist
 from mnist_lit.datasets.pickles import read_pickle
-from mnist_lit.datasets.pictures import PictureReader, find_digit_form
-from mnist_lit.engine import (
-    Arrays,
-    ImageDataModule,
-    Source,
-    UserError,
-    file_fingerprint,
-    open_arrays,
-    open_dataset,
-    read_dataset,
-)
+from mnist_lit.datasets.pictures import find_digit_form, fit_pictures
+from mnist_lit.engine import ImageDataModule, UserError, read_dataset
 
 NOT_MNIST = """\
 {reason}.
@@ -68,47 +61,46 @@ class MNISTDataModule(ImageDataModule):
 
     def prepare_data(self) -> None:
         """Once per node: download MNIST unless it is there; where that fails, ``auto`` falls back to the digits."""
-        opens = not self.predicts_files and not self.dataset_used
-        if opens and self.dataset in ("auto", "mnist") and not find_mnist(self.folder):
+        needed = self.dataset in ("auto", "mnist") and not self.predicts_files and not self.dataset_used
+        if needed and not find_mnist(self.folder):
+            archive = self.folder / ARCHIVE
             try:
                 download_mnist(self.urls, self.folder)
             except DownloadError as error:
-                archive = self.folder / ARCHIVE
                 if self.dataset == "mnist":
                     raise UserError(
-                        f"{error}; put the file at {archive}, or name another server with --data.url"
+                        f"{error}; put the file at {archive}, or name another server: --data.url"
                     ) from error
-                text = NOT_MNIST.format(reason=error, archive=archive)
-                Console(stderr=True).print(Panel(Text(text), title="NOT MNIST", style="bold yellow"))
+                text = Text(NOT_MNIST.format(reason=error, archive=archive))
+                Console(stderr=True).print(Panel(text, title="NOT MNIST", style="bold yellow"))
         super().prepare_data()
 
-    def open(self) -> Source:
-        """Open MNIST, the digits, or a path; and find out how single digits lie in the images."""
-        archive = find_mnist(self.folder)
-        name = self.dataset if self.dataset != "auto" else "mnist" if archive else "digits"
-        if name == "digits":
-            source = open_arrays(name, self.data_dir / "digits" / "digits.pt", VERSION, lambda: Arrays(make_digits()))
-            source = source._replace(digest=VERSION)  # pixels may differ by a rounding from machine to machine
-        elif name != "mnist":
-            source = open_dataset(name, self.data_dir, self.form, self.held_out, self.memory_limit, _read)
-        elif archive is None:
-            raise UserError(f"there is no MNIST in {self.folder}")
-        else:
-            copy = self.folder / "mnist.pt"
-            source = open_arrays(name, copy, file_fingerprint(archive), lambda: read_mnist(archive))
-        self.digit_form = self.digit_form or find_digit_form(source.datasets["train"])
-        self.save_hyperparameters({"digit_form": self.digit_form})
-        return source
+    def setup(self, stage: str) -> None:
+        """In every process: open what is on disk, and find out how single digits lie in the images."""
+        super().setup(stage)
+        if self.dataset_used:
+            self.digit_form = self.digit_form or find_digit_form(self.source.splits["train"][0])
+            self.save_hyperparameters({"digit_form": self.digit_form})
 
-    def reader(self) -> PictureReader:
-        """Reads pictures to predict, and brings single digits into the form of the training images."""
-        channels, size = self.form
-        return PictureReader({"channels": channels, "image_size": size, "digit_form": self.digit_form})
+    def find(self) -> tuple[str, Path | str]:
+        """Name the dataset and its file; the digits have a version instead."""
+        archive = find_mnist(self.folder)
+        if self.dataset == "digits" or (self.dataset == "auto" and not archive):
+            return "digits", VERSION
+        if self.dataset in ("auto", "mnist"):
+            return "mnist", archive or self.folder / ARCHIVE
+        return super().find()
+
+    def read(self, path: Path | str) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+        """Read the arrays of each split: MNIST, the digits, a pickle as the tutorial's, or what the engine reads."""
+        if isinstance(path, str):
+            return make_digits()
+        return read_dataset(path, read_pickle) if self.find()[0] != "mnist" else read_mnist(path)
+
+    def fit_pictures(self) -> Any:
+        """What brings pictures of digits into the form of the training images; None if those are of something else."""
+        return fit_pictures({"image_size": self.form.size, "digit_form": self.digit_form})
 
     def preprocess(self, images: Tensor) -> Tensor:
         """The tutorial's ``preprocess``: bytes (B, C, H, W) to float32, exactly its k/256; on the device."""
         return images / 256 if images.dtype == torch.uint8 else super().preprocess(images)
-
-
-def _read(path: Path) -> Arrays:
-    return read_dataset(path, read_pickle)

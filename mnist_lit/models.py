@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
-from mnist_lit.engine import Metrics, Outputs, StepsPerExecution, Task, UserError, adapt
+from mnist_lit.engine import Metrics, Outputs, StepsPerExecution, UserError, adapt
 
 Batch = tuple[Tensor, Tensor]  # images float32 (B, C, H, W), targets (B,)
 
@@ -53,7 +53,7 @@ class Classifier(LightningModule):
         momentum: float = 0.9,
         num_classes: int = 10,
         channels: int | None = None,
-        task: Task = "multiclass",
+        task: Literal["multiclass", "multilabel", "regression"] = "multiclass",
         loss: nn.Module | None = None,
         metrics: dict[str, Metric | Callable[[int], Metric]] | None = None,
         activation: nn.Module | None = None,

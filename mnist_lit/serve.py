@@ -1,9 +1,9 @@
-"""``python -m mnist_lit serve``: who reads the pictures that are sent."""
+"""``python -m mnist_lit serve``: how the pictures that are sent are brought to the model's size."""
 
 from functools import partial
 
-from mnist_lit.datasets.pictures import PictureReader
+from mnist_lit.datasets.pictures import fit_pictures
 from mnist_lit.engine import Project, serve
 
-main = partial(serve.main, reader=PictureReader)
-app = partial(serve.app, Project("mnist_lit", "mnist_lit.MNISTDataModule"), PictureReader)
+main = partial(serve.main, fit_pictures=fit_pictures)
+app = partial(serve.app, Project("mnist_lit", "mnist_lit.MNISTDataModule"), fit_pictures)

@@ -86,8 +86,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset file of 1,000 / 300 / 300 digits: trains in a second and has shorter last batches."""
     path = tmp_path_factory.mktemp("small") / "small.npz"
     arrays = {}
-    for name, (images, labels), n in zip(("train", "valid", "test"), make_digits(), (1000, 300, 300), strict=True):
-        arrays[f"x_{name}"], arrays[f"y_{name}"] = images[:n, 0].numpy(), labels[:n].numpy()
+    for (name, (images, labels)), n in zip(make_digits().items(), (1000, 300, 300), strict=True):
+        arrays[f"x_{name}"], arrays[f"y_{name}"] = images[:n], labels[:n]
     np.savez(path, **arrays)
     return path
 

@@ -15,14 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_lit.engine import Splits
-
 VERSION = "digits-1"  # changes whenever the code below makes other images
 
 # Number of originals, and of images made from them. The sizes are MNIST's own, so that step
 # counts, learning-rate schedules and timings carry over.
-ORIGINALS = {"train": 1197, "valid": 300, "test": 300}
-IMAGES = {"train": 50_000, "valid": 10_000, "test": 10_000}
+SPLITS = {"train": (1197, 50_000), "valid": (300, 10_000), "test": (300, 10_000)}
 
 # The strength of the variations: stronger ones starve the tutorial's small CNN.
 ROTATION = 0.075  # radians
@@ -31,27 +28,26 @@ SHEAR = 0.04  # fraction
 SHIFT = 0.33  # pixels
 
 
-def make_digits() -> Splits:
+def make_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Make a dataset in MNIST's form from the digits, the same one every time.
 
     The originals are split first, so that no validation or test image is a variation of a training
     image; as they are in the order of their writers, most writers are in one split only.
 
     Returns:
-        train, valid and test, each ``(images, labels)`` with images uint8 (n, 1, 28, 28) and labels
-        int64 (n,), n = 50,000 / 10,000 / 10,000.
+        by ``train``, ``valid`` and ``test`` images uint8 (n, 28, 28) and labels int64 (n,), n = 50,000 / 10,000 /
+        10,000.
     """
     with as_file(files(__package__) / "digits.npz") as path, np.load(path) as asset:
         images = torch.from_numpy(asset["images"]).float() / 16  # (1797, 8, 8), 0..1
-        labels = torch.from_numpy(asset["labels"]).long()  # (1797,)
+        labels = asset["labels"].astype(np.int64)  # (1797,)
     generator = torch.Generator().manual_seed(0)
-    made, start = {}, 0
-    for split, originals in ORIGINALS.items():
-        picked = torch.arange(IMAGES[split]) % originals + start
-        picked = picked[torch.randperm(len(picked), generator=generator)]
-        made[split] = (vary(images[picked], generator)[:, None], labels[picked])
-        start += originals
-    return Splits(**made)
+    made, first = {}, 0
+    for split, (originals, n) in SPLITS.items():
+        picked = (torch.arange(n) % originals + first)[torch.randperm(n, generator=generator)]
+        made[split] = vary(images[picked], generator).numpy(), labels[picked]
+        first += originals
+    return made
 
 
 def vary(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -75,19 +71,16 @@ def vary(images: Tensor, generator: torch.Generator) -> Tensor:
     angle, shear = uniform(ROTATION), uniform(SHEAR)
     zoom = 28 / 20 * (1 + uniform(SCALE))  # grid_sample asks where each output pixel comes from
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    linear = torch.stack(
-        [torch.stack([cos, shear * cos - sin], -1), torch.stack([sin, shear * sin + cos], -1)], -2
-    )  # (n, 2, 2)
+    linear = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos], -1).view(n, 2, 2)
     # The centre of mass, in grid_sample's coordinates (-1..1 from edge to edge).
     axis = (torch.arange(8) * 2 + 1) / 8 - 1
     mass = images.sum((1, 2))
     centre = torch.stack([images.sum(1) @ axis, images.sum(2) @ axis], -1) / mass[:, None]  # (n, 2)
     shift = torch.stack([uniform(SHIFT), uniform(SHIFT)], -1) * 2 / 28
-    offset = centre - (linear @ shift[:, :, None])[:, :, 0]
-    theta = torch.cat([linear, offset[:, :, None]], -1)  # (n, 2, 3)
+    offset = centre[:, :, None] - linear @ shift[:, :, None]  # (n, 2, 1)
+    theta = torch.cat([linear, offset], -1)  # (n, 2, 3)
     chunks = []
-    for start in range(0, n, 4096):  # in blocks, to save memory
-        part, affine = images[start : start + 4096], theta[start : start + 4096]
+    for part, affine in zip(images.split(4096), theta.split(4096), strict=True):  # in blocks, to save memory
         grid = F.affine_grid(affine, [len(part), 1, 28, 28], align_corners=False)
         pixels = F.grid_sample(part[:, None], grid, align_corners=False)[:, 0]  # (n, 28, 28)
         chunks.append((pixels * 255).round().to(torch.uint8))

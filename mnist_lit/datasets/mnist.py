@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import requests
+from filelock import FileLock
 from requests.adapters import HTTPAdapter
 from rich.progress import track
 from urllib3.util import Retry
 
 from mnist_lit.datasets.pickles import read_pickle
-from mnist_lit.engine import Arrays, UserError, content_digest, locked_directory, read_dataset
+from mnist_lit.engine import UserError, read_dataset
 
 # Tried in turn: the tutorial's, the same on its other branch, and torchvision's mirror of the IDX files. An address
 # that ends with a slash is of a folder of these.
@@ -28,7 +31,6 @@ IDX = [f"{name}-ubyte.gz" for split in ("train", "t10k") for name in (f"{split}-
 # every way in which the tutorial's archive may be compressed.
 DIGEST = "c2069063c1105f2bf96266aef1ff68c6e13bdda7a54e37bf19c16f1db24efc83"
 
-
 HEADERS = {"Accept-Encoding": "identity"}  # or a server may send the file as a gzip of a gzip
 RETRY = Retry(total=2, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504))
 
@@ -42,19 +44,23 @@ def find_mnist(folder: Path) -> Path | None:
     return next((path for path in (folder / ARCHIVE, folder / IDX[0]) if path.exists()), None)
 
 
-def read_mnist(archive: Path) -> Arrays:
+def read_mnist(path: Path) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
     """Read the tutorial's archive, or MNIST's IDX files.
 
     Raises:
         UserError: if the file is damaged or holds anything but MNIST.
     """
-    arrays = read_dataset(archive, read_pickle)
-    if (digest := content_digest(arrays.splits)) != DIGEST:
+    pairs, digest = read_dataset(path, read_pickle), hashlib.sha256()
+    for x, _ in pairs.values():
+        digest.update(np.uint8(x * 256 if x.dtype.kind == "f" else x).tobytes())
+    for _, y in pairs.values():
+        digest.update(y.astype(np.uint8).tobytes())
+    if digest.hexdigest() != DIGEST:
         raise UserError(
-            f"{archive}: a dataset, but not MNIST (content digest {digest}); delete it to "
-            f"download MNIST, or use it as it is with --data.dataset={archive}"
+            f"{path}: a dataset, but not MNIST; delete it to download MNIST, or use it as it is with "
+            f"--data.dataset={path}"
         )
-    return arrays
+    return pairs
 
 
 def download_mnist(urls: Sequence[str], folder: Path, timeout: float = 10.0) -> None:
@@ -68,10 +74,10 @@ def download_mnist(urls: Sequence[str], folder: Path, timeout: float = 10.0) -> 
 
     Raises:
         DownloadError: if none of the addresses has MNIST.
-        UserError: if the folder cannot be written.
     """
     failures = []
-    with locked_directory(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
         for url in urls:
             if find_mnist(folder):
                 return
@@ -82,9 +88,10 @@ def download_mnist(urls: Sequence[str], folder: Path, timeout: float = 10.0) -> 
                         _download(address, Path(temporary) / name, timeout)
                     read_mnist(Path(temporary) / next(iter(names)))
                 except requests.RequestException as error:
-                    failures.append(f"{url}: {_reason(error)}")
+                    broken = f"no connection, or it broke off ({type(error).__name__})"
+                    failures.append(f"{url}: {error if isinstance(error, requests.HTTPError) else broken}")
                 except UserError as error:
-                    failures.append(f"what came from {url} is not MNIST: {error.__cause__ or error}")
+                    failures.append(f"what came from {url} is not MNIST: {error}")
                 else:
                     for name in reversed(names):  # find_mnist looks for the first
                         os.replace(Path(temporary) / name, folder / name)
@@ -101,9 +108,3 @@ def _download(url: str, path: Path, timeout: float) -> None:
             chunks = int(response.headers.get("Content-Length", 0)) >> 16
             for chunk in track(response.iter_content(1 << 16), "Downloading", chunks or None):
                 file.write(chunk)
-
-
-def _reason(error: requests.RequestException) -> str:
-    if error.response is not None:
-        return f"the server answered {error.response.status_code} {error.response.reason}"
-    return f"no connection, or it broke off ({type(error).__name__})"

@@ -16,17 +16,14 @@ if TYPE_CHECKING:
     from mnist_lit.engine.cli import CLI, main
     from mnist_lit.engine.compiling import Compile
     from mnist_lit.engine.dashboard import Dashboard
-    from mnist_lit.engine.data.arrays import Arrays, Splits, Task
-    from mnist_lit.engine.data.files import file_fingerprint, read_dataset
-    from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
+    from mnist_lit.engine.data.files import read_dataset
+    from mnist_lit.engine.data.loaders import augment, eval_dataloader, train_dataloader
     from mnist_lit.engine.data.module import ImageDataModule
-    from mnist_lit.engine.data.sources import Source, content_digest, open_arrays, open_dataset
     from mnist_lit.engine.defaults import default_callbacks
     from mnist_lit.engine.divergence import StopOnNonFinite
     from mnist_lit.engine.errors import UserError
     from mnist_lit.engine.execution import StepsPerExecution
     from mnist_lit.engine.finetuning import FineTuning, adapt
-    from mnist_lit.engine.images import ImageError, ImageReader, read_image
     from mnist_lit.engine.last import LastCheckpoint
     from mnist_lit.engine.metrics import Metrics
     from mnist_lit.engine.outputs import Outputs
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
     from mnist_lit.engine.provenance import Provenance
     from mnist_lit.engine.run import Run
     from mnist_lit.engine.schedules import Schedule
-    from mnist_lit.engine.storage import locked_directory
     from mnist_lit.engine.summary import Summary
 
 _MODULES = {
@@ -47,17 +43,14 @@ _MODULES = {
     "cli": ["CLI", "main"],
     "compiling": ["Compile"],
     "dashboard": ["Dashboard"],
-    "data.arrays": ["Arrays", "Splits", "Task"],
-    "data.files": ["file_fingerprint", "read_dataset"],
-    "data.loaders": ["BatchTensorDataset", "augment", "eval_dataloader", "train_dataloader"],
+    "data.files": ["read_dataset"],
+    "data.loaders": ["augment", "eval_dataloader", "train_dataloader"],
     "data.module": ["ImageDataModule"],
-    "data.sources": ["Source", "content_digest", "open_arrays", "open_dataset"],
     "defaults": ["default_callbacks"],
     "divergence": ["StopOnNonFinite"],
     "errors": ["UserError"],
     "execution": ["StepsPerExecution"],
     "finetuning": ["FineTuning", "adapt"],
-    "images": ["ImageError", "ImageReader", "read_image"],
     "last": ["LastCheckpoint"],
     "metrics": ["Metrics"],
     "outputs": ["Outputs"],
@@ -68,7 +61,6 @@ _MODULES = {
     "provenance": ["Provenance"],
     "run": ["Run"],
     "schedules": ["Schedule"],
-    "storage": ["locked_directory"],
     "summary": ["Summary"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import glob
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from mnist_lit.engine.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")  # of Pillow's others, EPS starts a program
@@ -16,10 +20,30 @@ MAX_PIXELS = 100_000_000  # of one image; more is a bomb
 
 Size = tuple[int, int]  # height, width
 File = str | os.PathLike[str] | IO[bytes]
+Fit = Callable[[np.ndarray], tuple[np.ndarray, str]]  # pixels (C, H, W) to the model's image (C, h, w), and a warning
+FitPictures = Callable[[Mapping[str, Any]], Fit | None]  # for the hyperparameters of a model's data module
 
 
-class ImageError(Exception):
-    """An image file that cannot be read; the message tells why."""
+@contextmanager
+def open_image(file: File) -> Iterator[Image.Image]:
+    """Open an image file, of which so far only the header is read.
+
+    Raises:
+        UserError: if it cannot be read as an image, then or within the context.
+    """
+    path = os.fspath(file) if isinstance(file, (str, os.PathLike)) else ""
+    try:
+        if path and not os.path.isfile(path):
+            raise ValueError("a device, a pipe, or a link to nothing")
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            yield image
+    except Exception as error:  # a damaged file can make Pillow's decoders raise just about anything
+        # Pillow would name an object in memory.
+        unknown = "cannot identify image file" if isinstance(error, Image.UnidentifiedImageError) else ""
+        reason = f"not a readable image ({unknown or error or type(error).__name__})"
+        raise UserError(f"{path}: {reason}" if path else reason) from error
 
 
 def read_image(file: File, channels: int, size: Size | None = None) -> np.ndarray:
@@ -34,114 +58,55 @@ def read_image(file: File, channels: int, size: Size | None = None) -> np.ndarra
         uint8 (C, H, W). Transparent pixels are white.
 
     Raises:
-        ImageError: if it is no image.
+        UserError: if it cannot be read as an image.
     """
-    try:
-        with Image.open(file, formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ImageError(f"{opened.width} x {opened.height} pixels are more than {MAX_PIXELS:,}")
-            if size and opened.format == "JPEG":
-                # Decodes 1/2, 1/4 or 1/8 of the pixels where that is still twice what is asked for.
-                opened.draft(None, (2 * max(size), 2 * max(size)))
-            image = _opaque(ImageOps.exif_transpose(opened)).convert("L" if channels == 1 else "RGB")
-            if size and (image.height, image.width) != tuple(size):
-                image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-    except ImageError:
-        raise
-    except Exception as error:  # a damaged file can make Pillow's decoders raise just about anything
-        raise unreadable(error) from error
+    with open_image(file) as opened:
+        if size and opened.format == "JPEG":
+            # Decodes 1/2, 1/4 or 1/8 of the pixels where that is still twice what is asked for.
+            opened.draft(None, (2 * max(size), 2 * max(size)))
+        image = _opaque(ImageOps.exif_transpose(opened)).convert("L" if channels == 1 else "RGB")
+        if size and (image.height, image.width) != tuple(size):
+            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
     pixels = np.array(image).reshape(image.height, image.width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
-
-
-def unreadable(error: Exception) -> ImageError:
-    """What is said of a file for which Pillow has raised this."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return ImageError("not a readable image (cannot identify image file)")  # Pillow would name an object in memory
-    return ImageError(f"not a readable image ({str(error) or type(error).__name__})")
 
 
 def _opaque(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits a pixel
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image
 
 
-class ImageReader:
-    """Reads images for a model that takes them as they are, only scaled. Called with a file it returns the image uint8
-    (C, H, W), and a warning or "".
+def read_picture(file: File, channels: int, size: Size | None, fit: Fit | None) -> tuple[np.ndarray, str]:
+    """Read an image file for a model, and a warning or "". ``fit`` brings it to the model's size, or it is scaled."""
+    return fit(read_image(file, channels)) if fit else (read_image(file, channels, size), "")
 
-    Args:
-        data: hyperparameters of the data module in the model's checkpoint, with ``channels`` and ``image_size``.
+
+def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
+    """Find image files by file, folder or pattern such as ``digits/*.png``, sorted within each.
+
+    A folder stands for all images in it and in its subfolders. What exists is taken literally, whatever characters are
+    in its name. Names that start with a dot are ignored.
+
+    Returns:
+        the images, and the files of folders that were passed over because they have another suffix.
+
+    Raises:
+        UserError: naming the pattern that matches nothing.
     """
-
-    draws = False  # whether a digit that someone draws is such an image
-
-    def __init__(self, data: dict[str, Any]) -> None:
-        height, width = data["image_size"]
-        self.channels, self.size = int(data["channels"]), (int(height), int(width))
-
-    def __call__(self, file: File) -> tuple[np.ndarray, str]:
-        return read_image(file, self.channels, self.size), ""
-
-    def read(
-        self, uploads: list[tuple[str, bytes | list[Any]]], most: int, show: bool
-    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Read what a request has brought.
-
-        Args:
-            uploads: of each image its name, and its file or array.
-            most: number of images.
-            show: whether to add the images as data URLs.
-
-        Returns:
-            images uint8 (n, C, H, W), and of each its name, warning and data URL.
-
-        Raises:
-            ImageError: naming the one that cannot be read.
-        """
-        if not 1 <= len(uploads) <= most:
-            raise ImageError(f"{len(uploads):,} images, expected 1 to {most:,}")
-        images, about = [], []
-        for number, (name, content) in enumerate(uploads, 1):
-            try:
-                image, warning = self(io.BytesIO(content)) if isinstance(content, bytes) else (self.take(content), "")
-            except ImageError as error:
-                which = f"{name[-100:] or f'image {number}'}: " if len(uploads) > 1 else ""
-                raise ImageError(f"{which}{error}") from error
-            images.append(image)
-            about.append({"name": name, "warning": warning, "input": png_url(image) if show else None})
-        return np.stack(images), about
-
-    def take(self, values: list[Any]) -> np.ndarray:
-        """An array (H, W), (C, H, W) or (H, W, C) of whole numbers as an image uint8 (C, H, W) of the model's size.
-
-        Raises:
-            ImageError: if it has another size, or other values.
-        """
-        shape = channels, height, width = self.channels, *self.size
-        try:
-            array = np.array(values)
-        except ValueError:  # rows of several lengths
-            array = np.empty(0)
-        if array.shape == (height, width, channels):
-            array = array.transpose(2, 0, 1)
-        elif array.shape == (height, width) and channels == 1:
-            array = array[None]
-        if array.shape != shape or array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
-            raise ImageError(
-                f"an array must have the model's size, {' x '.join(map(str, shape))}, and whole numbers from 0 to 255; "
-                "images of other sizes come as files"
-            )
-        return array.astype(np.uint8)
-
-
-def png_url(image: np.ndarray) -> str:
-    """An image uint8 (C, H, W) as a PNG in a data URL."""
-    file = io.BytesIO()
-    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    found: list[Path] = []
+    passed_over: list[Path] = []
+    for pattern in patterns:
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        files = [Path(match) for match in matches if not Path(match).is_dir()]
+        for folder in filter(os.path.isdir, matches):
+            inside = sorted(path for path in Path(folder).rglob("*") if not path.is_dir())
+            inside = [path for path in inside if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+            files += [path for path in inside if path.suffix.lower() in SUFFIXES]
+            passed_over += [path for path in inside if path.suffix.lower() not in SUFFIXES]
+        if not files:
+            raise UserError(f"--data.images={pattern}: no such image; expected a file, a folder or a pattern of files")
+        found += files
+    return list(dict.fromkeys(found)), list(dict.fromkeys(passed_over))

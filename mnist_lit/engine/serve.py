@@ -1,35 +1,39 @@
 """``serve``: a model behind HTTP, and a page to try it.
 
-One process: an event loop receives requests, threads decode pictures, and one thread computes what has gathered.
+One process: an event loop receives requests, and threads decode pictures and compute what has gathered. An ONNX file
+is served without torch.
 """
 
 # ruff: noqa: E402
 # No `from __future__ import annotations`: FastAPI reads these annotations while it runs.
 import argparse
 import asyncio
+import hashlib
+import io
 import json
 import logging
 import os
 import shlex
 import signal
 import socket
-import sys
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib.resources import files
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from threading import Lock, Semaphore
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
+from PIL import Image
 
 from mnist_lit.engine.errors import ENGINE, UserError, require
-from mnist_lit.engine.images import ImageError, ImageReader
-from mnist_lit.engine.predictors import Served, Together, open_checkpoint, open_onnx
+from mnist_lit.engine.images import Fit, FitPictures, read_picture
 from mnist_lit.engine.project import Project
+from mnist_lit.engine.threads import available_cpus
 
 require("serve", "fastapi", "uvicorn", "python_multipart")
 
@@ -46,12 +50,15 @@ MAX_BYTES = 16 * 2**20  # of a request, five times a phone's photo
 MAX_IMAGES = 1000  # of a request
 MAX_VALUES = 2**20  # commas and brackets in JSON: to parse them takes a tenth of a second, in which nothing else runs
 PATIENCE = 20  # seconds for a request to arrive
-READERS = 2  # threads that decode: each may need 200 MB for a large picture
+DECODING = 2  # pictures at a time: each may need 200 MB
+THREADS = 32  # requests at a time
+TOGETHER = 64  # images that are computed at once
 EXPECTED = 'send an image, a form with files, or {"images": [...]} with files in base64 or arrays of pixels'
 # The page talks to this server alone.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 JSON = "application/json"
-MakeReader = Callable[[dict[str, Any]], ImageReader]  # from the hyperparameters of the model's data module
+Predict = Callable[[np.ndarray], np.ndarray]  # images uint8 (n, C, H, W) to predictions (n, ...)
+Item = bytes | list[Any]  # an image file, or its pixels
 
 
 class Sent(BaseModel):
@@ -64,13 +71,13 @@ class Sent(BaseModel):
 class Prediction(BaseModel):
     """Of one image: probabilities if the model is a classifier, or else values."""
 
-    name: str = Field(description="of the image's file, empty if it has none")
-    class_: str | None = Field(None, serialization_alias="class", description="the most probable one")
-    confidence: float | None = Field(None, description="its probability")
-    probabilities: dict[str, float] | None = Field(None, description="of each class")
+    name: str  # of the image's file, or ""
+    class_: str | None = Field(default=None, serialization_alias="class")
+    confidence: float | None = None
+    probabilities: dict[str, float] | None = None
     values: list[float] | None = None
-    warning: str = Field(description="why the prediction may be of something else than is meant; mostly empty")
-    input: str | None = Field(description="with ?input=true the image that the model sees, as a data URL")
+    warning: str = ""  # why the prediction may be of something else than is meant
+    input: str | None = None  # with ?input=true the image that the model sees, as a data URL
 
 
 class Answer(BaseModel):
@@ -78,6 +85,109 @@ class Answer(BaseModel):
 
     predictions: list[Prediction]
     model: dict[str, str]
+
+
+class Served(NamedTuple):
+    """A model and what is known of it."""
+
+    predict: Predict
+    name: str
+    digest: str  # SHA-256 of its file
+    shape: tuple[int, ...]  # channels, height and width of its images
+    data: dict[str, Any]  # hyperparameters of its data module
+    classes: list[str] | None  # None if it predicts values
+
+
+def open_onnx(path: Path, threads: int | None) -> Served:
+    """Read a file of ``export``, which needs onnxruntime and not torch."""
+    require("export", "onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads or available_cpus(), 3
+    try:
+        content = path.read_bytes()
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        about, (images,) = session.get_modelmeta().custom_metadata_map, session.get_inputs()
+        name, data, classes = about["model"], json.loads(about["data"]), json.loads(about.get("classes", "null"))
+    except Exception as error:  # onnxruntime has several, without a common class
+        raise UserError(f"{path} is not an ONNX file that export has written ({str(error).splitlines()[0]})") from error
+    if images.type != "tensor(uint8)":
+        raise UserError(f"{path} takes {images.type}, and pictures are uint8")
+    grey = len(images.shape) == 3  # images of some data modules have no channel: (n, H, W)
+    channels = 1 if grey else images.shape[1]
+
+    def predict(pixels: np.ndarray) -> np.ndarray:
+        return session.run(None, {images.name: pixels[:, 0] if grey else pixels})[0]
+
+    size = data.get("image_size") or images.shape[-2:]
+    digest = hashlib.sha256(content).hexdigest()
+    return Served(predict, name, digest, (channels, *size), data, classes and [*map(str, classes)])
+
+
+def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
+    """Build the model as ``predict`` does, without its dataset."""
+    import torch
+
+    from mnist_lit.engine.cli import build
+    from mnist_lit.engine.export import Predictor
+    from mnist_lit.engine.outputs import are_probabilities, class_names
+
+    built = build(project, str(path), args)
+    assert built.checkpoint is not None
+    checkpoint = built.checkpoint.content
+    model, precision, device = built.model, built.trainer.precision_plugin, built.trainer.strategy.root_device
+    model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
+    data = {**checkpoint.get("hyper_parameters", {}), **checkpoint.get("datamodule_hyper_parameters", {})}
+    if not data.get("image_size") or not data.get("channels"):
+        how = 'its data module has to save_hyperparameters({"channels": 3, "image_size": [64, 64]})'
+        raise UserError(f"{path} does not say how large the model's images are; {how}")
+    shape = (int(data["channels"]), *map(int, data["image_size"]))
+    example = np.zeros((2, *shape), np.uint8)
+    precision.convert_module(model)
+    predictor = Predictor(model, built.datamodule, (example, None), precision).eval().to(device)
+
+    def predict(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return predictor(torch.from_numpy(pixels).to(device)).float().cpu().numpy()
+
+    try:
+        found = torch.from_numpy(predict(example))
+    except Exception as error:  # whatever a model does that wants another batch
+        raise UserError(
+            f"{type(model).__name__} cannot be served from a checkpoint: it does not predict the batch (images uint8 "
+            f"{example.shape}, None) ({type(error).__name__}); a file of export takes images alone: "
+            f"{project.command('export', '--ckpt_path', path)}"
+        ) from error
+    classes = class_names(built.datamodule, found.shape[1], checkpoint) if are_probabilities(found) else None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Served(predict, type(model).__name__, digest, shape, data, classes)
+
+
+class Together:
+    """Computes the images of several requests at once: while one thread computes, those of others gather."""
+
+    def __init__(self, predict: Predict) -> None:
+        self.predict, self.lock, self.waiting = predict, Lock(), list[tuple[np.ndarray, Future]]()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Predictions (n, ...) of images uint8 (n, C, H, W)."""
+        result: Future[np.ndarray] = Future()
+        self.waiting.append((images, result))
+        with self.lock:
+            if not result.done():  # by the thread before
+                batch, self.waiting = self.waiting, []
+                try:
+                    images = np.concatenate([images for images, _ in batch])
+                    parts = (images[start : start + TOGETHER] for start in range(0, len(images), TOGETHER))
+                    rows = np.concatenate([self.predict(part) for part in parts])
+                    for images, future in batch:
+                        future.set_result(rows[: len(images)])
+                        rows = rows[len(images) :]
+                except Exception as error:  # whatever a model does
+                    for _, future in batch:
+                        future.set_exception(error)
+        return result.result()
 
 
 class Guard:
@@ -97,41 +207,55 @@ class Guard:
                 raise HTTPException(413, f"the request has more than {MAX_BYTES >> 20} MiB")
             return message
 
-        if scope["type"] != "http" or self.knows(Headers(scope=scope).get("host", "")):
-            await self.app(scope, bounded, send)
-        else:
-            detail = f"not for this server, which answers to IP addresses, {', '.join(sorted(self.names))}"
-            await JSONResponse({"detail": detail}, 421)(scope, receive, send)
-
-    def knows(self, host: str) -> bool:
-        """Whether a header such as localhost:8000 or [::1]:8000 has an IP address or one of the names."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            return name in self.names or bool(ip_address(name))
-        except ValueError:
-            return False
+        known = scope["type"] != "http"
+        with suppress(ValueError):  # localhost:8000, [::1]:8000
+            name = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname or ""
+            known = known or name in self.names or bool(ip_address(name))
+        detail = f"not for this server, which answers to IP addresses, {', '.join(sorted(self.names))}"
+        await (self.app if known else JSONResponse({"detail": detail}, 421))(scope, bounded, send)
 
 
-def from_json(body: bytes) -> list[tuple[str, bytes | list[Any]]]:
+def from_json(body: bytes) -> list[tuple[str, Item]]:
     """Files and arrays of pixels in JSON, each with an empty name."""
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise ImageError(f"more than {MAX_VALUES:,} commas and brackets in JSON")
+        raise UserError(f"more than {MAX_VALUES:,} commas and brackets in JSON")
     try:
         sent = Sent.model_validate_json(body)
         images = sent.images if sent.image is None else [sent.image]
         return [("", b64decode(i.rpartition("base64,")[2], validate=True) if isinstance(i, str) else i) for i in images]
     except ValueError as error:  # pydantic's, and that of base64
-        raise ImageError(f"not the JSON that is expected; {EXPECTED}") from error
+        raise UserError(f"not the JSON that is expected; {EXPECTED}") from error
 
 
-def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI:
+def from_pixels(values: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """An image uint8 (C, H, W) of this shape out of whole numbers (C, H, W), (H, W, C) or (H, W)."""
+    with suppress(ValueError):  # rows of several lengths
+        array = np.array(values)
+        if array.shape == (*shape[1:], shape[0]):
+            array = array.transpose(2, 0, 1)
+        array = array[None] if array.ndim == 2 else array
+        if array.shape == shape and array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255:
+            return array.astype(np.uint8)
+    size = " x ".join(map(str, shape))
+    raise UserError(f"an array of {size} whole numbers up to 255 expected; images of other sizes come as files")
+
+
+def png_url(image: np.ndarray) -> str:
+    """An image uint8 (C, H, W) as a PNG in a data URL."""
+    file = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "PNG")
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
+
+
+def application(served: Served, fit: Fit | None, names: set[str]) -> FastAPI:
     """Make what answers requests for hosts of these names."""
     app = FastAPI(title=served.name, version=served.digest[:12], docs_url=None, redoc_url=None)
     app.add_middleware(Guard, names=names)
-    compute, readers, classes = Together(served.predict), ThreadPoolExecutor(READERS), served.classes
+    compute, threads, decoding = Together(served.predict), ThreadPoolExecutor(THREADS), Semaphore(DECODING)
+    classes, (channels, height, width) = served.classes, served.shape
     model = {"name": served.name, "digest": served.digest}
-    size = {"channels": reader.channels, "image_size": reader.size, "draws": reader.draws}
-    info = json.dumps({**model, "classes": classes, **size}).replace("<", "\\u003c")  # no name ends the page's script
+    about = {**model, "classes": classes, "channels": channels, "image_size": [height, width], "draws": bool(fit)}
+    info = json.dumps(about).replace("<", "\\u003c")  # no name ends the page's script
     page = files(__package__).joinpath("page.html").read_text("utf-8").replace("{{about}}", info)
     file = {"schema": {"type": "string", "format": "binary"}}
     kinds = {JSON: {"schema": Sent.model_json_schema()}, "multipart/form-data": file, "image/*": file}
@@ -145,45 +269,58 @@ def application(served: Served, reader: ImageReader, names: set[str]) -> FastAPI
     async def health() -> Response:
         return Response(info, media_type=JSON)
 
+    def answer(items: list[tuple[str, Item]], show: bool) -> str:
+        if not 1 <= len(items) <= MAX_IMAGES:
+            raise UserError(f"{len(items):,} images, expected 1 to {MAX_IMAGES:,}")
+        images, predictions = np.empty((len(items), *served.shape), np.uint8), []
+        for index, (name, sent) in enumerate(items):
+            try:
+                if isinstance(sent, bytes):
+                    with decoding:
+                        images[index], warning = read_picture(io.BytesIO(sent), channels, (height, width), fit)
+                else:
+                    images[index], warning = from_pixels(sent, served.shape), ""
+            except UserError as error:
+                raise UserError(f"{name[-100:] or f'image {index + 1}'}: {error}") from error
+            seen = png_url(images[index]) if show else None
+            predictions.append(Prediction(name=name, warning=warning, input=seen))
+        for prediction, row in zip(predictions, compute(images), strict=True):  # row: (num_classes,), or any shape
+            values = row.ravel().tolist()
+            if classes is None:
+                prediction.values = values
+            else:
+                prediction.class_, prediction.confidence = classes[int(row.argmax())], max(values)
+                prediction.probabilities = dict(zip(classes, values, strict=True))
+        return Answer(predictions=predictions, model=model).model_dump_json(by_alias=True)
+
     @app.post("/predict", response_model=Answer, openapi_extra={"requestBody": {"required": True, "content": kinds}})
     async def predict(request: Request) -> Response:
-        show = request.query_params.get("input") == "true"
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
             with anyio.fail_after(PATIENCE):
+                items: list[tuple[str, Item]] = []
                 if kind == "multipart/form-data":
                     form = await request.form(max_files=MAX_IMAGES, max_fields=MAX_IMAGES, max_part_size=MAX_BYTES)
-                    sent = [item for _, item in form.multi_items() if isinstance(item, UploadFile)]
-                    uploads: Any = [(file.filename or "", await file.read()) for file in sent]
+                    uploads = [item for _, item in form.multi_items() if isinstance(item, UploadFile)]
+                    items += [(file.filename or "", await file.read()) for file in uploads]
                 else:
-                    uploads = [("", await request.body())]
+                    body = await request.body()
+                    items += from_json(body) if kind == JSON else [("", body)]
+            show = request.query_params.get("input") == "true"
+            text = await asyncio.get_running_loop().run_in_executor(threads, answer, items, show)
         except TimeoutError as error:
             raise HTTPException(408, f"the request took more than {PATIENCE} s to arrive") from error
         except ClientDisconnect as error:
             raise HTTPException(400, "the request broke off") from error
-
-        def read() -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray | None]:
-            images, about = reader.read(from_json(uploads[0][1]) if kind == JSON else uploads, MAX_IMAGES, show)
-            return images, about, compute.at_once(images)
-
-        try:
-            images, about, rows = await asyncio.get_running_loop().run_in_executor(readers, read)
-        except ImageError as error:
+        except UserError as error:
             raise HTTPException(422, str(error)) from error
-        predictions, rows = [], await compute(images) if rows is None else rows
-        for row, known in zip(rows, about, strict=True):  # row: (num_classes,), or values of any shape
-            if classes is None:
-                predictions.append(Prediction(values=row.ravel().tolist(), **known))
-            else:
-                shares, best = dict(zip(classes, row.tolist(), strict=True)), classes[int(row.argmax())]
-                predictions.append(Prediction(class_=best, confidence=shares[best], probabilities=shares, **known))
-        return Response(Answer(predictions=predictions, model=model).model_dump_json(by_alias=True), media_type=JSON)
+        return Response(text, media_type=JSON)
 
     return app
 
 
-def parse(args: list[str], project: Project) -> tuple[argparse.Namespace, list[str]]:
-    """Options of ``serve``, and those of ``predict``."""
+def load(args: list[str], project: Project, fit_pictures: FitPictures | None) -> tuple[FastAPI, argparse.Namespace]:
+    """Make the application for the model that the options of ``serve`` name; those of ``predict`` may follow."""
     parser = argparse.ArgumentParser(
         prog=project.command("serve"),
         description="Serve a model to POST /predict, with a page at /. A checkpoint takes options of predict, too.",
@@ -195,56 +332,45 @@ def parse(args: list[str], project: Project) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--num_threads", type=int, help="to compute with; by default one for each processor")
     options, others = parser.parse_known_args(args)
-    if others and options.ckpt_path.suffix == ".onnx":
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    return options, others
-
-
-def load(options: argparse.Namespace, others: list[str], project: Project, make_reader: MakeReader) -> FastAPI:
-    """Make the application for the model that the options name."""
     path, threads = options.ckpt_path.expanduser(), options.num_threads
     if path.suffix == ".onnx":
+        if others:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
         served = open_onnx(path, threads)
     else:
         served = open_checkpoint(project, path, [*others, *([f"--num_threads={threads}"] if threads else [])])
     names = {"localhost", options.host.lower(), socket.gethostname().lower()}
-    return application(served, make_reader(served.data), names)
+    return application(served, fit_pictures(served.data) if fit_pictures else None, names), options
 
 
-def app(project: Project | None = None, reader: MakeReader = ImageReader) -> FastAPI:
+def app(project: Project | None = None, fit_pictures: FitPictures | None = None) -> FastAPI:
     """Make the application in a worker of uvicorn, by options in the environment variable ``SERVE``.
 
     Example:
         SERVE="--ckpt_path=best.onnx --num_threads=1" uvicorn --factory mnist_lit.engine.serve:app --workers=4
     """
-    project = project or Project(ENGINE)
-    return load(*parse(shlex.split(os.environ["SERVE"]), project), project, reader)
+    return load(shlex.split(os.environ["SERVE"]), project or Project(ENGINE), fit_pictures)[0]
 
 
-def main(args: list[str], project: Project, reader: MakeReader = ImageReader) -> None:
+def main(args: list[str], project: Project, fit_pictures: FitPictures | None = None) -> None:
     """Serve until SIGTERM or Ctrl+C, and then answer what was accepted.
 
     Args:
         args: of the command line.
         project: that runs.
-        reader: makes, from the hyperparameters of the model's data module, what reads the pictures that are sent.
+        fit_pictures: makes, from the hyperparameters of the model's data module, what brings pictures to the model's
+            size; by default they are scaled.
     """
-    options, others = parse(args, project)
+    app, options = load(args, project, fit_pictures)
     host, port = options.host, options.port
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        try:
-            listening = socket.create_server((host, port), family=family, backlog=2048)
-        except (OSError, OverflowError) as error:
-            raise UserError(f"--host={host} --port={port} cannot be had ({error}); choose others") from error
-        app = load(options, others, project, reader)
-    except UserError as error:
-        sys.exit(f"{project.name}: error: {error}")
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"--host={host} --port={port} cannot be had ({error}); choose others") from error
     for signum in (signal.SIGINT, signal.SIGTERM):  # which uvicorn raises again when the last answer is out
         signal.signal(signum, signal.default_int_handler)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for every damaged form
-    name = f"[{host}]" if ":" in host else host
-    print(f"Serving {app.title} at http://{name}:{port}, a page to try it; with /predict", flush=True)
+    print(f"Serving {app.title} at http://{host}:{port}, a page to try it; with /predict", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2 * PATIENCE)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])

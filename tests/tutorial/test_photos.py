@@ -17,9 +17,14 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from mnist_lit import FastCNN, MNISTDataModule
 from mnist_lit.datasets.digits import make_digits
-from mnist_lit.datasets.pictures import PictureError, PictureReader
+from mnist_lit.datasets.pictures import fit_pictures
+from mnist_lit.engine import UserError
+from mnist_lit.engine.images import read_picture
 
-read = PictureReader({})
+
+def read(file: io.BytesIO) -> tuple[np.ndarray, str]:
+    return read_picture(file, 1, None, fit_pictures({}))
+
 
 # Of 200. The network of fast.yaml itself is wrong about two of MNIST's own images; the mean of three such sets is 196
 # or more almost everywhere, and a single set has up to five fewer or four more.
@@ -182,7 +187,7 @@ def test_two_hundred_photos(mnist: tuple, kind: str, record_property: Callable) 
 def attempt(file: io.BytesIO) -> tuple[np.ndarray, str]:
     try:
         return read(file)
-    except PictureError as error:
+    except UserError as error:
         return np.zeros((1, 28, 28), np.uint8), str(error)
 
 
@@ -191,7 +196,7 @@ def attempt(file: io.BytesIO) -> tuple[np.ndarray, str]:
 
 @pytest.fixture(scope="module")
 def digits() -> np.ndarray:
-    return make_digits().train[0][:200, 0].numpy()  # uint8 (n, 28, 28)
+    return make_digits()["train"][0][:200]  # uint8 (n, 28, 28)
 
 
 @pytest.mark.parametrize("kind", BARS)
@@ -224,7 +229,7 @@ def test_texture_and_empty_paper_hold_no_digit() -> None:
     assert attempt(saved((255 * (0.9 - 0.6 * patches)).astype(np.uint8)))[1]
     paper = 0.8 + rng.normal(0, 0.01, (280, 280))
     for pixels in ((255 * paper).astype(np.uint8), np.full((28, 28), 255, np.uint8)):
-        with pytest.raises(PictureError, match="nothing is on it"):
+        with pytest.raises(UserError, match="nothing is on it"):
             read(saved(pixels, "JPEG"))
 
 
@@ -250,10 +255,11 @@ sys.modules["cv2"] = None  # as if it were not installed
 import importlib.util, warnings
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "cv2" else find(name, *rest)
-from mnist_lit.datasets.pictures import PictureReader
+from mnist_lit.datasets.pictures import fit_pictures
+from mnist_lit.engine.images import read_picture
 with warnings.catch_warnings(record=True) as said:
-    reader = PictureReader({})
-print([reader(path)[0].ravel().tolist() for path in sys.argv[1:]])
+    fit = fit_pictures({})
+print([read_picture(path, 1, None, fit)[0].ravel().tolist() for path in sys.argv[1:]])
 print(*(str(one.message) for one in said), *("torch" in sys.modules, "cv2" in sys.modules and sys.modules["cv2"]))
 """
 

@@ -13,22 +13,24 @@ import torch.nn.functional as F
 from common import CONFIGS, Run
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
 from mnist_lit.datasets.digits import make_digits
 from mnist_lit.datasets.mnist import read_mnist
-from mnist_lit.datasets.pictures import PictureReader, find_digit_form
-from mnist_lit.engine.data.images import find_images
-from mnist_lit.engine.errors import UserError
+from mnist_lit.datasets.pictures import MNIST_FORM, find_digit_form, fit_pictures
+from mnist_lit.engine import UserError
+from mnist_lit.engine.images import find_images, read_picture
 
 FIT = ("fit", "--config", CONFIGS / "fast.yaml")
 PREDICT = ("predict", "--ckpt_path", "lightning_logs/version_0/checkpoints/best.ckpt", "--data.images")
-MNIST = {"side": 28, "box": 20, "light_on_dark": True, "centred_by": "mass"}
 
 
 def predictions(folder: Path, version: int) -> list[dict[str, str]]:
     with (folder / "lightning_logs" / f"version_{version}" / "predictions.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def read_digit(path: Path, form: dict | None = None) -> tuple[np.ndarray, str]:
+    return read_picture(path, 1, None, fit_pictures({"digit_form": form}))
 
 
 def transparent(pixels: np.ndarray) -> Image.Image:
@@ -60,11 +62,11 @@ VARIANTS: dict[str, tuple[Callable[[np.ndarray], Image.Image], str]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_format_mode_and_polarity_make_no_difference(tmp_path: Path, name: str) -> None:
     make, suffix = VARIANTS[name]
-    for number, pixels in enumerate(make_digits().train[0][:10, 0].numpy()):
+    for number, pixels in enumerate(make_digits()["train"][0][:10]):
         Image.fromarray(pixels).save(tmp_path / "digit.png")
         make(pixels).save(tmp_path / f"{number}.{suffix}", quality=50)
-        expected, _ = PictureReader({})(tmp_path / "digit.png")
-        found, warning = PictureReader({})(tmp_path / f"{number}.{suffix}")
+        expected, _ = read_digit(tmp_path / "digit.png")
+        found, warning = read_digit(tmp_path / f"{number}.{suffix}")
         assert not warning
         if make(pixels).size == (28, 28):
             assert np.abs(found.astype(int) - expected).max() <= 1
@@ -76,12 +78,12 @@ def test_digit_fills_the_box_of_its_form(tmp_path: Path) -> None:
     pixels = np.zeros((300, 500), np.uint8)
     pixels[20:220, 400:440] = 255  # a one, 200 x 40, in a corner
     Image.fromarray(pixels).save(tmp_path / "one.png")
-    image = PictureReader({})(tmp_path / "one.png")[0][0] / 255
+    image = read_digit(tmp_path / "one.png")[0][0] / 255
     assert (image.any(1).sum(), image.any(0).sum()) == (20, 4)
     centre = [(image.sum(axis) * (np.arange(28) + 0.5)).sum() / image.sum() for axis in (1, 0)]
     assert centre == pytest.approx([14, 14], abs=0.5)
     form = {"side": 32, "box": 32, "light_on_dark": False, "centred_by": "box"}
-    image = PictureReader({"image_size": (32, 32), "digit_form": form})(tmp_path / "one.png")[0][0]
+    image = read_digit(tmp_path / "one.png", form)[0][0]
     rows, columns = (np.flatnonzero((image < 128).any(axis)) for axis in (1, 0))
     assert (rows[0], rows[-1], int(np.median(image))) == (0, 31, 255)
     assert abs(columns[0] - (31 - columns[-1])) <= 1
@@ -94,16 +96,12 @@ def scaled(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images.float(), (side, side), mode="bilinear", align_corners=False).round().to(torch.uint8)
 
 
-def form_of(images: Tensor) -> dict | None:
-    return find_digit_form(TensorDataset(images, torch.zeros(len(images))))
-
-
 NOISE = torch.randint(256, (2000, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 FORMS: dict[str, tuple[Callable[[Tensor], Tensor], dict | None]] = {
-    "digits": (lambda images: images, MNIST),
-    "dark on light": (lambda images: 255 - images, {**MNIST, "light_on_dark": False}),
-    "more margin": (lambda images: F.pad(images, (6, 6, 6, 6)), {**MNIST, "side": 40}),
-    "larger": (lambda images: scaled(images, 64), {**MNIST, "side": 64, "box": 46}),
+    "digits": (lambda images: images, MNIST_FORM),
+    "dark on light": (lambda images: 255 - images, {**MNIST_FORM, "light_on_dark": False}),
+    "more margin": (lambda images: F.pad(images, (6, 6, 6, 6)), {**MNIST_FORM, "side": 40}),
+    "larger": (lambda images: scaled(images, 64), {**MNIST_FORM, "side": 64, "box": 46}),
     "noise": (lambda images: NOISE, None),
     "blank": (torch.zeros_like, None),
     "colour": (lambda images: images.repeat(1, 3, 1, 1), None),
@@ -117,7 +115,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], dict | None]] = {
 @pytest.mark.parametrize("name", FORMS)
 def test_form_of_digits_is_found_and_other_images_have_none(name: str) -> None:
     change, expected = FORMS[name]
-    found = form_of(change(make_digits().train[0][:2000]))
+    found = find_digit_form(change(torch.from_numpy(make_digits()["train"][0][:2000, None])))
     assert found == (expected and {**expected, "box": (found or expected)["box"]})
     assert found is None or found["box"] == pytest.approx(expected["box"], rel=0.1)  # the embedded are a little larger
 
@@ -127,15 +125,21 @@ def test_form_of_digits_is_found_and_other_images_have_none(name: str) -> None:
 @pytest.mark.parametrize("kind", ["digits", "dark on light", pytest.param("larger", marks=pytest.mark.matrix)])
 def test_pictures_are_predicted_as_the_test_images(cli: Run, mnist_archive: Path, tmp_path: Path, kind: str) -> None:
     """Of 200 pictures of each variant as many are right as of the test images, whatever the training data's form."""
-    splits, arrays = read_mnist(mnist_archive).splits, {}
-    assert form_of(splits.train[0]) == MNIST
-    for name, (images, labels), n in zip(("train", "valid", "test"), splits, (20_000, 1000, 1000), strict=True):
-        arrays[f"x_{name}"], arrays[f"y_{name}"] = FORMS[kind][0](images[:n]).numpy(), labels[:n].numpy()
+    arrays, splits = (
+        {},
+        {
+            split: ((x * 256).astype(np.uint8).reshape(-1, 1, 28, 28), y)
+            for split, (x, y) in read_mnist(mnist_archive).items()
+        },
+    )
+    assert find_digit_form(splits["train"][0]) == MNIST_FORM
+    for (name, (images, labels)), n in zip(splits.items(), (20_000, 1000, 1000), strict=True):
+        arrays[f"x_{name}"], arrays[f"y_{name}"] = FORMS[kind][0](torch.from_numpy(images[:n])).numpy(), labels[:n]
     np.savez(tmp_path / "own.npz", **arrays)
     cli(*FIT, "--data.dataset=own.npz", "--trainer.max_epochs=2")
     (tmp_path / "own.npz").unlink()
     (tmp_path / "pictures").mkdir()
-    images, labels = (split[:200].numpy() for split in splits.test)
+    images, labels = splits["test"][0][:200], splits["test"][1][:200]
     for name, (make, suffix) in VARIANTS.items():
         for number, pixels in enumerate(images[:, 0]):
             make(pixels).save(tmp_path / "pictures" / f"{name} {number:03}.{suffix}", quality=50)

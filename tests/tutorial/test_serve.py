@@ -95,7 +95,7 @@ def run_folder(cli_in: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cli_in(folder, "fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=digits", "--trainer.max_epochs=4")
     cli_in(folder, "export", "--ckpt_path", BEST)
     (folder / "digits").mkdir()
-    images = make_digits()[2][0][:1000, 0].numpy()
+    images = make_digits()["test"][0][:1000]
     for index, image in enumerate(images):
         Image.fromarray(image).save(folder / "digits" / f"{index:04}.png")
     return folder
@@ -290,11 +290,6 @@ def test_mistakes_are_one_message(cli: Run, tmp_path: Path) -> None:
     refused = cli("serve", "--ckpt_path=no.onnx", "--prot=8001", ok=False)
     assert_one_message(refused, "unrecognized arguments: --prot=8001")
     assert "--port PORT" in refused.stderr
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert_one_message(cli("serve", "--ckpt_path=no.onnx", f"--port={port}", ok=False), f"--port={port}")
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,15 +12,8 @@ from torch import Tensor
 HELD_OUT = 1 / 6  # of the training images to validate on, as in the tutorial: 10,000 of 60,000
 
 Pair = tuple[np.ndarray, np.ndarray]
+Splits = dict[str, tuple[Any, Tensor]]  # by "train", "valid" and "test"; one that is missing has no samples
 Task = Literal["multiclass", "multilabel", "regression"]
-
-
-class Splits(NamedTuple):
-    """Images and targets of each split, in the form of ``Arrays``; a test split that is missing has no samples."""
-
-    train: tuple[Tensor, Tensor]
-    valid: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
 
 
 class Arrays(NamedTuple):
@@ -56,51 +49,48 @@ def make_arrays(pairs: Mapping[str, Pair]) -> Arrays:
         if not len(x) or len(x) != len(y):
             raise ValueError(f"as many targets as images expected in the {split} split, found {len(y)} and {len(x)}")
     images = _images({split: _channels_first(x) for split, (x, _) in pairs.items()})
-    if len(sizes := {tuple(tensor.shape[1:]) for tensor in images.values()}) > 1:
-        raise ValueError(f"images of one size expected in every split, found {sorted(sizes)}")
-    if len({(y.shape[1:], y.dtype.kind == "f") for _, y in pairs.values()}) > 1:
-        raise ValueError("targets of one kind expected in every split")
     every, task, names = _targets(np.concatenate([y for _, y in pairs.values()]))
     targets = every.split([len(y) for _, y in pairs.values()])
-    splits = dict(zip(pairs, zip(images.values(), targets, strict=True), strict=True))
+    splits = dict(zip(pairs, zip(images, targets, strict=True), strict=True))
+    pixels, labels = splits["train"]
+    splits.setdefault("test", (pixels[:0], labels[:0]))
     if "valid" not in splits:
-        pixels, y = splits["train"]
-        held_out = torch.arange(len(y)) >= len(y) - int(len(y) * HELD_OUT)
-        if are_classes(y) and len(y[held_out].unique()) < len(y.unique()):
-            held_out = stratified(y, HELD_OUT)
-        splits["train"], splits["valid"] = (pixels[~held_out], y[~held_out]), (pixels[held_out], y[held_out])
-    splits.setdefault("test", (splits["train"][0][:0], splits["train"][1][:0]))
-    return Arrays(Splits(**splits), task, names)
+        held_out = torch.arange(len(labels)) >= len(labels) - int(len(labels) * HELD_OUT)
+        if are_classes(labels) and len(labels[held_out].unique()) < len(labels.unique()):
+            held_out = stratified(labels, HELD_OUT)
+        splits |= {"train": (pixels[~held_out], labels[~held_out]), "valid": (pixels[held_out], labels[held_out])}
+    return Arrays(splits, task, names)
 
 
 def _channels_first(x: np.ndarray) -> np.ndarray:
-    if x.dtype.kind not in "biuf":
-        raise ValueError(f"images of numbers expected, found {x.dtype}")
     if x.ndim == 2:
         side = round(x.shape[1] ** 0.5)
-        if side * side != x.shape[1]:
-            raise ValueError(f"rows of {x.shape[1]} pixels are not square images")
         x = x.reshape(-1, side, side)
     if x.ndim == 3:
         x = x[:, None]
     if x.ndim == 4 and x.shape[3] <= 4 and x.shape[3] < x.shape[1]:
         x = np.moveaxis(x, 3, 1)
-    if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"images (n, H, W), (n, C, H, W), (n, H, W, C) or rows (n, H * H) expected, found {x.shape}")
+    if x.ndim != 4 or 0 in x.shape or x.dtype.kind not in "biuf":
+        raise ValueError(
+            f"images (n, H, W), (n, C, H, W), (n, H, W, C) or rows (n, H * H) of numbers expected, found {x.dtype} "
+            f"{x.shape}"
+        )
     return x
 
 
-def _images(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+def _images(arrays: dict[str, np.ndarray]) -> list[Tensor]:
     """Bytes if all splits are whole multiples of the same fraction, else floats of at most 32 bits."""
     for scale, tolerance in ((256, 0), (255, 1e-3), (1, 0)):
-        found = {split: _bytes(x, scale, tolerance) for split, x in arrays.items()}
-        if all(k is not None for k in found.values()):
-            return {split: torch.from_numpy(k) for split, k in found.items()}
+        found = [_bytes(x, scale, tolerance) for x in arrays.values()]
+        if all(k is not None for k in found):
+            return [torch.from_numpy(k) for k in found]
+    images = []
     for split, x in arrays.items():
         if not np.isfinite(x).all():
             raise ValueError(f"finite pixels expected in the {split} split, found infinite ones or NaN")
-        arrays[split] = x if x.dtype in (np.float16, np.float32) else x.astype(np.float32)
-    return {split: torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C")) for split, x in arrays.items()}
+        dtype = x.dtype.newbyteorder("=") if x.dtype in (np.float16, np.float32) else np.float32
+        images.append(torch.from_numpy(np.array(x, dtype, order="C")))
+    return images
 
 
 def _bytes(x: np.ndarray, scale: int, tolerance: float) -> np.ndarray | None:
@@ -157,27 +147,8 @@ def stratified(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
+    for label in labels.unique() if fraction else []:
         places = (labels == label).nonzero()[:, 0]
         number = min(max(round(len(places) * fraction), 1), len(places) - 1)
         chosen[places[torch.randperm(len(places), generator=generator)[:number]]] = True
     return chosen
-
-
-def fold_of(targets: Tensor, folds: int, seed: int) -> Tensor:
-    """Share samples among folds of the same size at random, each class evenly.
-
-    Args:
-        targets: (n, ...).
-        folds: number of folds.
-        seed: of the choice.
-
-    Returns:
-        int64 (n,), the fold of each sample.
-    """
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
-    if are_classes(targets):
-        order = order[targets[order].argsort(stable=True)]
-    fold = torch.empty_like(order)
-    fold[order] = torch.arange(len(targets)) % folds
-    return fold

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,38 +9,20 @@ import numpy as np
 
 from mnist_lit.engine.data.arrays import Pair
 
-# http://yann.lecun.com/exdb/mnist: two zeros, 8 for uint8, and the number of dimensions.
-MAGIC = b"\0\0\x08"
-NAME = re.compile(r"(?P<set>.*?)(?P<split>train|t10k|test)-images-idx3-ubyte(?P<gz>\.gz)?")
-
-CLASS_NAMES = {
-    "FashionMNIST": ["T-shirt/top", *"Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag".split(), "Ankle boot"],
-    "KMNIST": "o ki su tsu na ha ma ya re wo".split(),
-}
+IMAGES, LABELS = "-images-idx3-ubyte", "-labels-idx1-ubyte"
+MAGIC = b"\0\0\x08"  # http://yann.lecun.com/exdb/mnist: two zeros, 8 for uint8, and then the number of dimensions
 
 
-def find_idx(path: Path) -> Path | None:
-    """Find the training images of a dataset in IDX files.
+def find_idx(path: Path) -> list[Path]:
+    """Find the files of training images, one of each dataset; EMNIST's folder has several.
 
     Args:
-        path: the file itself, the folder that it is in, or one that has it in ``raw`` (torchvision's).
-
-    Returns:
-        the file, or None if there is none.
-
-    Raises:
-        ValueError: if there are several datasets, as in EMNIST's folder.
+        path: such a file itself, the folder that it is in, or one that has it in ``raw`` (torchvision's).
     """
     if path.is_file():
-        return path if NAME.fullmatch(path.name) else None
-    for folder in (path, path / "raw"):
-        files = sorted(file for file in folder.glob("*train-images-idx3-ubyte*") if NAME.fullmatch(file.name))
-        found = {file.name.removesuffix(".gz"): file for file in files}
-        if len(found) > 1:
-            raise ValueError(f"several datasets, choose one: {', '.join(map(str, found.values()))}")
-        if found:
-            return files[0]
-    return None
+        return [path] if f"train{IMAGES}" in path.name else []
+    found = (file for folder in (path, path / "raw") for file in folder.glob(f"*train{IMAGES}*"))
+    return sorted({file.with_suffix(""): file for file in found}.values())  # gzipped, or not, or both
 
 
 def read_idx(train: Path, read: Callable[[Path], bytes]) -> dict[str, Pair]:
@@ -60,29 +41,16 @@ def read_idx(train: Path, read: Callable[[Path], bytes]) -> dict[str, Pair]:
     prefix = train.name[: train.name.index("train")]
     pairs = {}
     for split, name in (("train", "train"), ("test", "test" if prefix else "t10k")):
-        images, labels = (
-            _decode(train.with_name(f"{prefix}{name}-{kind}-ubyte"), read) for kind in ("images-idx3", "labels-idx1")
-        )
+        images, labels = (_decode(train.with_name(f"{prefix}{name}{kind}"), read) for kind in (IMAGES, LABELS))
         pairs[split] = images.swapaxes(1, 2) if prefix.startswith("emnist") else images, labels
     return pairs
 
 
 def _decode(plain: Path, read: Callable[[Path], bytes]) -> np.ndarray:
-    file = next((path for path in (plain, plain.with_name(f"{plain.name}.gz")) if path.is_file()), None)
-    if file is None:
-        raise ValueError(f"there is no {plain.name} or {plain.name}.gz")
+    file = plain if plain.is_file() else plain.with_name(f"{plain.name}.gz")
     content, dimensions = read(file), int(plain.name[-7])
     start = 4 + 4 * dimensions
     shape = tuple(int(length) for length in np.frombuffer(content[4:start], ">u4"))
     if content[:4] != MAGIC + bytes([dimensions]) or len(content) - start != np.prod(shape, dtype=object):
         raise ValueError(f"{file.name} is not an IDX file of {dimensions} dimensions of bytes, or is cut off")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def class_names(train: Path) -> list[str] | None:
-    """The names of the classes where they are known: FashionMNIST's, KMNIST's, EMNIST's by its mapping file."""
-    mapping = train.with_name(train.name.partition("-train")[0] + "-mapping.txt")
-    if mapping.is_file():
-        codes = {int(line.split()[0]): line.split()[1:] for line in mapping.read_text("utf-8").splitlines() if line}
-        return ["/".join(map(chr, map(int, codes.get(index, [])))) or str(index) for index in range(max(codes) + 1)]
-    return next((CLASS_NAMES[folder.name] for folder in train.parents[:2] if folder.name in CLASS_NAMES), None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mnist_lit.engine.data.arrays import Task
+from mnist_lit.engine.data import idx
+from mnist_lit.engine.data.arrays import Arrays, Pair, Task, make_arrays
+from mnist_lit.engine.data.files import read_dataset
 from mnist_lit.engine.data.folders import Format
-from mnist_lit.engine.data.images import find_images
 from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
-from mnist_lit.engine.data.sources import Source, open_dataset
+from mnist_lit.engine.data.sources import Source, file_fingerprint, open_arrays, open_folder
 from mnist_lit.engine.errors import UserError
-from mnist_lit.engine.images import ImageError, ImageReader
+from mnist_lit.engine.images import Fit, find_images, read_picture
 from mnist_lit.engine.outputs import class_names
 from mnist_lit.engine.storage import printable
 from mnist_lit.engine.threads import available_cpus
@@ -34,10 +36,10 @@ RANGES = (0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)  # that float images usually have
 class ImageDataModule(LightningDataModule):
     """Images and their targets from arrays in a file, or from a folder of image files.
 
-    Batches leave the loaders as images (B, C, H, W) in their own dtype, uint8 where they are bytes, and targets as in
-    ``Arrays``. They reach the model as float32 images, bytes in 0..1, and the same targets.
+    Batches leave the loaders as images (B, C, H, W) in their own dtype, uint8 where they are bytes, and targets. They
+    reach the model as float32 images, bytes in 0..1, and the same targets.
 
-    Subclass it for data of another kind, and override ``open``.
+    Subclass it for arrays of another kind, and override ``read``.
 
     Args:
         dataset: path of a dataset file (see ``read_dataset``), or of a folder with a folder of images for each class,
@@ -69,8 +71,12 @@ class ImageDataModule(LightningDataModule):
 
     Example:
         >>> class LeafData(ImageDataModule):
-        ...     def __init__(self, dataset: str = "leaves", image_size: int = 64, **options: Any) -> None:
-        ...         super().__init__(dataset, image_size=image_size, **options)
+        ...     def __init__(self, dataset: str = "leaves.mat", **options: Any) -> None:
+        ...         super().__init__(dataset, **options)
+        ...
+        ...     def read(self, path: Path | str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        ...         leaves = scipy.io.loadmat(path)
+        ...         return {"train": (leaves["images"], leaves["species"])}
     """
 
     # Options that a command takes from its checkpoint, unless they are given.
@@ -126,19 +132,23 @@ class ImageDataModule(LightningDataModule):
 
     # ------------------------------------------------------------------------------------------- for subclasses
 
-    def open(self) -> Source:
-        """Open ``dataset``. Called once in every process, first by ``prepare_data``."""
-        return open_dataset(self.dataset, self.data_dir, self.form, self.held_out, self.memory_limit)
+    def find(self) -> tuple[str, Path | str]:
+        """Name the dataset and its file or folder; or a version of what ``read`` makes without a file."""
+        return self.dataset, Path(self.dataset)
 
-    def reader(self) -> ImageReader:
-        """What reads the ``images`` to predict."""
-        if self.form.channels not in (1, 3) or not self.form.size:
-            raise UserError("--data.images: image files need a --ckpt_path of a model for grey or colour images")
-        return ImageReader({"channels": self.form.channels, "image_size": self.form.size})
+    def read(self, path: Path | str) -> Mapping[str, Pair]:
+        """Read what ``find`` has found into numpy arrays, images and targets of ``train`` and maybe ``valid`` and
+        ``test``, of any form that ``engine/data/README.md`` lists. A fast copy is kept until the file changes.
+        """
+        return read_dataset(Path(path))
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images as the loader has them (B, C, H, W) to float32 on the device: bytes to 0..1, floats as they are."""
         return images / 255 if images.dtype == torch.uint8 else images.float()
+
+    def fit_pictures(self) -> Fit | None:
+        """What makes the model's image, and a warning or "", of a picture uint8 (C, H, W); by default it is scaled."""
+        return None
 
     # ------------------------------------------------------------------------------------------- opening
 
@@ -155,32 +165,30 @@ class ImageDataModule(LightningDataModule):
             self._open()
 
     def _open(self) -> None:
-        source = self.open()
-        name = source.name
+        name, place = self.find()
+        path = place.resolve() if isinstance(place, Path) else place
+        key = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        copy = self.data_dir / "copies" / f"{Path(name).name}-{key}.pt"
+
+        def make() -> Arrays:
+            try:
+                return make_arrays(self.read(path))
+            except ValueError as error:
+                raise UserError(f"{path}: {error}") from error
+
+        if isinstance(path, str):
+            # Its content may differ by a rounding from machine to machine.
+            source = open_arrays(copy, path, make)._replace(digest=path)
+        elif path.is_dir() and not idx.find_idx(path):
+            source = open_folder(path, copy, self.form, self.held_out, self.memory_limit)
+        else:
+            source = open_arrays(copy, file_fingerprint(path), make)
         if self.folds > 1:
             if self.fold >= self.folds:
                 raise UserError(f"--data.fold={self.fold}: folds count from 0 to {self.folds - 1}")
             source = source.fold(self.fold, self.folds, self.held_out[2])
-        if self._task not in (None, source.task):
-            raise UserError(f"{name} has targets for {source.task}, the model is for {self._task}")
-        if source.task == "multiclass":
-            source = self._number_classes(source)
-        found, wanted = source.num_classes, self._num_classes
-        if wanted is not None and found > wanted:
-            raise UserError(f"{name} has {found} classes, but the model has {wanted} outputs")
-        if source.task == "multiclass" and max(found, wanted or 0) < 2:
-            raise UserError(f"{name} has one class, expected two at least")
-        if self.form.channels not in (None, source.form.channels):
-            raise UserError(
-                f"{name} has images of {source.form.channels} channels, the model takes {self.form.channels}"
-            )
-        for values in (self.mean, self.std):
-            if values is not None and len(values) not in (1, source.form.channels):
-                raise UserError(
-                    f"{name} has images of {source.form.channels} channels; --data.mean and --data.std "
-                    f"need a number for each, or one for all, not {values}"
-                )
-        self.source, self.dataset_used, self.digest = source, name, source.digest
+        self.source = self._fitted_to_model(source, name)
+        self.dataset_used, self.digest = name, source.digest
         images, _ = source.splits["train"]
         if isinstance(images, Tensor) and images.is_floating_point():
             self._describe_floats(images)
@@ -188,17 +196,29 @@ class ImageDataModule(LightningDataModule):
         channels, size = source.form
         self.save_hyperparameters({"dataset_used": name, "channels": channels, "image_size": list(size), **known})
 
-    def _number_classes(self, source: Source) -> Source:
-        """Number the classes as the model does, which knows their names or their number."""
-        ours = source.class_names or list(map(str, range(source.num_classes)))
-        names = self.class_names or list(map(str, range(self._num_classes or 0)))
-        if set(ours) <= set(names):
-            return source.numbered(names)
-        if unknown := set(ours) & set(names) and set(ours) - set(names):
-            raise UserError(f"{source.name} has the class {min(unknown)}, which is not one of {', '.join(names)}")
-        if self.class_names and len(names) < len(ours):
-            raise UserError(f"{source.name} has {len(ours)} classes, --data.class_names has {len(names)} names")
-        self.class_names = self.class_names or source.class_names
+    def _fitted_to_model(self, source: Source, name: str) -> Source:
+        """Refuse a dataset that the model cannot take; number its classes as the model does."""
+        if self._task not in (None, source.task):
+            raise UserError(f"{name} has targets for {source.task}, the model is for {self._task}")
+        if self.form.channels not in (None, source.form.channels):
+            raise UserError(
+                f"{name} has images of {source.form.channels} channels, the model takes {self.form.channels}"
+            )
+        if source.task == "multiclass":
+            ours = source.class_names or list(map(str, range(source.num_classes)))
+            names = self.class_names or list(map(str, range(self._num_classes or 0)))
+            if set(ours) <= set(names):
+                source = source.numbered(names)
+            elif unknown := set(ours) & set(names) and set(ours) - set(names):
+                raise UserError(f"{name} has the class {min(unknown)}, which is not one of {', '.join(names)}")
+            elif self.class_names and len(names) < len(ours):
+                raise UserError(f"{name} has {len(ours)} classes, --data.class_names has {len(names)} names")
+            self.class_names = self.class_names or source.class_names
+        found, wanted = source.num_classes, self._num_classes
+        if wanted is not None and found > wanted:
+            raise UserError(f"{name} has {found} classes, but the model has {wanted} outputs")
+        if source.task == "multiclass" and max(found, wanted or 0) < 2:
+            raise UserError(f"{name} has one class, expected two at least")
         return source
 
     def _describe_floats(self, images: Tensor) -> None:
@@ -206,11 +226,10 @@ class ImageDataModule(LightningDataModule):
         if self.pixel_range is None:
             self.pixel_range = next((r for r in RANGES if r[0] <= low and high <= r[1]), (low, high))
         if self.mean is None:
-            mean, std = (values.tolist() for values in torch.std_mean(images.float(), (0, 2, 3))[::-1])
-            options = (f"--data.{k}=[{','.join(f'{x:.4g}' for x in v)}]" for k, v in (("mean", mean), ("std", std)))
+            std, mean = ([round(value, 4) for value in v.tolist()] for v in torch.std_mean(images.float(), (0, 2, 3)))
             rank_zero_info(
                 f"{self.dataset_used}: {str(images.dtype)[6:]} images from {low:.4g} to {high:.4g}, taken as they are; "
-                f"{' '.join(options)} would normalize them"
+                f"--data.mean={mean} --data.std={std} would normalize them"
             )
 
     # What the model takes from the data on the command line. Each opens the dataset unless it was given.
@@ -218,36 +237,27 @@ class ImageDataModule(LightningDataModule):
     @property
     def num_classes(self) -> int:
         """Number of outputs: of classes, labels or values."""
-        if self._num_classes is None:
-            self.prepare_data()
-            self._num_classes = self.source.num_classes
-        return self._num_classes
+        return self._num_classes or self._opened.num_classes
 
     @property
     def task(self) -> Task:
         """What the targets are."""
-        if self._task is None:
-            self.prepare_data()
-            self._task = self.source.task
-        return self._task
+        return self._task or self._opened.task
 
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        return self._form.channels
+        return (self.form if self.images else self._opened.form).channels or 1
 
     @property
     def num_pixels(self) -> int:
         """C * H * W of the images."""
-        return self._form.channels * math.prod(self._form.size)
+        return self.channels * math.prod((self.form if self.images else self._opened.form).size or (0,))
 
     @property
-    def _form(self) -> Format:
-        if self.images:
-            reader = self.reader()
-            return Format(reader.channels, reader.size)
+    def _opened(self) -> Source:
         self.prepare_data()
-        return self.source.form
+        return self.source
 
     @property
     def class_weights(self) -> Tensor:
@@ -266,13 +276,15 @@ class ImageDataModule(LightningDataModule):
         paths, passed_over = find_images(self.images)
         if passed_over:
             rank_zero_warn(f"passed over, by their names no images: {', '.join(map(printable, passed_over))}")
-        reader = self.reader()
+        fit = self.fit_pictures()
+        if fit is None and (self.form.channels not in (1, 3) or not self.form.size):
+            raise UserError("--data.images: image files need a --ckpt_path of a model for grey or colour images")
         pictures, self.files, self.warnings, self.broken = [], [], [], {}
         for path in track(paths, "Reading images", disable=len(paths) < 100, transient=True):
             try:
-                picture, warning = reader(path)
-            except ImageError as error:
-                self.broken[path] = str(error)
+                picture, warning = read_picture(path, self.form.channels or 1, self.form.size, fit)
+            except UserError as error:
+                self.broken[path] = str(error).removeprefix(f"{path}: ")
                 continue
             pictures.append(torch.from_numpy(picture))
             self.files.append(path)
@@ -289,38 +301,37 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches."""
-        dataset = self.source.datasets["train"]
-        return train_dataloader(
-            dataset, self.batch_size, seed=self.seed, trainer=self.trainer, num_workers=self._workers(dataset)
-        )
+        data = self.source.datasets["train"]
+        workers = self._workers(data)
+        return train_dataloader(data, self.batch_size, seed=self.seed, trainer=self.trainer, num_workers=workers)
 
     def val_dataloader(self) -> DataLoader:
         """Validation batches."""
-        return self._eval_dataloader(self._split("valid"))
+        return self._eval_dataloader(self._split("valid"), self.trainer)
 
     def test_dataloader(self) -> DataLoader:
         """Test batches."""
-        return self._eval_dataloader(self._split("test"))
+        return self._eval_dataloader(self._split("test"), self.trainer)
 
     def predict_dataloader(self) -> DataLoader:
         """``images``, or else the test split."""
+        data: Dataset
         if self.predicts_files:
-            labels = torch.tensor(self.labels or [0] * len(self.pictures))
-            dataset: Dataset = BatchTensorDataset(self.pictures, labels)
+            data = BatchTensorDataset(self.pictures, torch.tensor(self.labels or [0] * len(self.pictures)))
         else:
-            dataset = self._split("test")
+            data = self._split("test")
         # Lightning shares the samples of a prediction, because it has to know their indices.
-        return eval_dataloader(dataset, 2 * self.batch_size, num_workers=self._workers(dataset))
+        return self._eval_dataloader(data, None)
 
-    def _eval_dataloader(self, dataset: Dataset) -> DataLoader:
+    def _eval_dataloader(self, data: Dataset, trainer: Any) -> DataLoader:
         # Twice the batch size, as in the tutorial: without gradients there is room for it.
-        return eval_dataloader(dataset, 2 * self.batch_size, trainer=self.trainer, num_workers=self._workers(dataset))
+        return eval_dataloader(data, 2 * self.batch_size, trainer=trainer, num_workers=self._workers(data))
 
-    def _workers(self, dataset: Dataset) -> int:
+    def _workers(self, data: Dataset) -> int:
         if self.num_workers is not None:
             return self.num_workers
         processes = self.trainer.num_devices if self.trainer else 1
-        return 0 if isinstance(dataset, BatchTensorDataset) else available_cpus(processes)
+        return 0 if isinstance(data, BatchTensorDataset) else available_cpus(processes)
 
     def _split(self, name: str) -> Dataset:
         if not len(self.source.splits[name][1]):
@@ -332,19 +343,12 @@ class ImageDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Preprocess, augment and normalize on the device, so that bytes are copied there and not floats.
 
-        Args:
-            batch: images as the loader has them (B, C, H, W), targets (B,).
-            dataloader_idx: not used.
-
-        Returns:
-            images float32 (B, C, H, W) and the targets; with ``trainer.precision=bf16-true`` and the like in the
-            model's dtype.
+        The images become float32 (B, C, H, W), or of the model's dtype with ``trainer.precision=bf16-true`` and such.
         """
-        images, target = batch
-        is_file = images.dtype == torch.uint8
+        (images, target), pixel_range = batch, self.pixel_range if batch[0].dtype == torch.uint8 else None
         images = self.preprocess(images)
-        if is_file and self.pixel_range:  # of a model that was trained on floats
-            images = images * (self.pixel_range[1] - self.pixel_range[0]) + self.pixel_range[0]
+        if pixel_range:  # an image file, and a model that was trained on floats
+            images = images * (pixel_range[1] - pixel_range[0]) + pixel_range[0]
         trainer = self.trainer if self.trainer is not None and self.trainer.training else None
         if trainer and self.train_transform is not None:
             images = augment(self.train_transform, images, self.seed, trainer)
@@ -362,7 +366,7 @@ class ImageDataModule(LightningDataModule):
     # ------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Dataset and seed, which identify the order of the images."""
+        """Identify the order of the images."""
         return {"dataset": self.dataset_used, "digest": self.digest, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

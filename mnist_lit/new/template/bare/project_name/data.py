@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningDataModule
-from mnist_lit.engine import BatchTensorDataset, eval_dataloader, train_dataloader
-from torch.utils.data import DataLoader
+from mnist_lit.engine import eval_dataloader, train_dataloader
+from torch.utils.data import DataLoader, TensorDataset
 
 
 class DataModule(LightningDataModule):
@@ -29,7 +29,7 @@ class DataModule(LightningDataModule):
         images = torch.rand(2400, 1, 12, 16, generator=generator)
         images.view(2400, 12, 4, 4)[torch.arange(2400), :, target] += 0.3  # four columns are brighter
         splits = zip(images.split([1600, 400, 400]), target.split([1600, 400, 400]), strict=True)
-        self.train, self.val, self.test = (BatchTensorDataset(*split) for split in splits)
+        self.train, self.val, self.test = (TensorDataset(*split) for split in splits)
 
     # Any DataLoader will do. These keep their position in the epoch, for exact resume, and share it between processes.
 
