@@ -7,8 +7,7 @@
   TensorBoard, checkpoints;
 - ``barebones``: Lightning's loop with nothing around it;
 - ``floor``: the leanest loop there is: whole batches by one index, nothing read back, nothing logged;
-- ``recipe`` and ``stock_recipe``: the network and schedule that are published as the fastest to 99 %, in a
-  loop and in Lightning.
+- ``recipe``: the network and schedule that are published as the fastest to 99 %.
 
 mnist_lit itself runs through its own command line and configs, with ``Clock`` as one more callback.
 """
@@ -66,16 +65,9 @@ class Marks:
 
 
 def read(path: str) -> tuple[Pair, ...]:
-    """The tutorial's way from its archive to tensors; an ``.npz`` stands for archives of other sizes, without test."""
-    if path.endswith(".npz"):
-        with np.load(path) as arrays:
-            splits = [
-                (arrays[f"x_{split}"].reshape(-1, 784) / np.float32(256), arrays[f"y_{split}"])
-                for split in ("train", "valid")
-            ]
-    else:
-        with gzip.open(path, "rb") as f:
-            splits = pickle.load(f, encoding="latin-1")
+    """The tutorial's way from its archive to tensors."""
+    with gzip.open(path, "rb") as f:
+        splits = pickle.load(f, encoding="latin-1")
     return tuple((torch.tensor(x), torch.tensor(y)) for x, y in splits)
 
 
@@ -269,26 +261,18 @@ def recipe_network() -> nn.Module:
     )
 
 
-def recipe_optimizer(model: nn.Module, images: int, args: argparse.Namespace) -> tuple[Any, Any]:
-    """Adam with a one-cycle learning rate over all epochs."""
-    optimizer = optim.Adam(model.parameters(), lr=1e-2, betas=(0.7, 0.9))
-    steps = args.epochs * -(-images // args.batch_size)
-    schedule = optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps, cycle_momentum=False)
-    return optimizer, schedule
-
-
 def recipe(args: argparse.Namespace, mark: Marks) -> None:
     """Batches in the order of the archive, nothing looked at before the test, as published."""
     torch.manual_seed(args.seed)
     dev = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    splits = read(args.data)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    (x_train, y_train), (x_test, y_test) = (
-        (x.view(-1, 1, 28, 28).to(dev, memory_format=layout), y.to(dev)) for x, y in (splits[0], splits[2])
-    )
+    train, _, test = ((x.view(-1, 1, 28, 28).to(dev), y.to(dev)) for x, y in read(args.data))
+    (x_train, y_train), (x_test, y_test) = train, test
     mark("data")
-    model = recipe_network().to(dev, memory_format=layout)  # type: ignore[call-overload]
-    optimizer, schedule = recipe_optimizer(model, len(x_train), args)
+    model = recipe_network().to(dev)
+    # Adam with a one-cycle learning rate over all epochs.
+    optimizer = optim.Adam(model.parameters(), lr=1e-2, betas=(0.7, 0.9))
+    steps = args.epochs * -(-len(x_train) // args.batch_size)
+    schedule = optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps, cycle_momentum=False)
     for _ in range(args.epochs):
         mark.epoch()
         for xb, yb in zip(x_train.split(args.batch_size), y_train.split(args.batch_size), strict=True):
@@ -303,41 +287,6 @@ def recipe(args: argparse.Namespace, mark: Marks) -> None:
         predicted = torch.cat([model(xb).argmax(1) for xb in x_test.split(2000)])
     mark.moments["accuracy"] = (predicted == y_test).float().mean().item()
     print(mark.moments["accuracy"])
-
-
-def stock_recipe(args: argparse.Namespace, mark: Marks) -> None:
-    """The same in Lightning as its documentation teaches it."""
-    import lightning as L
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from torchmetrics.classification import MulticlassAccuracy
-
-    class LitModel(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.test_acc = recipe_network(), MulticlassAccuracy(10, average="micro")
-
-        def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
-            x, y = batch
-            loss = F.cross_entropy(self.net(x), y)
-            self.log("train_loss", loss, prog_bar=True)
-            return loss
-
-        def test_step(self, batch: Pair, batch_idx: int) -> None:
-            x, y = batch
-            self.test_acc(self.net(x), y)
-            self.log("test_acc", self.test_acc)
-
-        def configure_optimizers(self) -> Any:
-            optimizer, schedule = recipe_optimizer(self, len(train), args)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    L.seed_everything(args.seed)
-    train, _, test = (TensorDataset(x.view(-1, 1, 28, 28), y) for x, y in read(args.data))
-    mark("data")
-    trainer = L.Trainer(max_epochs=args.epochs, logger=TensorBoardLogger("."), callbacks=[clock(args.clock, mark)])
-    model = LitModel()
-    trainer.fit(model, DataLoader(train, batch_size=args.batch_size, shuffle=True))
-    trainer.test(model, DataLoader(test, batch_size=2000))
 
 
 def clock(path: str, mark: Marks | None = None) -> Callback:
@@ -369,20 +318,6 @@ def clock(path: str, mark: Marks | None = None) -> Callback:
     return Clock()
 
 
-# -------------------------------------------------------------------------------------- mnist_lit's data
-
-
-def ready(args: argparse.Namespace, mark: Marks) -> None:
-    """mnist_lit's data alone, with the fast copies in the working directory."""
-    from mnist_lit import MNISTDataModule
-
-    module = MNISTDataModule(args.data)
-    mark("imported")
-    module.prepare_data()
-    module.setup("fit")
-    mark("data")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     contenders = {
@@ -390,9 +325,7 @@ if __name__ == "__main__":
         "stock": stock,
         "barebones": barebones,
         "floor": floor,
-        "ready": ready,
         "recipe": recipe,
-        "stock_recipe": stock_recipe,
     }
     parser.add_argument("name", choices=contenders)
     parser.add_argument("model", choices=["logistic", "cnn"], help="of the tutorial")
@@ -401,7 +334,6 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--channels_last", action="store_true")
     arguments = parser.parse_args()
     marks = Marks(arguments.clock)
     contenders[arguments.name](arguments, marks)

@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mnist_lit.engine.averaging import TailAveraging
     from mnist_lit.engine.best import BestCheckpoint
     from mnist_lit.engine.checkpoint import Checkpoint
     from mnist_lit.engine.cli import CLI, main
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from mnist_lit.engine.summary import Summary
 
 _MODULES = {
-    "averaging": ["TailAveraging"],
     "best": ["BestCheckpoint"],
     "checkpoint": ["Checkpoint"],
     "cli": ["CLI", "main"],

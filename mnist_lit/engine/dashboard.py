@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
-import math
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,41 +16,34 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from mnist_lit.engine.best import best_checkpoint
-from mnist_lit.engine.metrics import metric_names
-from mnist_lit.engine.outputs import as_outputs, class_names, classification, display, find_classes, find_images
+from mnist_lit.engine.outputs import class_names, classification, display, find_classes, find_images
 from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
-
-OF_CLASSES = "confusion matrix, accuracy per class and mistakes", "confusion_matrix=false --dashboard.mistakes=0"
 
 
 class Dashboard(Callback):
     """Log what a practitioner asks next.
 
     As scalars: learning rate and gradient norm every ``log_every_n_steps``, accuracy per class. As images, in every
-    logger that takes them: samples of the first training batch, the filters of the first layer, and after every
-    validation and test the confusion matrix and the most confident mistakes as "target > prediction". In TensorBoard
-    also the graph, charts of training and validation together (CUSTOM SCALARS), and the hyperparameters of the run
-    beside its metrics (HPARAMS).
+    logger that takes them: samples of the first training batch, and after every validation and test the confusion
+    matrix and the most confident mistakes as "target > prediction". In TensorBoard also charts of training and
+    validation together (CUSTOM SCALARS), and the hyperparameters of the run beside its metrics (HPARAMS).
 
-    What the model or the data have no use for is left out, with one warning that names the switch. Nothing here ends a
-    run.
+    Pictures need batches with images (B, C, H, W), C 1 or 3; those of classes need steps that return ``Outputs``. Where
+    there are none they are left out. A part that fails is left out, too, with a warning: nothing here ends a run.
 
     Args:
         every_n_epochs: how often the images of a validation are made; 0 switches the dashboard off.
         mistakes: number of mistakes to show.
         samples: number of images of the first training batch to show.
         confusion_matrix: whether to show it.
-        filters: whether to show the filters of the first layer.
-        graph: whether to show the graph of the model.
         gradient_norm: whether to log it.
 
     Example:
-        >>> Trainer(callbacks=[Dashboard(mistakes=60, graph=False)])
+        >>> Trainer(callbacks=[Dashboard(mistakes=60, samples=0)])
     """
 
     def __init__(
@@ -61,14 +52,11 @@ class Dashboard(Callback):
         mistakes: NonNegativeInt = 30,
         samples: NonNegativeInt = 30,
         confusion_matrix: bool = True,
-        filters: bool = True,
-        graph: bool = True,
         gradient_norm: bool = True,
     ) -> None:
         self.every_n_epochs, self.mistakes, self.samples = int(every_n_epochs), int(mistakes), int(samples)
-        self.confusion_matrix, self.filters = confusion_matrix, filters
-        self.graph, self.gradient_norm = graph, gradient_norm
-        self._off: set[str] = set()  # parts that were left out once
+        self.confusion_matrix, self.gradient_norm = confusion_matrix, gradient_norm
+        self._listed = False  # whether TensorBoard knows charts and hyperparameters
         self._counts: Tensor | None = None  # confusion matrix, int64 (num_classes, num_classes)
         self._worst: list[Tensor] = []  # confidence, image, target and prediction of each mistake
 
@@ -76,55 +64,39 @@ class Dashboard(Callback):
         return bool(self.every_n_epochs and trainer.loggers and not trainer.sanity_checking)
 
     @contextmanager
-    def _part(self, name: str, switch: str) -> Iterator[None]:
-        """Keep an error in a part of the dashboard from ending the run, and warn of it once."""
+    def _part(self, name: str) -> Iterator[None]:
+        """Switch a part off that fails, in the place of ending the run."""
         try:
             yield
         except Exception as error:  # whatever a model, its data and a server can raise
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
                 raise  # the run's disk, whose errors are not for the dashboard to hide
-            self._leave_out(name, switch, (str(error) or type(error).__name__).splitlines()[0])
-
-    def _leave_out(self, name: str, switch: str, reason: str) -> None:
-        if name not in self._off:
-            rank_zero_warn(f"no {name} in the dashboard: {reason}; --dashboard.{switch} leaves it out")
-        self._off.add(name)
+            off = type(getattr(self, name))(0)
+            setattr(self, name, off)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            rank_zero_warn(f"no {name} in the dashboard: {reason}; --dashboard.{name}={str(off).lower()} leaves it out")
 
     # ------------------------------------------------------------------------------------------- training
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._active(trainer) or trainer.global_step or not trainer.is_global_zero:
-            return  # a resumed run has all this in its folder
-        with self._part("table of hyperparameters", "every_n_epochs=0"):
-            for writer in _tensorboards(trainer):
-                _add_charts(writer, metric_names(trainer))
-                _add_hparams(writer, trainer, pl_module)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx or trainer.global_step or not self._active(trainer) or not trainer.is_global_zero:
+        first = batch_idx == 0 and trainer.global_step == 0 and trainer.is_global_zero
+        if not first or not self.samples or not self._active(trainer) or (images := find_images(batch)) is None:
             return
-        images = find_images(batch)
-        if images is None:
-            if self.samples:
-                self._leave_out("samples", "samples=0", "the batch has no images (B, C, H, W) with C 1 or 3")
-            return
-        if self.samples:
-            with self._part("samples", "samples=0"):
-                captions = _captions(trainer, batch, len(images))
-                sheet = contact_sheet(display(images[: self.samples]), captions[: self.samples])
-                log_image(trainer, "train/samples", sheet, 0)
-        if self.graph:
-            with self._part("graph", "graph=false"):
-                for writer in _tensorboards(trainer):
-                    _add_graph(writer, pl_module, images[:1])
+        with self._part("samples"):
+            captions = [""] * len(images)
+            if (labels := find_classes(batch)) is not None:
+                names = class_names(trainer)
+                captions = [names[label] if 0 <= label < len(names) else str(label) for label in labels.tolist()]
+            sheet = contact_sheet(display(images[: self.samples]), captions[: self.samples])
+            _log_image(trainer, "train/samples", sheet, 0)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or (trainer.global_step + 1) % every or not self._active(trainer):
             return
         scalars = {"train/lr": optimizer.param_groups[0]["lr"]}
-        if self.gradient_norm and "gradient norm" not in self._off:
-            with self._part("gradient norm", "gradient_norm=false"):
+        if self.gradient_norm:
+            with self._part("gradient_norm"):
                 gradients = [weight.grad for weight in pl_module.parameters() if weight.grad is not None]
                 scalars["train/gradient_norm"] = float(torch.nn.utils.get_total_norm(gradients))
         _log_scalars(trainer, scalars, trainer.global_step)
@@ -141,31 +113,26 @@ class Dashboard(Callback):
         pl_module: LightningModule,
         outputs: Any,
         batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: Any,
     ) -> None:
-        if not (self.confusion_matrix or self.mistakes) or OF_CLASSES[0] in self._off or not self._due(trainer):
+        if not (self.confusion_matrix or self.mistakes) or not self._due(trainer):
             return
-        found = classification(outputs)
-        if found is None:
-            understood = as_outputs(outputs)
-            if understood is None or not understood["target"].is_floating_point():  # a regression has no classes
-                reason = "steps return no dict of loss, preds (B, num_classes) and target (B,)"
-                self._leave_out(*OF_CLASSES, reason)
+        if (found := classification(outputs)) is None:
             return
-        with self._part(*OF_CLASSES):
-            preds, target = found
-            number, predicted = preds.shape[1], preds.argmax(1)
+        preds, target = found
+        number, predicted = preds.shape[1], preds.argmax(1)
+        with self._part("confusion_matrix"):
             if self._counts is None:
                 self._counts = target.new_zeros((number, number), dtype=torch.int64)
             self._counts.index_put_((target.long(), predicted), self._counts.new_ones(()), accumulate=True)
-            images = find_images(batch)
-            if self.mistakes and images is not None and len(images) == len(preds):
+        images = find_images(batch)
+        if self.mistakes and images is not None and len(images) == len(preds):
+            with self._part("mistakes"):
                 confidence = preds.float().softmax(1).amax(1)
                 confidence = torch.where(predicted != target, confidence, -1.0)
                 self._worst = self._keep_worst([confidence, images, target, predicted])
 
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def _keep_worst(self, samples: list[Tensor]) -> list[Tensor]:
         """The mistakes of most confidence, among those so far and further samples."""
@@ -178,19 +145,19 @@ class Dashboard(Callback):
         return top([torch.cat(pair) for pair in zip(self._worst, samples, strict=True)]) if self._worst else samples
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not self._listed and self._active(trainer) and trainer.is_global_zero:
+            self._listed = True
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    _add_charts_and_hparams(logger.experiment, trainer, pl_module)
         self._show(trainer, "val")
-        if self.filters and self._due(trainer) and "filters" not in self._off and trainer.is_global_zero:
-            with self._part("filters", "filters=false"):
-                if (shades := _filters(pl_module)) is not None:
-                    sheet = contact_sheet(shades, [str(index) for index in range(len(shades))])
-                    log_image(trainer, "val/filters", sheet, max(trainer.global_step - 1, 0))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show(trainer, "test")
 
     def _show(self, trainer: Trainer, stage: str) -> None:
         counts, worst, self._counts, self._worst = self._counts, self._worst, None, []
-        if counts is None or not self._due(trainer):
+        if counts is None:
             return
         # Every process takes part in the sum; the mistakes are those of the first.
         counts = trainer.strategy.reduce(counts, reduce_op="sum").cpu()
@@ -201,23 +168,14 @@ class Dashboard(Callback):
         if not trainer.is_global_zero:
             return
         if self.confusion_matrix:
-            with self._part("confusion matrix", "confusion_matrix=false"):
-                log_image(trainer, f"{stage}/confusion_matrix", confusion_sheet(counts, names), step)
+            with self._part("confusion_matrix"):
+                _log_image(trainer, f"{stage}/confusion_matrix", confusion_sheet(counts, names), step)
         if worst and (wrong := worst[0] >= 0).any():
-            with self._part("mistakes", "mistakes=0"):
+            with self._part("mistakes"):
                 confidence, images, target, predicted = (values[wrong] for values in worst)
                 rows = zip(target.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
                 captions = [f"{names[true]} > {names[guess]} {sure:.0%}" for true, guess, sure in rows]
-                log_image(trainer, f"{stage}/mistakes", contact_sheet(display(images), captions), step)
-
-
-def _captions(trainer: Trainer, batch: Any, number: int) -> list[str]:
-    """The class of each image of a batch, if it has any."""
-    labels = find_classes(batch)
-    if labels is None:
-        return [""] * number
-    known = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
-    return [str(known[label]) if 0 <= label < len(known) else str(label) for label in labels.tolist()]
+                _log_image(trainer, f"{stage}/mistakes", contact_sheet(display(images), captions), step)
 
 
 # ------------------------------------------------------------------------------------------------- loggers
@@ -228,7 +186,7 @@ def _log_scalars(trainer: Trainer, scalars: dict[str, float], step: int) -> None
         logger.log_metrics(scalars, step)
 
 
-def log_image(trainer: Trainer, name: str, sheet: Image.Image, step: int) -> None:
+def _log_image(trainer: Trainer, name: str, sheet: Image.Image, step: int) -> None:
     """Log a picture to every logger that takes pictures: TensorBoard, MLflow, and those with a ``log_image``."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -239,77 +197,29 @@ def log_image(trainer: Trainer, name: str, sheet: Image.Image, step: int) -> Non
             log(key=name, images=[sheet], step=step)
 
 
-def _tensorboards(trainer: Trainer) -> list[SummaryWriter]:
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
 def _add_image(writer: SummaryWriter, name: str, sheet: Image.Image, step: int) -> None:
     """Do what ``writer.add_image`` does, in a third of the time: 5 % of an epoch of ``logistic.yaml``."""
     png = io.BytesIO()
     sheet.save(png, "PNG", compress_level=1)
-    image = Summary.Image(
-        height=sheet.height,
-        width=sheet.width,
-        colorspace=len(sheet.getbands()),
-        encoded_image_string=png.getvalue(),
-    )
+    image = Summary.Image(height=sheet.height, width=sheet.width, encoded_image_string=png.getvalue())
     assert writer.file_writer is not None
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
 
-def _add_charts(writer: SummaryWriter, names: list[str]) -> None:
-    if names:
-        charts = {name: ["Multiline", [f"train/{name}_epoch", f"val/{name}"]] for name in names}
-        writer.add_custom_scalars({"training and validation": charts})
-
-
-def _add_hparams(writer: SummaryWriter, trainer: Trainer, pl_module: LightningModule) -> None:
-    """List hyperparameters and the names of metrics, whose values TensorBoard reads from the run's curves.
+def _add_charts_and_hparams(writer: SummaryWriter, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Chart the validation's metrics beside those of training, and list them beside the hyperparameters.
 
     The writer's own ``add_hparams`` makes a further run, and points of its own in the curves.
     """
+    names = [name for name in trainer.callback_metrics if name.startswith("val")]
+    charts = {name[4:]: ["Multiline", [f"train{name[3:]}_epoch", name]] for name in names}
+    writer.add_custom_scalars({"training and validation": charts})
     both = {**pl_module.hparams, **getattr(getattr(trainer, "datamodule", None), "hparams", {})}
     values = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in both.items()
         if not name.startswith("_")  # Lightning's notes to itself
     }
-    monitor = getattr(best_checkpoint(trainer), "monitor", None)
-    names = [*([monitor] if monitor else []), *(f"val/{name}" for name in metric_names(trainer)), "train/loss"]
     assert writer.file_writer is not None
-    for summary in hparams(values, dict.fromkeys(names, 0)):
+    for summary in hparams(values, dict.fromkeys([*names, "train/loss"], 0)):
         writer.file_writer.add_summary(summary)
-
-
-def _add_graph(writer: SummaryWriter, pl_module: LightningModule, images: Tensor) -> None:
-    modes = {module: module.training for module in pl_module.modules()}
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # the tracer's, about itself
-            writer.add_graph(pl_module.eval(), images)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _filters(pl_module: LightningModule) -> Tensor | None:
-    """Filters of the first layer as uint8 (n, C, kh, kw), each stretched from its lowest to its highest value.
-
-    Those of three channels are in colour; of other numbers of channels it is the mean.
-    """
-    layer = next((m for m in pl_module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
-    if layer is None:
-        return None
-    weights = layer.weight.detach().float().cpu()
-    if weights.ndim == 2:  # (out, C * H * W)
-        pixels = weights.shape[1]
-        sides = {channels: math.isqrt(pixels // channels) for channels in (1, 3)}
-        channels = next((c for c, side in sides.items() if c * side * side == pixels), None)
-        if channels is None:
-            return None
-        weights = weights.reshape(-1, channels, sides[channels], sides[channels])
-    if weights.shape[1] != 3:
-        weights = weights.mean(1, keepdim=True)
-    weights = weights[:64]  # (out, C, kh, kw)
-    low, high = weights.amin((1, 2, 3), keepdim=True), weights.amax((1, 2, 3), keepdim=True)
-    return display((weights - low) / (high - low).clamp(min=1e-12))

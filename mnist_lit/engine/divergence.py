@@ -27,28 +27,24 @@ class StopOnNonFinite(Callback):
     would make every step wait for the GPU.
 
     Raises:
-        DivergenceError: naming step, batch and learning rate.
+        DivergenceError: naming step and learning rate.
 
     Example:
         >>> Trainer(callbacks=[StopOnNonFinite()])
     """
 
     def __init__(self) -> None:
-        self._losses: list[tuple[int, int, float, Tensor]] = []  # step, batch, learning rate, loss ()
+        self._losses: list[tuple[int, float, Tensor]] = []  # step, learning rate, loss ()
         self._logs = 0  # number of logs when they were checked
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        last, steps = trainer.global_step, step_outputs(outputs)
-        first = last - len(steps) + 1
-        batch_idx *= getattr(pl_module, "steps_per_execution", 1)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        steps = step_outputs(outputs)
         rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else float("nan")
-        for index, output in enumerate(steps):
+        for step, output in enumerate(steps, trainer.global_step - len(steps) + 1):
             if isinstance(loss := output.get("loss"), Tensor):
-                self._losses.append((first + index, batch_idx + index, rate, loss.detach()))
+                self._losses.append((step, rate, loss.detach()))
         # In the steps that log, and so wait for the GPU anyway.
-        logs = last // max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+        logs = trainer.global_step // max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
         if logs != self._logs:
             self._logs = logs
             self._check(trainer)
@@ -61,16 +57,15 @@ class StopOnNonFinite(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check(trainer)
-        weights = (weight for weight in pl_module.parameters() if not is_lazy(weight))
-        if not all(weight.isfinite().all() for weight in weights):
+        if not all(weight.isfinite().all() for weight in pl_module.parameters() if not is_lazy(weight)):
             raise DivergenceError(f"the weights are no longer finite after step {trainer.global_step}; {ADVICE}")
 
     def _check(self, trainer: Trainer) -> None:
         losses, self._losses = self._losses, []
         if not losses or torch.stack([loss for *_, loss in losses]).isfinite().all():
             return
-        step, batch_idx, rate, loss = next(row for row in losses if not row[-1].isfinite())
+        step, rate, loss = next(row for row in losses if not row[-1].isfinite())
         raise DivergenceError(
-            f"the loss is {loss.item()} at step {step} (epoch {trainer.current_epoch}, batch {batch_idx}), "
-            f"the learning rate {rate:g}; {ADVICE}"
+            f"the loss is {loss.item()} at step {step} (epoch {trainer.current_epoch}), the learning rate {rate:g}; "
+            f"{ADVICE}"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -54,36 +54,24 @@ class StepsPerExecution(Callback):
         self.steps = steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or self.steps == 1:
-            return
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            chosen = {name: getattr(trainer, name) for name in NEUTRAL}
-            self._refuse([f"--trainer.{name}={chosen[name]}" for name in NEUTRAL if chosen[name] != NEUTRAL[name]])
-        pl_module.automatic_optimization = False
+        if stage == "fit" and self.steps > 1:
+            pl_module.automatic_optimization = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.steps == 1:
             return
+        options = [] if trainer.fast_dev_run else list(NEUTRAL)  # type: ignore[attr-defined]
+        chosen = {name: getattr(trainer, name) for name in options}
+        refused = [f"--trainer.{name}={value}" for name, value in chosen.items() if value != NEUTRAL[name]]
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
-            self._refuse(["the scheduler ReduceLROnPlateau"])
+            refused.append("ReduceLROnPlateau")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        averaging = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
-        self._refuse([f"{type(callback).__name__}, which averages after every step" for callback in averaging])
+        refused += [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
         if getattr(trainer.train_dataloader, "steps_per_execution", 1) != self.steps:
-            self._refuse([f"a {type(trainer.train_dataloader).__name__} that train_dataloader has not made"])
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.steps > 1 and "steps" not in (outputs or {}):
-            self._refuse(
-                [f"the training_step of {type(pl_module).__name__}, which does not call StepsPerExecution.run"]
-            )
-
-    def _refuse(self, options: list[str]) -> None:
-        if options:
+            refused.append("a loader that train_dataloader has not made")
+        if refused:
             raise UserError(
-                f"steps_per_execution={self.steps} does not support {' and '.join(options)}; "
+                f"steps_per_execution={self.steps} does not support {' and '.join(refused)}; "
                 "leave that out, or set --model.steps_per_execution=1"
             )
 
@@ -109,9 +97,7 @@ class StepsPerExecution(Callback):
         batch_size = trainer.train_dataloader.batch_size // self.steps  # type: ignore[union-attr]
         for part in zip(*(tensor.split(batch_size) for tensor in batch), strict=True):
             output = step(part)
-            if isinstance(output, Tensor):
-                output = {"loss": output}
-            assert isinstance(output, Mapping)
+            output = {"loss": output} if isinstance(output, Tensor) else output
             optimizer.zero_grad()
             pl_module.manual_backward(output["loss"])
             optimizer.step()
@@ -131,12 +117,7 @@ class StepsPerExecution(Callback):
 
 
 def estimated_steps(trainer: Trainer, executions: int | float) -> int | float:
-    """Number of optimizer steps of a run that Lightning has counted in executions.
-
-    Args:
-        trainer: of the run.
-        executions: of the whole run, each of ``model.steps_per_execution`` steps but for the last of an epoch.
-    """
+    """Number of optimizer steps of a run, of which Lightning has counted the executions."""
     steps = getattr(trainer.lightning_module, "steps_per_execution", 1)
     if steps == 1 or trainer.max_epochs in (None, -1):
         return executions

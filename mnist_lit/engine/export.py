@@ -80,15 +80,10 @@ class Trainer(lightning.pytorch.Trainer):
         predictor = Predictor(model.cpu(), source, batches[0]).eval()
         path = Path(output or Path(ckpt_path).with_suffix(f".{format}"))
         with Console(stderr=True).status(f"Exporting to {format}"), torch.no_grad(), atomic_write(path) as part:
-            program, other_size = _export(predictor, batches[0])
-            inputs = [predictor.inputs(batch) for batch in batches]
-            predictions = [predictor.predict(batch) for batch in batches]
+            program = _trace(predictor, batches[0])
+            predictions = torch.cat([predictor.predict(batch) for batch in batches])
             metadata = {
-                "input": {
-                    name: {"dtype": str(tensor.dtype)[6:], "axes": _axes(tensor, bool(other_size))}
-                    for name, tensor in zip(predictor.names, inputs[0], strict=True)
-                },
-                **_describe(torch.cat(predictions), batches, source, checkpoint, stage),
+                **_describe(predictions, batches, source, checkpoint, stage),
                 "model": type(model).__name__,
                 "data": {
                     key: value
@@ -98,26 +93,24 @@ class Trainer(lightning.pytorch.Trainer):
                 "dataset": getattr(source, "dataset_used", type(source).__name__),
                 "epoch": checkpoint.content["epoch"],
                 "global_step": checkpoint.step,
-                "versions": {
-                    "engine": engine_version(),
-                    "torch": torch.__version__,
-                    "lightning": lightning.__version__,
-                },
+                "versions": {"engine": engine_version(), "torch": torch.__version__},
             }
-            written = {"onnx": _write_onnx, "pt2": _write_pt2}[format](program, metadata, part)
-            pairs = [(written(*tensors), expected) for tensors, expected in zip(inputs, predictions, strict=True)]
-            first = [tensor[:1] for tensor in inputs[0]]
-            pairs += [(written(*some), predictor(*some)) for some in (first, other_size) if some]
-            difference = max(_difference(ours, theirs) for ours, theirs in pairs)
+            write = _write_onnx if format == "onnx" else _write_pt2
+            written = write(program, predictor.names, metadata, part)
+            inputs = [predictor.inputs(batch) for batch in batches]
+            one = [tensor[:1] for tensor in inputs[0]]  # a batch of another size, too
+            difference = max(
+                _difference(torch.cat([written(*tensors) for tensors in inputs]), predictions),
+                _difference(written(*one), predictor(*one)),
+            )
             if not difference <= TOLERANCE:
                 raise UserError(
                     f"{path} would differ from {ckpt_path} by {difference:.1e}, more than {TOLERANCE:g}; "
                     "nothing was written"
                 )
-        size = "any size" if other_size else " x ".join(map(str, inputs[0][0].shape[-2:]))
-        what = f"images of {size}" if inputs[0][0].ndim > 2 else ", ".join(predictor.names)
+        taken = (f"{name} {tuple(tensor.shape[1:])}" for name, tensor in zip(predictor.names, inputs[0], strict=True))
         Console(soft_wrap=True, highlight=False, markup=False).print(
-            f"Wrote {path}: {what}, in batches of any size; on {sum(map(len, predictions)):,} of the {stage} split "
+            f"Wrote {path}, which takes batches of {' and '.join(taken)}; on {len(predictions):,} of the {stage} split "
             f"it differs from the checkpoint by {difference:.1e} at most"
         )
 
@@ -190,70 +183,35 @@ def _evaluation_set(source: LightningDataModule | LightningModule) -> tuple[list
         return list(source.val_dataloader()), "validation"
 
 
-def _export(predictor: Predictor, batch: Any) -> tuple[ExportedProgram, list[Tensor]]:
-    """Trace a predictor, and find out what it takes.
-
-    Returns:
-        the program, and images of another size than the batch's; [] if there is only one size.
-    """
+def _trace(predictor: Predictor, batch: Any) -> ExportedProgram:
+    """Find out which tensors of a batch count, and trace the predictor with these."""
     expected = predictor.predict(batch)
     predictor.used = [key for key in predictor.keys if not predictor.kind or isinstance(batch[key], Tensor)]
     for key in reversed(predictor.used):  # leave out those without which the predictions are the same, such as labels
         every, predictor.used = predictor.used, [other for other in predictor.used if other != key]
-        if not _agrees(predictor, predictor.inputs(batch), expected):
-            predictor.used = every
-    inputs = predictor.inputs(batch)
-    other_size = [F.pad(inputs[0], (4, 4, 6, 6))] if len(inputs) == 1 and inputs[0].ndim > 2 else []  # 28 x 28: 40 x 36
-    for sizes in (other_size, []):
-        if sizes and not _agrees(predictor, sizes):
-            continue
-        # AUTO instead of names: torch.export finds out what a network requires of height and width.
-        dynamic = [
-            {axis: Dim.AUTO for axis, label in enumerate(_axes(tensor, bool(sizes))) if label.isalpha()}
-            for tensor in inputs
-        ]
         try:
-            few = tuple(tensor[:3] for tensor in inputs)
-            program = torch.export.export(predictor, few, dynamic_shapes={"inputs": tuple(dynamic)})
-        except UserError:
-            raise
-        except Exception as error:  # whatever a network does that torch.export cannot follow
-            name = type(getattr(predictor.model, "net", predictor.model)).__name__
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UserError(f"torch.export cannot follow {name}: {reason}") from error
-        if not sizes or _agrees(program.module(), sizes):  # torch.export may find a bound, as in ResNets
-            break
-    return program, sizes
-
-
-def _agrees(predict: Predict, inputs: list[Tensor], expected: Tensor | None = None) -> bool:
-    """Whether something takes these inputs, and predicts what is expected."""
+            agrees = _difference(predictor(*predictor.inputs(batch)), expected) <= TOLERANCE
+        except Exception:  # whatever a network raises at what it does not take
+            agrees = False
+        predictor.used = predictor.used if agrees else every
+    few = tuple(tensor[:3] for tensor in predictor.inputs(batch))
     try:
-        predictions = predict(*inputs)
-        return expected is None or _difference(predictions, expected) <= TOLERANCE
-    except Exception:  # whatever a network raises at what it does not take
-        return False
-
-
-def _axes(tensor: Tensor, any_size: bool) -> list[str]:
-    axes = ["batch", *map(str, tensor.shape[1:])]
-    if any_size:
-        axes[-2:] = "height", "width"
-    return axes
+        return torch.export.export(predictor, few, dynamic_shapes={"inputs": tuple({0: Dim.AUTO} for _ in few)})
+    except Exception as error:  # whatever a network does that torch.export cannot follow
+        name = type(getattr(predictor.model, "net", predictor.model)).__name__
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"torch.export cannot follow {name}: {reason}") from error
 
 
 def _describe(
     predictions: Tensor, batches: list[Any], source: Any, checkpoint: Checkpoint, stage: str
 ) -> dict[str, Any]:
-    """What the predictions are, and how good they are if that is known."""
+    """The classes of probabilities, and how good they are if that is known."""
     if not are_probabilities(predictions):
-        return {"output": {"predictions": str(predictions.dtype)[6:], "axes": _axes(predictions, False)}}
+        return {}
     number = predictions.shape[1]
     names = class_names(source, number, checkpoint.content)
-    described: dict[str, Any] = {
-        "output": {"probabilities": "float32", "axes": ["batch", "classes"]},
-        "classes": list(range(number)) if names == [str(index) for index in range(number)] else names,
-    }
+    described: dict[str, Any] = {"classes": list(range(number)) if names == [*map(str, range(number))] else names}
     labels = [label for batch in batches if (label := find_classes(batch)) is not None]
     if len(labels) == len(batches):
         target = torch.cat(labels)
@@ -269,14 +227,11 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 # Each writes the file and returns a function that predicts with it.
 
 
-def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> Predict:
+def _write_onnx(program: ExportedProgram, names: list[str], metadata: dict[str, Any], path: Path) -> Predict:
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
-    names = list(metadata["input"])
-    exported = torch.onnx.export(
-        program, dynamo=True, input_names=names, output_names=[next(iter(metadata["output"]))], verbose=False
-    )
+    exported = torch.onnx.export(program, dynamo=True, input_names=names, output_names=["predictions"], verbose=False)
     assert exported is not None
     for key, value in metadata.items():
         exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
@@ -287,6 +242,6 @@ def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) 
     )
 
 
-def _write_pt2(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> Predict:
+def _write_pt2(program: ExportedProgram, names: list[str], metadata: dict[str, Any], path: Path) -> Predict:
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
     return torch.export.load(path).module()

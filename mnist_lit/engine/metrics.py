@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torchmetrics import Metric, SumMetric
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection, SumMetric
 
 from mnist_lit.engine.outputs import Outputs, as_outputs, class_names, step_outputs
 
@@ -18,7 +18,6 @@ from mnist_lit.engine.outputs import Outputs, as_outputs, class_names, step_outp
 MAX_BATCHES = 64
 MAX_BYTES = 4 * 2**20
 
-Stage = Literal["train", "val", "test"]
 Row = tuple[Tensor, int, Tensor | None, Tensor | None]  # loss (), batch size; preds and target if there are metrics
 
 
@@ -60,10 +59,11 @@ class Metrics(Callback):
     ) -> None:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         steps = step_outputs(outputs)
+        # Lightning has divided the loss by the number of batches that it accumulates.
+        scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         for step, output in enumerate(steps, trainer.global_step - len(steps) + 1):
             if (found := as_outputs(output)) is not None:
-                # Lightning has divided the loss by the number of batches that it accumulates.
-                row = self._row(found, trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+                row = self._row(found, scale)
                 self._interval.add(row)
                 self._epoch.add(row)
             if every and step // every > self._logged_step // every:
@@ -78,8 +78,7 @@ class Metrics(Callback):
         self._log(trainer, pl_module, values, trainer.global_step - 1)
 
     def _row(self, outputs: Outputs, scale: int = 1) -> Row:
-        loss, target = outputs["loss"].detach(), outputs["target"].detach()
-        loss = loss * scale if scale > 1 else loss
+        loss, target = outputs["loss"].detach() * scale, outputs["target"].detach()
         size = len(target) if target.ndim else 1
         if not self.metrics:
             return loss, size, None, None
@@ -110,7 +109,7 @@ class Metrics(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_evaluated(trainer, pl_module, "test", len(trainer.num_test_batches))
 
-    def _log_evaluated(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, loaders: int) -> None:
+    def _log_evaluated(self, trainer: Trainer, pl_module: LightningModule, stage: str, loaders: int) -> None:
         evaluated, self._evaluated = self._evaluated, {}
         for index, means in evaluated.items():
             suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""  # as in Lightning's own names
@@ -120,12 +119,7 @@ class Metrics(Callback):
     # -------------------------------------------------------------------------------------------- logging
 
     def _log(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        values: dict[str, Tensor],
-        step: int,
-        sync_dist: bool = True,
+        self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor], step: int, sync_dist: bool = True
     ) -> None:
         """Log values that are the same in every process.
 
@@ -133,11 +127,9 @@ class Metrics(Callback):
         each of which may be several optimizer steps. In ``validate`` and ``test`` Lightning logs, prints and returns
         the values.
         """
-        if not values:
-            return
         fits = trainer.state.fn == "fit"
-        if taken := trainer.callback_metrics.keys() - self._logged:  # logged by the module
-            values = {name: v for name, v in values.items() if not {name, name.removesuffix("_epoch")} & taken}
+        own = trainer.callback_metrics.keys() - self._logged  # logged by the module
+        values = {name: value for name, value in values.items() if not {name, name.removesuffix("_epoch")} & own}
         self._logged.update(values)
         for name, value in values.items():
             shown = name == "train/loss" or (name.count("/") == 1 and not name.startswith("train/"))  # on the bar
@@ -155,8 +147,8 @@ class Metrics(Callback):
         if torch.distributed.is_initialized():
             torch.distributed.all_gather_object(states, state)
         checkpoint["metrics"] = states  # one for each process
-        if names := getattr(getattr(trainer, "datamodule", None), "class_names", None):
-            checkpoint["class_names"] = [str(name) for name in names]
+        if names := class_names(trainer):
+            checkpoint["class_names"] = names
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if "class_names" in checkpoint:
@@ -169,31 +161,25 @@ class Metrics(Callback):
 
 
 class _Means:
-    """The mean of the loss, and the metrics, over the same batches; fresh copies of them.
-
-    torchmetrics' ``MetricCollection`` has one signature for all of its metrics; the loss has another one.
-    """
+    """The mean of the loss, and the metrics, over the same batches; fresh copies of them."""
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         # Not a MeanMetric: that of torchmetrics 1.9 drops the weights unless it looks for NaN, which waits for a GPU.
         self.loss, self.samples = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.metrics = {name: metric.clone() for name, metric in metrics.items()}
-        self.parts = {"": self.loss, "/": self.samples, **self.metrics}  # by names that metrics cannot have
-        for metric in self.parts.values():
-            metric.persistent(True)
+        parts: dict[str, Any] = {" loss": self.loss, " samples": self.samples, **self.metrics}
+        self.parts = MetricCollection(parts, compute_groups=False)
+        self.parts.persistent(True)
         self.reset()
 
     def reset(self) -> None:
         self.rows, self.bytes, self.updated = list[Row](), 0, False
-        for metric in self.parts.values():
-            metric.reset()
+        self.parts.reset()
 
     def add(self, row: Row) -> None:
         """Gather a batch."""
         self.rows.append(row)
-        _, _, preds, target = row
-        if preds is not None and target is not None:
-            self.bytes += preds.nbytes + target.nbytes
+        self.bytes += sum(values.nbytes for values in row[2:] if isinstance(values, Tensor))
         if len(self.rows) == MAX_BATCHES or self.bytes >= MAX_BYTES:
             self._update()
 
@@ -201,19 +187,20 @@ class _Means:
         """Evaluate what is gathered, in one piece where shapes allow it."""
         rows, self.rows, self.bytes, self.updated = self.rows, [], 0, True
         losses = _widened(torch.stack([row[0] for row in rows]))  # (number of batches,)
+        self.parts.to(losses.device)
         # The last batch may be smaller.
         weights = torch.tensor([row[1] for row in rows]).to(losses.device, non_blocking=True)
-        self.loss.to(losses.device).update((losses * weights).sum())
-        self.samples.to(losses.device).update(weights.sum())
+        self.loss.update((losses * weights).sum())
+        self.samples.update(weights.sum())
         pairs = [(preds, target) for _, _, preds, target in rows if preds is not None and target is not None]
         if len({(preds.shape[1:], target.shape[1:]) for preds, target in pairs}) == 1 and pairs[0][1].ndim:
             every_preds, every_target = zip(*pairs, strict=True)
             pairs = [(torch.cat(every_preds), torch.cat(every_target))]
         for preds, target in pairs:
             for metric in self.metrics.values():
-                metric.to(preds.device).update(_widened(preds), _widened(target))
+                metric.update(_widened(preds), _widened(target))
 
-    def compute(self, trainer: Trainer, stage: Stage, suffix: str = "") -> dict[str, Tensor]:
+    def compute(self, trainer: Trainer, stage: str, suffix: str = "") -> dict[str, Tensor]:
         """The values over all processes by the names under which they are logged; start again after that."""
         if self.rows:
             self._update()
@@ -234,26 +221,16 @@ class _Means:
         return {name: value.detach().float() for name, value in values.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {name: metric.state_dict() for name, metric in self.parts.items()}
-        return {"rows": list(self.rows), "updated": self.updated, "parts": parts}
+        return {"rows": list(self.rows), "updated": self.updated, "parts": dict(self.parts.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore the metrics of the same names; one that is new since then starts from here."""
         self.reset()
         self.updated = state["updated"]
-        for name, metric in self.parts.items():
-            if name in state["parts"]:
-                nn.Module.load_state_dict(metric, state["parts"][name], strict=False)
-        for row in state["rows"]:
-            self.add(tuple(part.to(device) if isinstance(part, Tensor) else part for part in row))  # type: ignore[arg-type]
-
-
-def metric_names(trainer: Trainer) -> list[str]:
-    """The names that ``Metrics`` logs in each stage, such as loss and acc; none if the run has no metrics."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Metrics) and callback.metrics:
-            return ["loss", *callback.metrics]
-    return []
+        self.parts.load_state_dict(state["parts"], strict=False)
+        for loss, size, *pair in state["rows"]:
+            preds, target = (values if values is None else values.to(device) for values in pair)
+            self.add((loss.to(device), size, preds, target))
 
 
 def _widened(values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ what they need, and leave out what is not there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -29,25 +29,20 @@ class Outputs(TypedDict):
 def step_outputs(outputs: Any) -> list[Mapping[str, Any]]:
     """The outputs of each optimizer step in one step of Lightning's; several with ``StepsPerExecution``."""
     if isinstance(outputs, Tensor):
-        return [{"loss": outputs}]
-    if not isinstance(outputs, Mapping):
-        return []
-    return outputs.get("steps", [outputs])
+        outputs = {"loss": outputs}
+    return outputs.get("steps", [outputs]) if isinstance(outputs, Mapping) else []
 
 
 def as_outputs(outputs: Any) -> Outputs | None:
     """The outputs if they have the three keys of ``Outputs``, or else None."""
-    if not isinstance(outputs, Mapping) or not all(
-        isinstance(outputs.get(key), Tensor) for key in ("loss", "preds", "target")
-    ):
-        return None
-    return Outputs(loss=outputs["loss"], preds=outputs["preds"], target=outputs["target"])
+    if isinstance(outputs, Mapping) and all(isinstance(outputs.get(key), Tensor) for key in Outputs.__annotations__):
+        return Outputs(loss=outputs["loss"], preds=outputs["preds"], target=outputs["target"])
+    return None
 
 
 def classification(outputs: Any) -> tuple[Tensor, Tensor] | None:
     """Logits or probabilities (B, num_classes) and classes (B,) out of ``Outputs``, or else None."""
-    found = as_outputs(outputs)
-    if found is None:
+    if (found := as_outputs(outputs)) is None:
         return None
     preds, target = found["preds"].detach(), found["target"]
     fits = preds.ndim == 2 and preds.is_floating_point() and target.shape == preds.shape[:1]
@@ -56,27 +51,17 @@ def classification(outputs: Any) -> tuple[Tensor, Tensor] | None:
 
 def find_images(batch: Any) -> Tensor | None:
     """The first tensor of images (B, C, H, W), C 1 or 3, in a tensor, a tuple or a dict, or else None."""
-    for tensor in _tensors(batch):
-        if tensor.ndim == 4 and tensor.shape[1] in (1, 3) and len(tensor):
-            return tensor
-    return None
+    return _first(batch, lambda tensor: tensor.ndim == 4 and tensor.shape[1] in (1, 3) and len(tensor) > 0)
 
 
 def find_classes(batch: Any) -> Tensor | None:
     """The first tensor of integers (B,) in a batch, or else None."""
-    for tensor in _tensors(batch):
-        if tensor.ndim == 1 and not tensor.is_floating_point():
-            return tensor
-    return None
+    return _first(batch, lambda tensor: tensor.ndim == 1 and not tensor.is_floating_point())
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        yield from (value for value in batch.values() if isinstance(value, Tensor))
-    elif isinstance(batch, (list, tuple)):
-        yield from (value for value in batch if isinstance(value, Tensor))
+def _first(batch: Any, fits: Callable[[Tensor], bool]) -> Tensor | None:
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
+    return next((value for value in values if isinstance(value, Tensor) and fits(value)), None)
 
 
 def are_probabilities(values: Tensor) -> bool:
@@ -88,7 +73,9 @@ def are_probabilities(values: Tensor) -> bool:
 
 
 def class_names(
-    source: Trainer | LightningDataModule | None, num_classes: int, checkpoint: Mapping[str, Any] | None = None
+    source: Trainer | LightningDataModule | None,
+    num_classes: int | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Names for ``num_classes`` classes.
 
@@ -97,14 +84,14 @@ def class_names(
 
     Args:
         source: the trainer, or the data module itself.
-        num_classes: number of names.
+        num_classes: number of names; by default as many as there are.
         checkpoint: its content.
     """
     owners = (getattr(source, "datamodule", source), getattr(source, "lightning_module", None))
     for names in ((checkpoint or {}).get("class_names"), *(getattr(owner, "class_names", None) for owner in owners)):
-        if names is not None and len(names) == num_classes:
+        if names is not None and num_classes in (len(names), None):
             return [str(name) for name in names]
-    return [str(index) for index in range(num_classes)]
+    return [str(index) for index in range(num_classes or 0)]
 
 
 def display(images: Tensor) -> Tensor:

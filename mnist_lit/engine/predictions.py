@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 from torch import Tensor
 
 from mnist_lit.engine.outputs import are_probabilities, class_names, display, find_images
@@ -57,18 +57,14 @@ class PredictionsFile(BasePredictionWriter):
             names = class_names(trainer, values.shape[1])
             rows = zip(predicted.tolist(), confidence.tolist(), strict=True)
             captions = [f"{names[index]}  {sure:.0%}" for index, sure in rows]
-            for place, warning in enumerate(_of_files(trainer, "warnings", trainer.predict_loop.current_batch_indices)):
-                captions[place] = f"! {captions[place]}" if warning else captions[place]
+        for place, warning in enumerate(_listed(trainer, "warnings", trainer.predict_loop.current_batch_indices)):
+            captions[place] = f"! {captions[place]}" if warning else captions[place]
         order = confidence.argsort(stable=True)[:PICTURES].tolist()
         least = [(confidence[place].item(), images[place].detach().cpu().clone(), captions[place]) for place in order]
         self._least = sorted([*self._least, *least], key=lambda row: row[0])[:PICTURES]
 
     def write_on_epoch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         least, self._least = self._least, []
         run = Run.of(trainer)
@@ -78,26 +74,22 @@ class PredictionsFile(BasePredictionWriter):
         stem = run.folder / (f"predictions-rank{trainer.global_rank}" if trainer.global_rank else "predictions")
         if predictions and isinstance(predictions[0], list):  # several dataloaders
             predictions = [batch for batches in predictions for batch in batches]
-        values = [_values(batch) for batch in predictions]
-        if not values or any(v is None or v.shape[1:] != values[0].shape[1:] for v in values):  # type: ignore
-            path = stem.with_suffix(".pt")
-            atomic_save(list(predictions), path)
-            kinds = ", ".join(sorted({_kind(batch) for batch in predictions})) or "nothing"
+        values = [value for batch in predictions if (value := _values(batch)) is not None]
+        if len(values) < max(len(predictions), 1) or len({value.shape[1:] for value in values}) > 1:
+            atomic_save(list(predictions), stem.with_suffix(".pt"))
             rank_zero_warn(
-                f"no predictions.csv: predict_step returns {kinds} and not (B, num_classes) or (B,); "
-                f"{relative(path)} has its outputs, for torch.load"
+                "no predictions.csv: predict_step does not return (B, num_classes) or (B,); "
+                f"{relative(stem)}.pt has its outputs, for torch.load"
             )
             return
-        predicted = torch.cat([v.float().cpu() for v in values if v is not None])
+        predicted = torch.cat(values).float().cpu()
         indices = [index for batches in batch_indices for batch in batches for index in batch]
         if len(indices) != len(predicted):  # a loader that has no indices
             indices = list(range(len(predicted)))
-        header, rows = _rows(trainer, predicted, indices)
+        header, rows = _table(trainer, predicted, indices)
         written = [stem.with_suffix(".csv")]
         with atomic_write(written[0]) as part, part.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(header)
-            table.writerows([cell if isinstance(cell, str) else f"{cell:.6f}" for cell in row] for row in rows)
+            csv.writer(file).writerows([header, *rows])
         if len({image.shape for _, image, _ in least}) > 1:
             rank_zero_warn("no predictions.png: the images have several sizes")
         elif least:
@@ -106,15 +98,19 @@ class PredictionsFile(BasePredictionWriter):
                 images = torch.stack([image for _, image, _ in least])
                 contact_sheet(display(images), [caption for *_, caption in least]).save(part)
         if trainer.is_global_zero:
-            console = Console()
-            _print(console, header, rows)
-            labels = _of_files(trainer, "labels", indices)
-            if labels and "confidence" in header:
-                names = class_names(trainer, predicted.shape[1])
-                right = sum(row[1] == names[label] for row, label in zip(rows, labels, strict=True))
+            console, columns = Console(highlight=False), 8
+            if "confidence" in header:
+                columns = 4 if "warning" in header else 3
+            table = Table(*map(escape, header[:columns]), title=f"{len(rows):,} predictions")
+            for row in rows[:ROWS]:
+                table.add_row(*map(escape, row[:columns]))
+            console.print(table)
+            if (labels := _listed(trainer, "labels", indices)) and "confidence" in header:
+                right = (predicted.argmax(1) == torch.tensor(labels)).sum().item()
                 console.print(f"Right: {right:,} of {len(rows):,}, an accuracy of {right / len(rows):.4f}")
-            paths = " and ".join(map(relative, written))
-            console.print(f"Wrote {paths}", soft_wrap=True, highlight=False, markup=False)
+            if warned := sum(map(bool, _listed(trainer, "warnings", indices))):
+                console.print(f"With a warning: {warned:,} of {len(rows):,}")
+            console.print(f"Wrote {' and '.join(map(relative, written))}", soft_wrap=True, markup=False)
 
 
 def _values(outputs: Any) -> Tensor | None:
@@ -126,46 +122,25 @@ def _values(outputs: Any) -> Tensor | None:
     return outputs.detach()
 
 
-def _kind(outputs: Any) -> str:
-    return f"a tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-
-
-def _of_files(trainer: Trainer, name: str, indices: Sequence[int]) -> list[Any]:
+def _listed(trainer: Trainer, name: str, indices: Sequence[int]) -> list[Any]:
     """What the data module lists by that name for each file that is predicted; nothing if it has no such list."""
     listed = getattr(getattr(trainer, "datamodule", None), name, None)
-    if not isinstance(listed, list) or not indices or len(listed) <= max(indices):
-        return []
-    return [listed[index] for index in indices]
+    return [listed[index] for index in indices] if isinstance(listed, list) and listed else []
 
 
-def _rows(trainer: Trainer, values: Tensor, indices: Sequence[int]) -> tuple[list[str], list[list[str | float]]]:
+def _table(trainer: Trainer, values: Tensor, indices: Sequence[int]) -> tuple[list[str], list[list[str]]]:
     """The table's header, and a row for each of the predictions (n, K) or (n,)."""
-    files, warnings = _of_files(trainer, "files", indices), _of_files(trainer, "warnings", indices)
-    header = ["file" if files else "index"]
-    rows: list[list[str | float]] = [[printable(file)] for file in files] or [[str(index)] for index in indices]
-    each_row = values.reshape(len(values), -1).tolist()
-    if are_probabilities(values):
-        names = class_names(trainer, values.shape[1])
-        header += ["class", "confidence", *(["warning"] if warnings else []), *(f"p_{name}" for name in names)]
-        confidence, predicted = values.max(1)
-        for place, row in enumerate(rows):
-            row += [names[int(predicted[place])], confidence[place].item(), *warnings[place : place + 1]]
-    else:
-        width = len(each_row[0])
-        header += ["prediction"] if width == 1 else [f"prediction_{index}" for index in range(width)]
-    return header, [[*row, *each] for row, each in zip(rows, each_row, strict=True)]
-
-
-def _print(console: Console, header: list[str], rows: list[list[str | float]]) -> None:
-    shares = "confidence" in header
-    warned = sum(bool(row[3]) for row in rows) if "warning" in header else 0
-    shown = header[: 4 if warned else 3] if shares else header[:8]
-    table = Table(*(Column(escape(name), justify="left" if name in header[:1] else "right") for name in shown))
-    for row in rows[:ROWS]:
-        cells = [cell if isinstance(cell, str) else f"{cell:.1%}" if shares else f"{cell:.4g}" for cell in row]
-        table.add_row(*(escape(cell) for cell in cells[: len(shown)]))
-    console.print(table)
-    if len(rows) > ROWS:
-        console.print(f"... and {len(rows) - ROWS:,} more")
-    if warned:
-        console.print(f"With a warning: {warned:,} of {len(rows):,}")
+    files, warnings = _listed(trainer, "files", indices), _listed(trainer, "warnings", indices)
+    first = [printable(file) for file in files] or [str(index) for index in indices]
+    numbers = [[f"{value:.6f}" for value in row] for row in values.reshape(len(values), -1).tolist()]
+    if not are_probabilities(values):
+        width = len(numbers[0])
+        names = ["prediction"] if width == 1 else [f"prediction_{index}" for index in range(width)]
+        return ["file" if files else "index", *names], [[name, *row] for name, row in zip(first, numbers, strict=True)]
+    names = class_names(trainer, values.shape[1])
+    header = ["file" if files else "index", "class", "confidence", *(["warning"] if warnings else [])]
+    rows = [
+        [first[place], names[index], numbers[place][index], *warnings[place : place + 1], *numbers[place]]
+        for place, index in enumerate(values.argmax(1).tolist())
+    ]
+    return [*header, *(f"p_{name}" for name in names)], rows

@@ -89,7 +89,7 @@ class ResumeGuard(Callback):
         if trainer.ckpt_path and averages:
             raise UserError(
                 "StochasticWeightAveraging cannot be resumed exactly, its average and schedule are restored in part; "
-                "train in one piece, or use TailAveraging or EMAWeightAveraging"
+                "train in one piece, or use EMAWeightAveraging"
             )
         self._compare(trainer)
 

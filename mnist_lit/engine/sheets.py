@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 SIDE, CAPTION = 84, 16  # pixels of an image with its margin, and of the line below it
@@ -24,53 +24,46 @@ def contact_sheet(images: Tensor, captions: Sequence[str], columns: int = 10) ->
         >>> contact_sheet(torch.zeros(3, 1, 28, 28, dtype=torch.uint8), ["7", "1", "0"]).save("sheet.png")
     """
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    mode, white = ("L", 255) if images.shape[1] == 1 else ("RGB", (255, 255, 255))
-    sheet = Image.new(mode, (columns * SIDE, rows * (SIDE + CAPTION)), white)
+    mode = "L" if images.shape[1] == 1 else "RGB"
+    sheet = Image.new(mode, (columns * SIDE, -(-len(images) // columns) * (SIDE + CAPTION)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, (pixels, caption) in enumerate(zip(images.cpu().numpy(), captions, strict=True)):
         left, top = place % columns * SIDE, place // columns * (SIDE + CAPTION)
         image = Image.fromarray(pixels[0] if mode == "L" else np.moveaxis(pixels, 0, -1).copy())
-        scale = (SIDE - 4) / max(image.size)
-        width, height = (max(round(length * scale), 1) for length in image.size)
-        shrinks = scale < 1
-        image = image.resize((width, height), Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST)
-        sheet.paste(image, (left + (SIDE - width) // 2, top + (SIDE - height) // 2))
-        text = caption if len(caption) <= 16 else f"{caption[:15]}\N{HORIZONTAL ELLIPSIS}"
-        draw.text((left + SIDE / 2, top + SIDE + 6), text, fill=0, anchor="mm")
+        shrinks = max(image.size) > SIDE
+        method = Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST
+        image = ImageOps.contain(image, (SIDE - 4, SIDE - 4), method)
+        sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
+        draw.text((left + SIDE / 2, top + SIDE + 6), caption[:16], fill="black", anchor="mm")
     return sheet
 
 
-def confusion_sheet(counts: Tensor, names: Sequence[str] | None = None) -> Image.Image:
+def confusion_sheet(counts: Tensor, names: Sequence[str]) -> Image.Image:
     """Draw a confusion matrix with a row for each true class and a column for each predicted one.
 
     Args:
         counts: int64 (n, n), ``counts[i, j]`` samples of class i predicted as class j.
-        names: n class names, by default 0, 1, ...
+        names: n class names.
     """
-    number = len(counts)
-    names = names or [str(index) for index in range(number)]
-    font = ImageFont.load_default(14)
-    margin = 48
-    cell = max(650 // number, 4)
-    side = margin + number * cell
+    font, margin, cell = ImageFont.load_default(14), 48, max(650 // len(counts), 4)
+    size = len(counts) * cell
     # The shares of each row; their square roots, so that rare mistakes show.
     shades = (counts / counts.sum(1, keepdim=True).clamp(min=1)).sqrt()  # (n, n) in 0..1
     pixels = (255 * (1 - shades)).round().to(torch.uint8).numpy()
-    sheet = Image.new("L", (side, side), 255)
-    sheet.paste(Image.fromarray(pixels).resize((number * cell,) * 2, Image.Resampling.NEAREST), (margin, margin))
+    sheet = Image.new("L", (margin + size, margin + size), "white")
+    sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST), (margin, margin))
     draw = ImageDraw.Draw(sheet)
 
     def write(x: float, y: float, text: str, room: int, fill: int = 0) -> None:
-        while len(text) > 1 and font.getlength(text) > room:
+        while font.getlength(text) > room:
             text = text[:-1]
         draw.text((x, y), text, fill, font, anchor="mm")
 
-    write(margin + number * cell / 2, 12, "predicted", side)
+    write(margin + size / 2, 12, "predicted", size)
     write(margin / 2, 12, "true", margin)
     if cell < 20:
         return sheet  # no room for numbers
-    centres = [margin + (place + 0.5) * cell for place in range(number)]
+    centres = [margin + (place + 0.5) * cell for place in range(len(counts))]
     for centre, name in zip(centres, names, strict=True):
         write(centre, margin - 14, name, cell - 4)
         write(margin / 2, centre, name, margin - 4)

@@ -17,7 +17,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from plain import Model, Weights, data, fit
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit.engine import LessOverhead, Metrics, PredictionsFile, ProgressBar, StopOnNonFinite, TailAveraging
+from mnist_lit.engine import LessOverhead, Metrics, PredictionsFile, ProgressBar, StopOnNonFinite
 from mnist_lit.engine.errors import UserError
 
 # ------------------------------------------------------------------------------------------------- divergence
@@ -25,7 +25,7 @@ from mnist_lit.engine.errors import UserError
 
 @pytest.mark.parametrize("callbacks", [[StopOnNonFinite], [StopOnNonFinite, LessOverhead]], ids=len)
 def test_run_that_diverges_is_stopped(tmp_path: Path, callbacks: list[type[Callback]]) -> None:
-    message = r"the loss is (nan|inf) at step [23] \(epoch 0, batch [12]\), the learning rate 1e\+38; .* lower"
+    message = r"the loss is (nan|inf) at step [23] \(epoch 0\), the learning rate 1e\+38; .* lower"
     with pytest.raises(UserError, match=message):
         fit(Model(lr=1e38), tmp_path, *(callback() for callback in callbacks))
 
@@ -39,43 +39,6 @@ def test_no_checkpoint_is_made_of_weights_that_are_not_finite(tmp_path: Path) ->
     with pytest.raises(UserError, match="the weights are no longer finite after step 8"):
         fit(Model(), tmp_path, StopOnNonFinite(), Break(), ModelCheckpoint(tmp_path), enable_checkpointing=True)
     assert len(list(tmp_path.glob("*.ckpt"))) == 1  # the first epoch's
-
-
-# -------------------------------------------------------------------------------------------------- averaging
-
-
-@pytest.mark.parametrize("batches", [4, 1])
-@pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_weights_of_the_last_epochs_are_averaged(tmp_path: Path, start: int, batches: int) -> None:
-    weights, model = Weights(), Model()
-    fit(model, tmp_path, TailAveraging(start), weights, max_epochs=3, limit_train_batches=batches)
-    tail = [state for epoch, state in weights.steps if epoch >= start] or [weights.steps[-1][1]]
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():  # a mean of counts is rounded, and nothing uses it
-            mean = torch.stack([state[name].double() for state in tail]).mean(0)
-            torch.testing.assert_close(value.double(), mean, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("step", [3, 4, 6])
-def test_average_resumes_bit_for_bit(tmp_path: Path, step: int) -> None:
-    class Save(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            if trainer.global_step == step:
-                trainer.save_checkpoint(tmp_path / "middle.ckpt")
-
-    class Skip(Callback):
-        """What a loader with a state does: the batches that were seen are not seen again."""
-
-        def on_train_batch_start(
-            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-        ) -> None:
-            seen = list(data())[batch_idx]
-            batch[0], batch[1] = seen
-
-    whole, resumed = Model(), Model(lr=0.1)
-    fit(whole, tmp_path, TailAveraging(1), Save(), Skip(), max_epochs=3)
-    fit(resumed, tmp_path, TailAveraging(1), Skip(), max_epochs=3, ckpt_path=tmp_path / "middle.ckpt")
-    assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
 
 
 # --------------------------------------------------------------------------------------------------- the rest

@@ -17,7 +17,7 @@ from common import CONFIGS, OVERLAYS, Run, assert_one_message, checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Of many epochs they would take most of the time.
-NO_PICTURES = ("--dashboard.confusion_matrix=false", "--dashboard.mistakes=0", "--dashboard.filters=false")
+NO_PICTURES = ("--dashboard.confusion_matrix=false", "--dashboard.mistakes=0")
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ SCHEDULE = ("--optimizer=SGD", "--optimizer.lr=0.1", "--lr_scheduler=Schedule")
     ("settings", "message"),
     [
         (
-            (*SCHEDULE, '--lr_scheduler.schedulers=[{"class_path": "OneCycleLR", "init_args": {"max_lr": 1}}]'),
-            "a schedule as long as the run needs a run with an end: give --trainer.max_epochs or --trainer.max_steps",
+            (*SCHEDULE, '--lr_scheduler.schedulers=[{"class_path": "CosineAnnealingLR", "init_args": {"T_max": -1}}]'),
+            "a schedule as long as the run needs a run with an end: --trainer.max_epochs",
         ),
         pytest.param(
             (
@@ -144,7 +144,7 @@ SCHEDULE = ("--optimizer=SGD", "--optimizer.lr=0.1", "--lr_scheduler=Schedule")
                 '--lr_scheduler.schedulers=[{"class_path": "StepLR", "init_args": {"step_size": 1}}]',
                 "--lr_scheduler.milestones=[3]",
             ),
-            "1 schedulers need 0 milestones, where each but the first begins, not 1",
+            "every scheduler but the first needs a milestone",
             marks=pytest.mark.slow,
         ),
     ],
@@ -209,8 +209,7 @@ def bright(cli: Run, small: Path, tmp_path: Path) -> dict[str, np.ndarray]:
     np.savez(tmp_path / "bright.npz", **arrays)
     configs = (f"--config={CONFIGS / 'fast.yaml'}", f"--config={OVERLAYS / 'regression.yaml'}")
     quick = ("--data.batch_size=128", "--trainer.max_epochs=4", "--optimizer.lr=0.01")
-    fitted = cli("fit", *configs, "--data.dataset=bright.npz", *quick)
-    assert "no confusion matrix" not in fitted.stderr
+    cli("fit", *configs, "--data.dataset=bright.npz", *quick)
     return arrays
 
 
@@ -266,10 +265,9 @@ def test_table_beside_tensorboard_in_the_folder_of_the_run(fit, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["fast", pytest.param("cnn", marks=pytest.mark.matrix)])
-@pytest.mark.parametrize("overlay", ["ema", "swa"])
-def test_checkpoints_hold_the_average_that_was_validated(fit, cli: Run, small: Path, overlay: str, model: str) -> None:
+def test_checkpoints_hold_the_average_that_was_validated(fit, cli: Run, small: Path, model: str) -> None:
     settings = ("--trainer.max_epochs=3", "--data.batch_size=64", "--test_after_fit=true", *NO_PICTURES)
-    printed = fit(model, overlay, settings=settings).stdout
+    printed = fit(model, "ema", settings=settings).stdout
     fitted = re.search(r"│ val/loss +│ +([\d.]+) │ +([\d.]+) │", printed)
     fit_tested = re.search(r"test/loss +│ +([\d.]+)", printed)
     run = Path("lightning_logs/version_0")

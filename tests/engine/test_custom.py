@@ -75,33 +75,20 @@ def test_classes_and_sizes_come_from_the_data(own, tmp_path: Path, model: str, s
         assert shapes["net.1.weight"] == (7, 32 * 28)
     assert list(shapes.values())[-1] == (7,)  # the last layer's bias
     own("test", "--ckpt_path", RUN / "best.ckpt")
-    predicted = own("predict", "--ckpt_path", RUN / "best.ckpt")
-    assert "p_6" in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
-    assert "p_7" not in (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text()
-    assert "Wrote" in predicted.stdout
+    own("predict", "--ckpt_path", RUN / "best.ckpt")
+    header = (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text().splitlines()[0]
+    assert header.endswith("p_5,p_6")
 
 
-@pytest.mark.parametrize("size", [(8, 8), pytest.param((40, 8), marks=pytest.mark.slow), (9, 9)], ids=str)
+@pytest.mark.parametrize("size", [(40, 8), (9, 9)], ids=str)
 def test_images_too_small_for_the_network_are_one_message(cli: Run, tmp_path: Path, size: tuple[int, int]) -> None:
     images = np.random.default_rng(1).integers(0, 256, (100, *size), dtype=np.uint8)
     labels = np.arange(100) % 10
-    splits = {
-        f"{axis}_{split}": array for split in ("train", "valid") for axis, array in (("x", images), ("y", labels))
-    }
-    np.savez(tmp_path / "tiny.npz", **splits)
-    fits = min(size) >= 9
-    done = cli("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=tiny.npz", ok=fits)
-    if not fits:
+    np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_valid=images, y_valid=labels)
+    done = cli("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=tiny.npz", ok=min(size) >= 9)
+    if min(size) < 9:
         assert_one_message(done, "9 x 9 pixels and more", f"{size[0]} x {size[1]}", "--model=CNN")
         assert not list(tmp_path.glob("lightning_logs/*/checkpoints/*"))
-
-
-@pytest.mark.slow
-def test_dataset_with_more_classes_than_the_model_is_refused(own, small: Path) -> None:
-    own("fit", "--model=CNN", "--data.dataset=seven.npz", "--trainer.max_epochs=1")
-    done = own("test", "--ckpt_path", RUN / "best.ckpt", "--data.dataset", small, ok=False)
-    assert "has the class 7, which is not one of 0, 1, 2, 3, 4, 5, 6" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_own_network_trains_from_a_yaml(own, tmp_path: Path) -> None:
@@ -134,16 +121,3 @@ def test_module_without_anything_of_mnist_lit_trains_and_resumes(own, tmp_path: 
     assert saved(tmp_path)["state_dict"]["net.4.weight"].shape == (3, 4)  # num_classes is the data module's
     own(*arguments, "--trainer.max_epochs=2", "--ckpt_path=last")
     assert saved(tmp_path)["epoch"] == 1
-
-
-@pytest.mark.parametrize("name", ["Broken", "BrokenAtBirth"])
-def test_mistake_in_own_code_shows_its_traceback(own, name: str) -> None:
-    done = own("fit", "--model=Classifier", f"--model.net=my_net.{name}", "--data.dataset=seven.npz", ok=False)
-    assert 'my_net.py", line ' in done.stderr
-    assert 'raise ZeroDivisionError("my own mistake")' in done.stderr
-
-
-def test_network_that_is_not_there_is_one_message(own) -> None:
-    done = own("fit", "--config=own.yaml", "--model.net=my_net.Nothing", ok=False)
-    assert "module 'my_net' has no attribute 'Nothing'" in done.stderr
-    assert "Traceback" not in done.stderr

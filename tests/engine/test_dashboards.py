@@ -26,22 +26,17 @@ from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
 
 
 @pytest.fixture
-def run(cli: Run, small: Path, tmp_path: Path) -> Path:
-    """A run and a test of it."""
+def server(cli: Run, small: Path, tmp_path: Path) -> Iterator[str]:
+    """Of a run and a test of it."""
     common = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.log_every_n_steps=4")
     cli("fit", *common)
     run = tmp_path / "lightning_logs" / "version_0"
     cli("test", *common, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    return run
-
-
-@pytest.fixture
-def server(run: Path) -> Iterator[str]:
     with tensorboard(run.parent, runs=2) as address:
         yield address
 
 
-def test_server_has_scalars_images_hparams_and_graph(server: str) -> None:
+def test_server_has_scalars_images_charts_and_hparams(server: str) -> None:
     def get(path: str, **parameters: Any) -> requests.Response:
         response = requests.get(f"{server}/data/plugin/{path}", params=parameters, timeout=30)
         response.raise_for_status()
@@ -57,20 +52,15 @@ def test_server_has_scalars_images_hparams_and_graph(server: str) -> None:
     ]
 
     images = get("images/tags").json()
-    pictures = {"train/samples", "val/confusion_matrix", "val/mistakes", "val/filters"}
-    assert pictures <= images["version_0"].keys()
-    assert {"test/confusion_matrix", "test/mistakes"} <= images["version_1"].keys()
+    assert {"train/samples", "val/confusion_matrix", "val/mistakes"} == images["version_0"].keys()
+    assert {"test/confusion_matrix", "test/mistakes"} == images["version_1"].keys()
     shown = get("images/images", run="version_0", tag="val/mistakes", sample=0).json()
     assert [picture["step"] for picture in shown] == [15, 31]
     picture = requests.get(f"{server}/data/plugin/images/individualImage?{shown[0]['query']}", timeout=30)
     assert Image.open(io.BytesIO(picture.content)).size == (840, 300)
 
-    assert get("graphs/info").json()["version_0"]["run_graph"]
-    graph = get("graphs/graph", run="version_0", conceptual="false").text
-    assert "Conv2d" in graph or "conv" in graph.lower()
-
-    layout = get("custom_scalars/layout").json()
-    assert layout["category"][0]["chart"][0]["multiline"]["tag"] == ["train/loss_epoch", "val/loss"]
+    charts = get("custom_scalars/layout").json()["category"][0]["chart"]
+    assert ["train/loss_epoch", "val/loss"] in [chart["multiline"]["tag"] for chart in charts]
 
     experiment = requests.post(
         f"{server}/data/plugin/hparams/experiment", data=json.dumps({"experimentName": ""}), timeout=30
@@ -91,7 +81,7 @@ def test_server_has_scalars_images_hparams_and_graph(server: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_browser_shows_charts_images_settings_and_graph(server: str) -> None:
+def test_browser_shows_charts_images_and_settings(server: str) -> None:
     with browser() as page:
         for name in PAGES:
             open_page(page, server, name)
@@ -112,8 +102,6 @@ def test_browser_shows_charts_images_settings_and_graph(server: str) -> None:
             if name == "hparams":
                 page.get_by_text("batch_size").locator("visible=true").first.wait_for()
                 page.get_by_text("version_0").locator("visible=true").first.wait_for()
-            if name == "graph":
-                assert any("CNN" in text for text in page.locator("svg g.node").all_text_contents())
 
 
 def images_of(run: Path) -> dict[str, list[tuple[int, np.ndarray]]]:
@@ -141,9 +129,9 @@ def test_dashboard_is_silent(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 def test_parts_are_chosen(tmp_path: Path) -> None:
-    run = fit(tmp_path, Dashboard(2, 0, confusion_matrix=False, filters=False, graph=False, gradient_norm=False))
+    run = fit(tmp_path, Dashboard(2, 0, confusion_matrix=False, gradient_norm=False))
     tags = EventAccumulator(str(run)).Reload().Tags()
-    assert (tags["images"], tags["graph"]) == (["train/samples"], False)
+    assert tags["images"] == ["train/samples"]
     assert "train/gradient_norm" not in tags["scalars"]
     assert "train/lr" in tags["scalars"]
     run = fit(tmp_path, Dashboard(2, samples=0))
@@ -153,15 +141,14 @@ def test_parts_are_chosen(tmp_path: Path) -> None:
     }
 
 
-def test_network_that_cannot_be_traced_trains(tmp_path: Path) -> None:
-    class Untraceable(known.Model):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            if torch.jit.is_tracing():
-                raise RuntimeError("not while being traced")
-            return super().forward(images)
+def test_part_that_fails_is_left_out(tmp_path: Path) -> None:
+    class OneClass(known.Model):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
+            return {**self.training_step(batch, batch_idx), "preds": self(batch[0])[:, :1]}
 
-    with pytest.warns(UserWarning, match="no graph in the dashboard: not while being traced; --dashboard.graph=false"):
-        fit(tmp_path, Dashboard(), Untraceable())
+    with pytest.warns(UserWarning, match="no confusion_matrix in the dashboard"):
+        run = fit(tmp_path, Dashboard(), OneClass())
+    assert "val/confusion_matrix" not in images_of(run)
 
 
 def test_pictures_show_what_the_model_does(tmp_path: Path) -> None:
@@ -188,7 +175,7 @@ def test_pictures_show_what_the_model_does(tmp_path: Path) -> None:
 
 def test_confusion_matrix_is_shaded_by_the_share_of_its_row() -> None:
     counts = torch.tensor([[75, 25, 0], [0, 0, 0], [1, 0, 99]])
-    sheet = np.asarray(confusion_sheet(counts))
+    sheet = np.asarray(confusion_sheet(counts, ["a", "b", "c"]))
     cell = 650 // 3
     margin = len(sheet) - 3 * cell
     corners = sheet[margin + 5 :: cell, margin + 5 :: cell]  # where no number is
@@ -196,24 +183,18 @@ def test_confusion_matrix_is_shaded_by_the_share_of_its_row() -> None:
     assert corners.tolist() == np.round(255 * (1 - roots)).tolist()
 
 
-@pytest.mark.parametrize("classes", [1, 100, 1000])
+@pytest.mark.parametrize("classes", [1, 1000])
 def test_confusion_matrix_of_any_number_of_classes_is_square(classes: int) -> None:
-    sheet = np.asarray(confusion_sheet(torch.eye(classes, dtype=torch.int64)))
+    sheet = np.asarray(confusion_sheet(torch.eye(classes, dtype=torch.int64), [str(n) for n in range(classes)]))
     assert sheet.shape[0] == sheet.shape[1] >= 4 * classes
     assert sheet[-3, -3] == 0
-    assert classes == 1 or sheet[-3, -3 - sheet.shape[1] // 2] == 255
 
 
-def test_contact_sheet_shows_every_image() -> None:
+def test_contact_sheet_shows_every_image_in_its_colour() -> None:
     sheet = contact_sheet(torch.zeros(12, 1, 28, 28, dtype=torch.uint8), ["7"] * 12, columns=5)
     assert sheet.size == (420, 300)
-    dark = np.asarray(sheet) == 0
-    assert dark.mean() == pytest.approx(12 * 80 * 80 / (420 * 300), abs=0.01)
-
-
-def test_colour_images_are_shown_in_colour() -> None:
+    assert (np.asarray(sheet) == 0).mean() == pytest.approx(12 * 80 * 80 / (420 * 300), abs=0.01)
     images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
     images[0, 0], images[1, 2] = 255, 200
-    sheet = np.asarray(contact_sheet(images, ["red", "blue"]))
-    assert sheet[40, 42].tolist() == [255, 0, 0]
-    assert sheet[40, 84 + 42].tolist() == [0, 0, 200]
+    colours = np.asarray(contact_sheet(images, ["red", "blue"]))
+    assert colours[40, [42, 84 + 42]].tolist() == [[255, 0, 0], [0, 0, 200]]

@@ -46,7 +46,7 @@ def test_divergence_stops_with_the_last_good_checkpoint(cli: Run, small: Path, t
         ok=False,
     )
     assert_one_message(done, "the learning rate 1e+38", "lower learning rate")
-    assert re.search(r"the loss is (nan|inf) at step 1[78] \(epoch 1, batch [12]\)", done.stderr)
+    assert re.search(r"the loss is (nan|inf) at step 1[78] \(epoch 1\)", done.stderr)
     kept = checkpoint(tmp_path / LAST)
     assert kept["global_step"] == 16
     assert all(weight.isfinite().all() for weight in kept["state_dict"].values())

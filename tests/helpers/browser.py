@@ -27,7 +27,6 @@ PAGES = {
     "images": ("#images", "tf-image-loader img"),
     "train-and-validation": ("#custom_scalars", "vz-line-chart2 svg path"),
     "hparams": ("#hparams", "table"),
-    "graph": ("#graphs", "svg g.nodes g.node"),
 }
 
 

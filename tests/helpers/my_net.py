@@ -80,17 +80,3 @@ class Halving(torch.optim.lr_scheduler.StepLR):
 class Hello(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         print("hello from a callback")
-
-
-class Broken(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(1, 1)
-
-    def forward(self, images):
-        raise ZeroDivisionError("my own mistake")
-
-
-class BrokenAtBirth(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        raise ZeroDivisionError("my own mistake")

@@ -213,10 +213,8 @@ def test_colour_from_training_to_prediction(cli: Run, tmp_path: Path) -> None:
     assert saved["datamodule_hyper_parameters"]["image_size"] == [32, 32]
     assert curves(tmp_path / RUN)["val/acc"][-1][1] > 0.9
     events = EventAccumulator(str(tmp_path / RUN), size_guidance={"images": 0}).Reload()
-    for tag in ("train/samples", "val/filters"):
-        encoded = events.Images(tag)[-1].encoded_image_string
-        (tmp_path / "sheet.png").write_bytes(encoded)
-        assert np.ptp(np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), int), 2).max() > 30, tag
+    (tmp_path / "sheet.png").write_bytes(events.Images("train/samples")[-1].encoded_image_string)
+    assert np.ptp(np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), int), 2).max() > 30
 
     shutil.rmtree(tmp_path / "data")  # predicting needs nothing of the training data
     (tmp_path / "new").mkdir()
