@@ -1,9 +1,8 @@
-"""Your transforms: what ``data.train_transform`` does to batches of training images."""
+"""Your transforms: what ``data.train_transform`` and ``data.mix`` do to batches of training images."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,7 @@ class RandomAffine(nn.Module):
         >>> RandomAffine(degrees=10)(images)  # (B, C, H, W) to (B, C, H, W)
     """
 
-    def __init__(
-        self,
-        degrees: float = 10.0,
-        scale: float = 0.1,
-        shift: float = 0.1,
-        padding: Literal["zeros", "border", "reflection"] = "zeros",
-    ) -> None:
+    def __init__(self, degrees: float = 10, scale: float = 0.1, shift: float = 0.1, padding: str = "zeros") -> None:
         super().__init__()
         self.degrees, self.scale, self.shift, self.padding = degrees, scale, shift, padding
 
@@ -37,22 +30,17 @@ class RandomAffine(nn.Module):
         """Images (B, C, H, W) to images of the same shape."""
         n, _, height, width = images.shape
         angle, zoom, right, down = 2 * torch.rand(4, n, device=images.device) - 1  # each (B,) in -1..1
-        angle = angle * math.radians(self.degrees)
-        zoom = 1 + zoom * self.scale
+        angle, zoom = angle * math.radians(self.degrees), 1 + zoom * self.scale
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         # Where each output pixel comes from, in grid_sample's coordinates of -1..1 from edge to edge.
-        rows = [
-            torch.stack([cos, -sin * height / width, 2 * self.shift * right], -1),
-            torch.stack([sin * width / height, cos, 2 * self.shift * down], -1),
-        ]
-        grid = F.affine_grid(torch.stack(rows, -2).to(images.dtype), list(images.shape), align_corners=False)
+        rows = [cos, -sin * height / width, 2 * self.shift * right, sin * width / height, cos, 2 * self.shift * down]
+        theta = torch.stack(rows, -1).view(n, 2, 3).to(images.dtype)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode=self.padding, align_corners=False)
 
 
 class MixUp(nn.Module):
     """Blend each training image and its target with another one's (H. Zhang et al., https://arxiv.org/abs/1710.09412).
-
-    For ``data.mix``; torchvision's ``MixUp`` and ``CutMix`` may stand there, too.
 
     Args:
         alpha: of the beta distribution that shares are drawn from; the larger, the more is blended.

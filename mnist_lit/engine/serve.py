@@ -207,7 +207,7 @@ class Guard:
                 raise HTTPException(413, f"the request has more than {MAX_BYTES >> 20} MiB")
             return message
 
-        known = scope["type"] != "http"
+        known = scope["type"] == "lifespan"
         with suppress(ValueError):  # localhost:8000, [::1]:8000
             name = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname or ""
             known = known or name in self.names or bool(ip_address(name))
@@ -358,8 +358,7 @@ def main(args: list[str], project: Project, fit_pictures: FitPictures | None = N
     Args:
         args: of the command line.
         project: that runs.
-        fit_pictures: makes, from the hyperparameters of the model's data module, what brings pictures to the model's
-            size; by default they are scaled.
+        fit_pictures: makes what brings pictures to the model's size from its data module's hyperparameters.
     """
     app, options = load(args, project, fit_pictures)
     host, port = options.host, options.port

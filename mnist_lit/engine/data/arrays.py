@@ -135,12 +135,7 @@ def are_classes(targets: Tensor) -> bool:
 
 
 def stratified(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
-    """Choose a fraction of each class at random, and at least one of each class that has two.
-
-    Args:
-        labels: int64 (n,).
-        fraction: of each class.
-        seed: of the choice.
+    """Choose a fraction of each class of labels (n,) at random, and at least one of each class that has two.
 
     Returns:
         bool (n,), True for those chosen.

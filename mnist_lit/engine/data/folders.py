@@ -34,19 +34,12 @@ class Format(NamedTuple):
 
 
 class ImageFolder(NamedTuple):
-    """The image files of a folder.
+    """The image files of a folder."""
 
-    Args:
-        class_names: the folders of the classes.
-        splits: ``train``, ``valid`` and ``test``: paths as bytes (n,), sorted by class and name, and labels int64 (n,).
-        digest: of names and sizes, which are the same in a copy of the folder.
-        fingerprint: of these, of the place and of the times of change.
-    """
-
-    class_names: list[str]
-    splits: Splits
-    digest: str
-    fingerprint: str
+    class_names: list[str]  # the folders of the classes
+    splits: Splits  # paths as bytes (n,), sorted by class and name, and labels int64 (n,)
+    digest: str  # of names and sizes, which are the same in a copy of the folder
+    fingerprint: str  # of these, of the place and of the times of change
 
     @property
     def paths(self) -> list[str]:
@@ -146,11 +139,7 @@ def _probe(path: str) -> tuple[bool, Size]:
 
 
 def decode_folder(folder: ImageFolder, form: Format) -> Splits:
-    """Decode all images of a folder, on all processors.
-
-    Raises:
-        UserError: naming an image that cannot be read.
-    """
+    """Decode all images of a folder, on all processors."""
     splits: Splits = {}
     for split, (paths, labels) in folder.splits.items():
         files = ImageFiles(paths, labels, form)
@@ -171,13 +160,7 @@ def _each(function: Callable[[Any], T], items: Sequence[Any], what: str) -> Iter
 
 
 class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
-    """Image files that are read when they are asked for: a data loader's workers decode them.
-
-    Args:
-        paths: as bytes (n,).
-        labels: int64 (n,).
-        form: to which they are brought.
-    """
+    """Image files, by paths as bytes (n,) and labels int64 (n,), that a data loader's workers decode."""
 
     def __init__(self, paths: np.ndarray, labels: Tensor, form: Format) -> None:
         self.paths, self.labels, self.form = paths, labels, form

@@ -295,7 +295,8 @@ class ImageDataModule(LightningDataModule):
         names = [path.parent.name for path in self.files]
         known = {name: label for label, name in enumerate(class_names(self, self._num_classes or 10))}
         self.labels = [known[name] for name in names] if known.keys() >= set(names) else []
-        self.pictures = torch.stack(pictures)  # (n, C, H, W)
+        labels = torch.tensor(self.labels or [0] * len(pictures))
+        self.pictures = BatchTensorDataset(torch.stack(pictures), labels)  # (n, C, H, W), (n,)
 
     # ------------------------------------------------------------------------------------------- loaders
 
@@ -315,11 +316,7 @@ class ImageDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """``images``, or else the test split."""
-        data: Dataset
-        if self.predicts_files:
-            data = BatchTensorDataset(self.pictures, torch.tensor(self.labels or [0] * len(self.pictures)))
-        else:
-            data = self._split("test")
+        data = self.pictures if self.predicts_files else self._split("test")
         # Lightning shares the samples of a prediction, because it has to know their indices.
         return self._eval_dataloader(data, None)
 

@@ -21,22 +21,13 @@ from mnist_lit.engine.errors import UserError
 
 
 class Source(NamedTuple):
-    """An open dataset.
+    """An open dataset."""
 
-    Args:
-        digest: identifies its content.
-        splits: ``train``, ``valid`` and ``test``: images (n, C, H, W) or paths of image files (n,), and targets as in
-            ``Arrays``.
-        form: channels, height and width of the images.
-        task: what the targets are.
-        class_names: of classes that are not 0, 1, ...
-    """
-
-    digest: str
-    splits: Splits
-    form: Format
+    digest: str  # identifies its content
+    splits: Splits  # images (n, C, H, W) or paths of image files (n,), and targets as in Arrays
+    form: Format  # channels, height and width of the images
     task: Task = "multiclass"
-    class_names: list[str] | None = None
+    class_names: list[str] | None = None  # of classes that are not 0, 1, ...
 
     @property
     def datasets(self) -> dict[str, Dataset]:
@@ -60,9 +51,7 @@ class Source(NamedTuple):
         return self._replace(splits={split: (x, numbers[y]) for split, (x, y) in self.splits.items()})
 
     def fold(self, fold: int, folds: int, seed: int) -> Source:
-        """Validate on one of several folds of the training and validation images, each class evenly, and train on the
-        others.
-        """
+        """Validate on one of several folds of the training and validation images, each class evenly."""
         images, targets = zip(self.splits["train"], self.splits["valid"], strict=True)
         x, y = torch.cat(images) if isinstance(images[0], Tensor) else np.concatenate(images), torch.cat(targets)
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
@@ -99,11 +88,7 @@ def _content_digest(splits: Splits) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Identify the content of a file, or of all files in a folder, by path, size and time of change.
-
-    Raises:
-        UserError: if there is no such file.
-    """
+    """Identify the content of a file, or of all files in a folder, by path, size and time of change."""
     if not path.is_file() and not path.is_dir():
         raise UserError(f"{path}: no such dataset; expected a file or a folder, and no device or pipe")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -113,15 +98,7 @@ def file_fingerprint(path: Path) -> str:
 def open_folder(
     root: Path, copy: Path, form: Format, held_out: tuple[float, float, int], memory_limit: float
 ) -> Source:
-    """Open a folder of image files.
-
-    Args:
-        root: see ``find_folder``.
-        copy: path of its fast copy.
-        form: of the images, where it is not theirs.
-        held_out: see ``find_folder``.
-        memory_limit: GiB of images, above which they stay in their files.
-    """
+    """Open a folder of image files, which stay in their files if they would take more than ``memory_limit`` GiB."""
     folder = find_folder(root, *held_out)
     channels, size = cached(  # for which every file has to be looked at
         copy.with_suffix(".form.pt"), f"{folder.fingerprint} {form}", lambda: tuple(find_format(folder, form))
@@ -129,9 +106,5 @@ def open_folder(
     form, digest = Format(channels, size), f"{folder.digest} {channels} {size}"
     if len(folder.paths) * channels * math.prod(size) > memory_limit * 2**30:
         return Source(digest, folder.splits, form, "multiclass", folder.class_names)
-    arrays = open_arrays(
-        copy,
-        f"{folder.fingerprint} {form}",
-        lambda: Arrays(decode_folder(folder, form), "multiclass", folder.class_names),
-    )
-    return arrays._replace(digest=digest)
+    make = lambda: Arrays(decode_folder(folder, form), "multiclass", folder.class_names)  # noqa: E731
+    return open_arrays(copy, f"{folder.fingerprint} {form}", make)._replace(digest=digest)
