@@ -16,6 +16,7 @@ import tempfile
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from importlib.util import find_spec
@@ -112,46 +113,50 @@ def rows(answer: requests.Response) -> list[dict]:
     return answer.json()["predictions"]
 
 
+def post(address: str, paths: list[Path]) -> list[dict]:
+    """The answers to one form of files."""
+    form = [("files", (path.name, path.read_bytes())) for path in paths]
+    return rows(requests.post(f"{address}/predict", files=form, timeout=60))
+
+
+def predicted(folder: Path, run: str) -> tuple[list[dict[str, str]], np.ndarray]:
+    """The rows of a run's predictions.csv, and what is predicted in each."""
+    with (folder / "lightning_logs" / run / "predictions.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    return table, np.array([[float(v) for k, v in row.items() if k.startswith(("p_", "prediction"))] for row in table])
+
+
 @pytest.mark.slow
 def test_probabilities_are_those_of_predict(served: Started, run_folder: Path, cli_in: Run) -> None:
-    address = served.address
-    bar = 1e-5  # between the ONNX file and the checkpoint
-    done = cli_in(run_folder, "predict", "--ckpt_path", BEST, "--data.images", "digits")
-    table = run_folder / next(part for part in done.stdout.split() if part.endswith("predictions.csv"))
-    with table.open(encoding="utf-8") as file:
-        read = list(csv.DictReader(file))
-    expected = np.array([[float(row[f"p_{name}"]) for name in range(10)] for row in read])
-    files = [run_folder / row["file"] for row in read]
-    batches = [rows(_post(address, files[start : start + 100])) for start in range(0, len(files), 100)]
-    alone = [rows(requests.post(f"{address}/predict", data=path.read_bytes(), timeout=60))[0] for path in files]
+    name = f"predicted-{served.process.pid}"
+    cli_in(run_folder, "predict", "--ckpt_path", BEST, "--data.images", "digits", f"--run_name={name}")
+    table, expected = predicted(run_folder, name)
+    files = [run_folder / row["file"] for row in table]
+    batches = [post(served.address, files[start : start + 100]) for start in range(0, len(files), 100)]
+    url = f"{served.address}/predict"
+    alone = [rows(requests.post(url, data=path.read_bytes(), timeout=60))[0] for path in files[:200]]
     for found in (sum(batches, []), alone):
         ours = np.array([list(row["probabilities"].values()) for row in found])
-        assert np.abs(ours - expected).max() <= bar + 5e-7  # the table's sixth digit is rounded
-        assert [row["class"] for row in found] == [row["class"] for row in read]
-
-
-def _post(address: str, files: list[Path]) -> requests.Response:
-    form = [("files", (path.name, path.read_bytes())) for path in files]
-    return requests.post(f"{address}/predict", files=form, timeout=60)
+        assert np.abs(ours - expected[: len(ours)]).max() <= 1e-5 + 5e-7  # the table's sixth digit is rounded
+        assert [row["class"] for row in found] == [row["class"] for row in table[: len(found)]]
 
 
 @pytest.mark.slow
 def test_every_kind_of_request_has_the_same_answer(served: Started, run_folder: Path) -> None:
-    address = served.address
-    path = run_folder / "digits" / "0003.png"
+    path, url = run_folder / "digits" / "0003.png", f"{served.address}/predict"
     text = b64encode(path.read_bytes()).decode()
-    pixels = np.asarray(Image.open(path)).tolist()
-    form = rows(_post(address, [path, path]))
+    form = post(served.address, [path, path])
     assert [row["name"] for row in form] == [path.name] * 2
-    url, expected = f"{address}/predict", form[0]["probabilities"]
     seen = rows(requests.post(f"{url}?input=true", data=path.read_bytes(), timeout=60))[0]["input"]
     image = np.asarray(Image.open(io.BytesIO(b64decode(seen.partition(",")[2]))))
     assert image.shape == (28, 28)
-    for body in ({"image": text}, {"images": [f"data:image/png;base64,{text}"]}, {"image": image.tolist()}):
-        (row,) = rows(requests.post(url, json=body, timeout=60))
-        assert row["probabilities"] == pytest.approx(expected, abs=1e-6)
-    assert len(rows(requests.post(url, json={"images": [pixels] * 3}, timeout=60))) == 3
-    schema = requests.get(f"{address}/openapi.json", timeout=60).json()
+    for body in ({"image": text}, {"images": [f"data:image/png;base64,{text}"] * 3}, {"image": image.tolist()}):
+        for row in rows(requests.post(url, json=body, timeout=60)):
+            assert row["probabilities"] == pytest.approx(form[0]["probabilities"], abs=1e-6)
+    with ThreadPoolExecutor(16) as clients:  # which are computed together
+        together = list(clients.map(lambda _: post(served.address, [path])[0]["probabilities"], range(100)))
+    assert all(found == pytest.approx(form[0]["probabilities"], abs=1e-6) for found in together)
+    schema = requests.get(f"{served.address}/openapi.json", timeout=60).json()
     assert "application/json" in schema["paths"]["/predict"]["post"]["requestBody"]["content"]
 
 
@@ -233,10 +238,16 @@ def test_clients_that_hang_keep_nobody_waiting(served: Started, run_folder: Path
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_is_under_way(run_folder: Path) -> None:
+def test_sigterm_finishes_what_is_under_way(run_folder: Path, tmp_path: Path) -> None:
+    """Of a run that was trained on four GPUs, and is served without one."""
+    shutil.copytree(run_folder / BEST.parents[1], tmp_path / BEST.parents[1])
+    recorded = tmp_path / BEST.parents[1] / "config.yaml"
+    config = yaml.safe_load(recorded.read_text())
+    config["trainer"] |= {"accelerator": "gpu", "devices": 4, "strategy": "ddp"}
+    recorded.write_text(yaml.safe_dump(config))
     paths = sorted((run_folder / "digits").iterdir())[:400]
     form = [("files", (path.name, path.read_bytes())) for path in paths]
-    with server(run_folder, "--ckpt_path", BEST) as (address, process, _):
+    with server(tmp_path, "--ckpt_path", BEST) as (address, process, _):
         body = requests.Request("POST", f"{address}/predict", files=form).prepare()
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client:
             kind = body.headers["content-type"]
@@ -268,28 +279,12 @@ def test_onnx_needs_no_torch_and_may_be_overwritten(run_folder: Path, tmp_path: 
             assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
 
 
-@pytest.mark.slow
-def test_run_of_another_machine_is_served_here(run_folder: Path, tmp_path: Path) -> None:
-    """Trained on four GPUs, served without one."""
-    shutil.copytree(run_folder / BEST.parents[1], tmp_path / BEST.parents[1])
-    recorded = tmp_path / BEST.parents[1] / "config.yaml"
-    config = yaml.safe_load(recorded.read_text())
-    config["trainer"] |= {"accelerator": "gpu", "devices": 4, "strategy": "ddp"}
-    recorded.write_text(yaml.safe_dump(config))
-    with server(tmp_path, "--ckpt_path", BEST) as (address, _, _):
-        assert rows(_post(address, [run_folder / "digits" / "0000.png"]))
-
-
 def test_mistakes_are_one_message(cli: Run, tmp_path: Path) -> None:
-    assert_one_message(cli("serve", "--ckpt_path=no.ckpt", ok=False), "no.ckpt", "no such checkpoint")
-    for other in (CONFIGS / "cnn.yaml", tmp_path):
-        assert_one_message(cli("serve", "--ckpt_path", other, ok=False), f"{other} is not in a run's folder")
     (tmp_path / "no.onnx").write_text("no")
     reason = "no.onnx is not an ONNX file" if find_spec("onnxruntime") else "onnxruntime not installed: pip install"
     assert_one_message(cli("serve", "--ckpt_path=no.onnx", ok=False), reason)
     refused = cli("serve", "--ckpt_path=no.onnx", "--prot=8001", ok=False)
     assert_one_message(refused, "unrecognized arguments: --prot=8001")
-    assert "--port PORT" in refused.stderr
 
 
 @pytest.mark.slow
@@ -311,30 +306,31 @@ def test_page_recognizes_what_is_drawn_and_dropped(served: Started, run_folder: 
         page.locator("#bars li.best .name", has_text="0").wait_for()
         assert page.locator("#input").get_attribute("src").startswith("data:image/png")
         page.locator("#file").set_input_files(run_folder / "digits" / "0003.png")
-        expected = rows(_post(address, [run_folder / "digits" / "0003.png"]))[0]["class"]
+        expected = post(address, [run_folder / "digits" / "0003.png"])[0]["class"]
         page.locator("#bars li.best .name", has_text=expected).wait_for()
         assert all(url.startswith((address, "data:", "blob:")) for url in asked)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_colour_bfloat16_and_workers_in_a_folder_with_brackets(cli_in: Run, tmp_path: Path, precision: str) -> None:
+def test_colour_bfloat16_and_workers_in_a_folder_with_brackets(cli_in: Run, tmp_path: Path) -> None:
     folder = tmp_path / "a b [c]"
     pets = make_pets(folder / "pets", 40, (40, 50))
-    cli_in(
-        folder,
-        *("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=pets", "--data.image_size=32"),
-        *("--data.batch_size=16", "--trainer.max_epochs=3", f"--trainer.precision={precision}", "--run_name=my [run]"),
+    fit = (
+        "fit",
+        "--config",
+        CONFIGS / "fast.yaml",
+        "--data.dataset=pets",
+        "--data.image_size=32",
+        "--data.batch_size=16",
     )
+    cli_in(folder, *fit, "--trainer.max_epochs=3", "--trainer.precision=bf16-mixed", "--run_name=my [run]")
     best = "lightning_logs/my [run]/checkpoints/best.ckpt"
     files = [pets / name / "0000.png" for name in CLASSES]
     cli_in(folder, "predict", "--ckpt_path", best, "--data.images", *files, "--run_name=predicted")
-    with (folder / "lightning_logs" / "predicted" / "predictions.csv").open() as file:
-        expected = [[float(row[f"p_{name}"]) for name in CLASSES] for row in csv.DictReader(file)]
-    with server(folder, "--ckpt_path", best, uvicorn=precision == "bf16-mixed") as (address, *_):
-        found = rows(_post(address, files))
+    _, expected = predicted(folder, "predicted")
+    with server(folder, "--ckpt_path", best, uvicorn=True) as (address, *_):
+        found = post(address, files)
         assert np.allclose([list(row["probabilities"].values()) for row in found], expected, rtol=0, atol=1e-6)
-        assert [set(row["probabilities"]) for row in found] == [set(CLASSES)] * 3
         assert [row["class"] for row in found] == list(CLASSES)
         assert not requests.get(f"{address}/info", timeout=60).json()["draws"]
 
@@ -348,12 +344,11 @@ def test_regression_is_served_as_values(cli: Run, small: Path, tmp_path: Path) -
     configs = (f"--config={CONFIGS / 'fast.yaml'}", f"--config={OVERLAYS / 'regression.yaml'}")
     cli("fit", *configs, "--data.dataset=bright.npz", "--data.batch_size=128", "--trainer.max_epochs=1")
     cli("predict", "--ckpt_path", BEST)
-    with (tmp_path / "lightning_logs" / "version_1" / "predictions.csv").open() as file:
-        expected = [float(row["prediction"]) for row in csv.DictReader(file)][:20]
+    expected = predicted(tmp_path, "version_1")[1][:20]
     with server(tmp_path, "--ckpt_path", BEST, "--num_threads=1", "--data.split_seed", "-3") as (address, *_):
         body = {"images": arrays["x_test"][:20].tolist()}
         found = rows(requests.post(f"{address}/predict", json=body, timeout=60))
-    assert [row["values"] for row in found] == [[pytest.approx(value, abs=1e-6)] for value in expected]
+    assert np.allclose([row["values"] for row in found], expected, rtol=0, atol=1e-6)
     assert all(row["class"] is row["probabilities"] is row["confidence"] is None for row in found)
 
 
@@ -366,8 +361,7 @@ def test_several_labels_and_batches_of_dicts(cli: Run, tmp_path: Path) -> None:
         cli("fit", "--model=tags.Tagger", *data, "--trainer.max_epochs=1", f"--run_name={name}")
         last = f"lightning_logs/{name}/checkpoints/last.ckpt"
         cli("predict", "--ckpt_path", last, f"--run_name={name}-predicted")
-        with (tmp_path / "lightning_logs" / f"{name}-predicted" / "predictions.csv").open() as file:
-            expected = [[float(row[f"prediction_{index}"]) for index in range(3)] for row in csv.DictReader(file)]
+        _, expected = predicted(tmp_path, f"{name}-predicted")
         if dicts:
             refused = cli("serve", "--ckpt_path", last, ok=False)
             assert_one_message(refused, "Tagger", "TypeError", f"python -m mnist_lit export --ckpt_path {last}")
