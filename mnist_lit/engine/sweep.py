@@ -23,7 +23,6 @@ from lightning.pytorch.callbacks import Callback
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from mnist_lit.engine.best import infer_mode
 from mnist_lit.engine.cli import run
@@ -129,7 +128,7 @@ def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit:
 
 
 def report(project: Project, study: optuna.Study, folder: Path) -> None:
-    """Print the best trials, and write the config of the best one and Optuna's plots.
+    """Print the best trial, and write its config and Optuna's plots.
 
     Args:
         project: that runs.
@@ -142,17 +141,12 @@ def report(project: Project, study: optuna.Study, folder: Path) -> None:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as plots
 
-    complete = study.get_trials(states=[TrialState.COMPLETE])
-    best = sorted(complete, key=lambda trial: trial.value or 0.0, reverse=study.direction.name == "MAXIMIZE")[:10]
-    names = list(best[0].params)
-    table = Table("run", study.user_attrs["monitor"], *(name.rpartition(".")[2] for name in names))
-    for trial in best:
-        values = [trial.value, *(trial.params[name] for name in names)]
-        cells = (f"{value:.4g}" if isinstance(value, float) else escape(str(value)) for value in values)
-        table.add_row(f"{study.study_name}-{trial.number}", *cells)
-    Console().print(table)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    best = study.best_trial
+    settings = ", ".join(f"{name}={value}" for name, value in best.params.items())
+    console.print(f"The best trial is {best.number}, {study.user_attrs['monitor']} {best.value:.4g}: {settings}")
     with atomic_write(folder / "best.yaml") as part:
-        part.write_text(study.best_trial.user_attrs["config"], encoding="utf-8")
+        part.write_text(best.user_attrs["config"], encoding="utf-8")
     drawn: dict[str, Any] = {
         "history": plots.plot_optimization_history,
         "curves": plots.plot_intermediate_values,
@@ -165,7 +159,6 @@ def report(project: Project, study: optuna.Study, folder: Path) -> None:
             plot(study)
             pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         pyplot.close("all")
-    console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"The plots are in {folder}, the best config, too. Train with it again:")
     console.print(f"  {project.command('fit', '--config', folder / 'best.yaml')}")
 

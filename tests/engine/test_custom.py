@@ -113,11 +113,3 @@ def test_everything_may_be_ones_own(own, tmp_path: Path) -> None:
     # A smoothed loss is never below the entropy of its labels, (2/3, 1/6, 1/6).
     assert float(loss[1]) >= 0.867
     own("predict", "--ckpt_path", RUN / "best.ckpt")
-
-
-def test_module_without_anything_of_mnist_lit_trains_and_resumes(own, tmp_path: Path) -> None:
-    arguments = ("fit", "--model=my_net.Plain", "--data=my_net.Stripes")
-    own(*arguments, "--trainer.max_epochs=1")
-    assert saved(tmp_path)["state_dict"]["net.4.weight"].shape == (3, 4)  # num_classes is the data module's
-    own(*arguments, "--trainer.max_epochs=2", "--ckpt_path=last")
-    assert saved(tmp_path)["epoch"] == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from browser import CHROMIUM, PAGES, browser, open_page, tensorboard
+from browser import tensorboard
 from common import CONFIGS, Run
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -77,31 +77,6 @@ def test_server_has_scalars_images_charts_and_hparams(server: str) -> None:
     found = {value["name"]["tag"]: value["value"] for value in groups["sessionGroups"][0]["metricValues"]}
     losses = get("scalars/scalars", run="version_0", tag="val/loss").json()
     assert found["val/loss"] == pytest.approx(losses[-1][2])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_browser_shows_charts_images_and_settings(server: str) -> None:
-    with browser() as page:
-        for name in PAGES:
-            open_page(page, server, name)
-            if name == "curves":
-                page.locator("scalar-card", has_text="train/loss").first.wait_for()
-            if name == "images":
-                page.get_by_text("test/mistakes").first.wait_for()
-                shown = page.locator("tf-image-loader img")
-                expected = {(698, 698), (840, 300)}  # the confusion matrix; three rows of ten digits
-                for _ in range(60):
-                    sizes = shown.evaluate_all("images => images.map(i => [i.naturalWidth, i.naturalHeight])")
-                    if expected <= set(map(tuple, sizes)):
-                        break
-                    page.wait_for_timeout(500)
-                assert expected <= set(map(tuple, sizes))
-            if name == "train-and-validation":
-                assert page.locator("vz-line-chart2").count() == 2
-            if name == "hparams":
-                page.get_by_text("batch_size").locator("visible=true").first.wait_for()
-                page.get_by_text("version_0").locator("visible=true").first.wait_for()
 
 
 def images_of(run: Path) -> dict[str, list[tuple[int, np.ndarray]]]:

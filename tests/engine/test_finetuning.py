@@ -12,7 +12,7 @@ import yaml
 from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, assert_same, checkpoint
 from nets import Wide
 from plain import Model, Weights, fit
-from test_resume import TWO_PROCESSES, assert_same_run, interrupt
+from test_resume import TWO_PROCESSES, interrupt
 from torch import nn
 
 from mnist_lit.engine.errors import UserError
@@ -215,39 +215,6 @@ def test_head_is_trained_alone_at_first(tmp_path: Path) -> None:
     last = {name: value.clone() for name, value in model.state_dict().items()}
     fit(model, tmp_path, max_epochs=1)  # nothing of the callback is left
     assert all(not torch.equal(last[name], value) for name, value in model.state_dict().items() if name != "net.1.bias")
-
-
-STOPS = {  # 16 steps to an epoch
-    "before": ("SIGKILL", "on_train_batch_end", 8),
-    "last step before": ("SIGTERM", "on_train_batch_start", 15),
-    "at its checkpoint": ("SIGKILL", "on_train_epoch_start", 16),
-    "validation before": ("SIGINT", "on_validation_batch_start", 16),
-    "first step after": ("SIGTERM", "on_train_batch_end", 17),
-    "after": ("SIGKILL", "on_train_batch_end", 40),
-}
-
-
-@pytest.fixture(scope="module")
-def whole(cli_in: Run, five: Path, old: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-    cli_in(folder, *FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five)
-    return folder / RUN
-
-
-@slow
-@pytest.mark.parametrize(
-    "stop",
-    [
-        pytest.param(stop, marks=matrix if name in ("before", "at its checkpoint", "after") else (), id=name)
-        for name, stop in STOPS.items()
-    ],
-)
-def test_resumes_bit_for_bit(cli: Run, five: Path, old: Path, tmp_path: Path, whole: Path, stop: tuple) -> None:
-    command = (*FAST, *FINETUNE, f"--init_from={old}", "--data.dataset", five)
-    cli(*command, *interrupt(*stop), ok=False)
-    cli(*command, "--ckpt_path=last")
-    assert_same_run(tmp_path / RUN, whole)
 
 
 @pytest.mark.matrix

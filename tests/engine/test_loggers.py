@@ -99,15 +99,3 @@ def assert_in_mlflow(folder: Path, small: Path) -> None:
     assert "train/lr" in fitted.data.metrics
     pictures = [found.path for found in client.list_artifacts(fitted.info.run_id, "images")]
     assert any("confusion_matrix" in name for name in pictures), pictures
-
-
-def test_every_logger_is_told_the_whole_config(cli: Run, small: Path, tmp_path: Path) -> None:
-    pytest.importorskip("wandb", reason="needs the extra [trackers]")
-    once = ("--trainer.max_steps=1", "--trainer.limit_val_batches=1")
-    cli(*FIT, *LOGGERS["wandb"], *once, "--data.dataset", small, env=OFFLINE)
-    (run,) = wandb_runs(tmp_path / RUN)
-    recorded = b"".join(path.read_bytes() for path in run.glob("*.wandb"))
-    assert b"limit_val_batches" in recorded
-    config = yaml.safe_load((tmp_path / RUN / "config.yaml").read_text())
-    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "."
-    assert config["trainer"]["logger"]["init_args"]["id"] is None

@@ -6,10 +6,8 @@ import csv
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from common import CONFIGS, RUN, Run, assert_one_message, checkpoint, curves
 
 CHECKPOINTS = RUN / "checkpoints"
@@ -80,33 +78,6 @@ def test_monitor_that_is_not_logged(cli: Run, tmp_path: Path, model: str, data: 
     if logged != "nothing":
         assert warnings(cli(*fit, f"--monitor={logged}").stderr) == []
         assert (tmp_path / "lightning_logs" / "version_1" / "checkpoints" / "best.ckpt").exists()
-
-
-@slow
-def test_three_best_by_another_metric(cli: Run, small: Path, tmp_path: Path) -> None:
-    config = ("fit", *LOGISTIC, "--data.dataset", small, "--trainer.max_epochs=5")
-    cli(*config, "--monitor=val/acc", "--best_checkpoint.save_top_k=3", "--trainer.log_every_n_steps=4")
-    by_step = {step + 1: value for step, value in curves(tmp_path / RUN)["val/acc"]}
-    assert len(set(by_step.values())) == 5  # so that it is clear which three are the best
-    best = sorted(by_step, key=lambda step: by_step[step])[-3:]
-    assert best != sorted(by_step)[-3:] != sorted(by_step)[:3]
-    names = {f"best-epoch={step // 16 - 1}-step={step}.ckpt" for step in best}
-    assert {path.name for path in (tmp_path / CHECKPOINTS).iterdir()} == {"last.ckpt", *names}
-
-
-@slow
-def test_label_smoothing(cli: Run, small: Path, tmp_path: Path) -> None:
-    """The loss that is logged is the chosen one."""
-    loss = ("--model.loss=torch.nn.CrossEntropyLoss", "--model.loss.label_smoothing=0.1")
-    cli("fit", *LOGISTIC, "--data.dataset", small, "--model.lr=0.1", *loss, *QUICK)
-    weight, bias = checkpoint(tmp_path / CHECKPOINTS / "last.ckpt")["state_dict"].values()
-    with np.load(small) as arrays:
-        images, labels = torch.from_numpy(arrays["x_valid"]).flatten(1) / 256, torch.from_numpy(arrays["y_valid"])
-    logits = images @ weight.T + bias  # (300, 10)
-    smoothed, plain = (F.cross_entropy(logits, labels, label_smoothing=share).item() for share in (0.1, 0))
-    ((_, logged),) = curves(tmp_path / RUN)["val/loss"]
-    assert logged == pytest.approx(smoothed, rel=1e-5)
-    assert abs(smoothed - plain) > 0.01 * plain  # they can be told apart
 
 
 @slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,23 +27,6 @@ class Smooth(Classifier):
 
     def loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(scores, labels, label_smoothing=0.5)
-
-
-class Plain(LightningModule):
-    """A module that has nothing of mnist_lit."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.net = Net(4, num_classes)
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 0.01)
 
 
 class Stripes(LightningDataModule):
