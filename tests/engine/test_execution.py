@@ -32,7 +32,7 @@ SETTINGS = {
 }
 
 
-def assert_same_run(run: Path, other: Path) -> None:
+def assert_same_training(run: Path, other: Path) -> None:
     ours, theirs = (checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, other))
     for key in ("state_dict", "global_step", "optimizer_states", "lr_schedulers"):
         assert_same(ours[key], theirs[key], key)
@@ -47,7 +47,7 @@ def test_eight_steps_in_one_are_eight_steps(cli: Run, small: Path, tmp_path: Pat
     common = ("fit", *SETTINGS[name], "--data.dataset", small, "--trainer.log_every_n_steps=3")
     cli(*common)
     cli(*common, *EIGHT)
-    assert_same_run(tmp_path / "lightning_logs/version_1", tmp_path / "lightning_logs/version_0")
+    assert_same_training(tmp_path / "lightning_logs/version_1", tmp_path / "lightning_logs/version_0")
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_resumed_in_the_middle_of_an_epoch(cli: Run, small: Path, tmp_path: Path
     cli(*common, *interrupt("SIGINT", "on_train_batch_end", 24), ok=False)
     assert checkpoint(tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 24
     cli(*common, "--ckpt_path", "last")
-    assert_same_run(tmp_path / "lightning_logs/version_1", tmp_path / "lightning_logs/version_0")
+    assert_same_training(tmp_path / "lightning_logs/version_1", tmp_path / "lightning_logs/version_0")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from common import CONFIGS, OVERLAYS, RUN, Run
+from test_execution import assert_same_training
 from test_resume import TWO_PROCESSES, assert_same_run, interrupt
 
 pytestmark = pytest.mark.slow
@@ -106,7 +107,7 @@ def test_another_number_of_workers(cli_in: Run, small: Path, tmp_path: Path, who
     stop = interrupt("SIGTERM", "on_train_batch_end", 21)
     fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[0]}", *stop, ok=False)
     fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[1]}", "--ckpt_path=last")
-    assert_same_run(tmp_path / RUN, whole(*model))
+    assert_same_training(tmp_path / RUN, whole(*model))
 
 
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.matrix)])
