@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -20,18 +21,10 @@ r2score psnr ssim bleu rouge kappa mcc pearson spearman""".split()
 
 
 def infer_mode(monitor: str, mode: str) -> Literal["min", "max"]:
-    """Whether a lower or a higher value of a metric is better.
-
-    Args:
-        monitor: name of the metric.
-        mode: ``min``, ``max``, or ``auto`` to tell it from the name.
+    """Whether a lower or a higher value of a metric is better; by its name if the mode is ``auto``.
 
     Raises:
         UserError: if the name does not tell.
-
-    Example:
-        >>> infer_mode("val/acc", "auto")
-        'max'
     """
     words = set(re.findall(r"[a-z]+\d*", monitor.lower()))
     if mode == "min" or (mode == "auto" and words.intersection(LOWER_IS_BETTER)):
@@ -87,53 +80,38 @@ class BestCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a second ``ModelCheckpoint`` that writes the same files."""
         for other in trainer.checkpoint_callbacks:
-            if isinstance(other, ModelCheckpoint) and other is not self and str(other.dirpath) == str(self.dirpath):
-                names = {other.filename, other.CHECKPOINT_NAME_LAST if other.save_last else None}
-                for name in names & {self.filename, "last"}:
-                    raise UserError(
-                        f"a {type(other).__name__} of trainer.callbacks writes {name}.ckpt, as --best_checkpoint or "
-                        "--last_checkpoint do; give it another filename or dirpath"
-                    )
+            if other is self or not isinstance(other, ModelCheckpoint) or str(other.dirpath) != str(self.dirpath):
+                continue
+            if other.filename == self.filename or other.save_last:
+                raise UserError(
+                    f"a {type(other).__name__} of trainer.callbacks writes {self.filename}.ckpt or last.ckpt, as "
+                    "--best_checkpoint or --last_checkpoint do; give it another filename or dirpath"
+                )
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse monitors that nothing logs, those of early stopping and schedulers, too."""
-        owners: list[tuple[Any, Any]] = [(callback, callback) for callback in trainer.early_stopping_callbacks]
-        owners += [(config.scheduler, config) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
-        # Others may be logged by training, which has not begun.
-        wanted = [
-            (f"{type(owner).__name__} with monitor=", its.monitor)
-            for owner, its in owners
-            if its.strict and str(its.monitor).startswith("val")
-        ]
-        if self.monitor != DEFAULT_MONITOR and not str(self.monitor).startswith("train"):
-            wanted.append(("--monitor=", self.monitor))
-        for name, monitor in wanted:
-            if monitor not in trainer.callback_metrics:
-                raise UserError(f"{name}{monitor}: there is no such metric; {_way_out(trainer)}")
+        """Refuse monitors of validation that nothing logs, those of early stopping and schedulers, too."""
+        strict: list[Any] = [callback for callback in trainer.early_stopping_callbacks if callback.strict]
+        strict += [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau and config.strict]
+        for owner in (*strict, *([self] if self.monitor != DEFAULT_MONITOR else [])):
+            # Others may be logged by training, which has not begun.
+            if str(owner.monitor).startswith("val") and owner.monitor not in trainer.callback_metrics:
+                raise UserError(f"monitor={owner.monitor}: there is no such metric; {_way_out(trainer)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or self._is_logged(trainer):
-            before = self.best_model_score
-            super().on_validation_end(trainer, pl_module)
-            self._keep_metrics(trainer, before)
+        self._update(trainer, super().on_validation_end)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_logged(trainer):
+        self._update(trainer, super().on_train_epoch_end)
+
+    def _update(self, trainer: Trainer, hook: Callable[[Trainer, LightningModule], None]) -> None:
+        if trainer.sanity_checking or self.monitor in trainer.callback_metrics:
             before = self.best_model_score
-            super().on_train_epoch_end(trainer, pl_module)
-            self._keep_metrics(trainer, before)
-
-    def _keep_metrics(self, trainer: Trainer, before: Any) -> None:
-        if self.best_model_score is not before:  # a new best has a new score, if of the same value
-            self.best_epoch, self.best_metrics = trainer.current_epoch + 1, logged_values(trainer)
-
-    def _is_logged(self, trainer: Trainer) -> bool:
-        if self.monitor in trainer.callback_metrics:
-            return True
-        if not self._warned:
+            hook(trainer, trainer.lightning_module)
+            if self.best_model_score is not before:  # a new best has a new score, if of the same value
+                self.best_epoch, self.best_metrics = trainer.current_epoch + 1, logged_values(trainer)
+        elif not self._warned:
             rank_zero_warn(f"no best.ckpt is kept: it is chosen by {self.monitor}, and {_way_out(trainer)}")
-        self._warned = True
-        return False
+            self._warned = True
 
     def format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
         """As Lightning's, but a metric such as val/loss in the name makes no subfolder."""
@@ -152,18 +130,16 @@ class BestCheckpoint(ModelCheckpoint):
         """
         if not self.dirpath:
             return
-        folder = str(self.dirpath)
 
-        def moved(path: str) -> str:
-            return os.path.join(folder, os.path.basename(path)) if path else path
+        def here(path: str) -> str:
+            return path and os.path.join(str(self.dirpath), os.path.basename(path))
 
         names = ("best_model_path", "kth_best_model_path", "last_model_path")
-        paths = {name: moved(state_dict[name]) for name in names}
-        kept = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        state = {**state_dict, **{name: here(state_dict[name]) for name in names}, "dirpath": str(self.dirpath)}
+        kept = state["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
         if all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept):
-            super().load_state_dict({**state_dict, **paths, "dirpath": folder, "best_k_models": kept})
-            self.best_epoch = state_dict.get("best_epoch", 0)
-            self.best_metrics = state_dict.get("best_metrics", {})
+            super().load_state_dict(state)
+            self.best_epoch, self.best_metrics = state["best_epoch"], state["best_metrics"]
 
 
 def best_checkpoint(trainer: Trainer) -> Checkpoint | None:
@@ -175,8 +151,8 @@ def best_checkpoint(trainer: Trainer) -> Checkpoint | None:
 def best_or_last(trainer: Trainer) -> str:
     """The path of the best checkpoint of a run, or else of its last; "" if there is none."""
     run = Run.of(trainer)
-    last = run.checkpoints / "last.ckpt" if run.exists else None
-    return getattr(best_checkpoint(trainer), "best_model_path", "") or (str(last) if last and last.is_file() else "")
+    last = str(run.checkpoints / "last.ckpt") if run.exists else ""
+    return getattr(best_checkpoint(trainer), "best_model_path", "") or (last if os.path.isfile(last) else "")
 
 
 def logged_values(trainer: Trainer) -> dict[str, float]:

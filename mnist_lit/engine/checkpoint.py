@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,12 +39,10 @@ class CheckpointFiles(TorchCheckpointIO):
         with explain_write_errors(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             atomic_save(checkpoint, Path(path))
-        if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
-            rank_zero_warn(f"{path} holds {', '.join(foreign)}: it loads only with --weights_only=false")
+        if foreign := _foreign_classes(path):
+            rank_zero_warn(f"{path} holds {foreign}: it loads only with --weights_only=false")
 
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=weights_only is not False)
         return load_file(path, weights_only is not False)
@@ -65,6 +63,10 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
 def no_such_checkpoint(option: str, path: str | Path) -> str:
     """The message for an option that names no file."""
     return f"--{option}={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
+
+
+class UnsafeError(UserError):
+    """A file loads only if code in it may run."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,11 @@ class Checkpoint:
             UserError: if the file cannot be read, is damaged, holds anything else or asks for code.
         """
         content = load_file(path, weights_only)
-        if missing := LAYOUT.keys() - (content.keys() if isinstance(content, dict) else ()):
-            raise UserError(f"{path} is not a checkpoint of Lightning (without {', '.join(sorted(missing))})")
         for key, kind in LAYOUT.items():
-            if not isinstance(content[key], kind):
-                raise UserError(unusable(path, f"{key} is not of type {kind.__name__}"))
+            if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+                raise UserError(f"{path} is not a checkpoint of Lightning (without {key})")
         if not all(isinstance(weight, Tensor) for weight in content["state_dict"].values()):
-            raise UserError(unusable(path, "its state_dict does not only hold tensors"))
+            raise UserError(f"{path} is not a checkpoint of Lightning (its state_dict does not only hold tensors)")
         return cls(str(path), content)
 
     @property
@@ -170,9 +170,13 @@ def misfits(weights: Mapping[str, Tensor], model: LightningModule) -> list[tuple
 
 
 def load_file(path: str | Path, weights_only: bool, old: bool = False) -> Any:
-    """Load a file of ``torch.save`` safely, whatever is in it; Lightning has some without a trainer's state."""
+    """Load a file of ``torch.save`` safely, whatever is in it; if ``old`` also one of torch before 1.6, no zip archive.
+
+    Raises:
+        UserError: if it cannot be read, is damaged, or asks for code.
+    """
     try:
-        if not (old and not zipfile.is_zipfile(path)):
+        if not old or zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 # torch.load neither compares checksums nor bounds what a compressed member grows to.
                 if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
@@ -182,25 +186,24 @@ def load_file(path: str | Path, weights_only: bool, old: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # a hostile file can make zipfile and torch.load raise just about anything
         if isinstance(error, UnpicklingError) and (foreign := _foreign_classes(path)):
-            raise UserError(
-                f"{path} holds {', '.join(foreign)}, and to load that may run any code; if you trust the file, add "
+            raise UnsafeError(
+                f"{path} holds {foreign}, and to load that may run any code; if you trust the file, add "
                 "--weights_only=false"
             ) from error
-        lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
-        raise UserError(unusable(path, lines[0])) from error
+        raise unusable(path, error) from error
 
 
-def _foreign_classes(path: str | Path) -> list[str]:
+def unusable(path: str | Path, error: Exception) -> UserError:
+    """The error for a file that is there, and no help."""
+    lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
+    return UserError(f"{path} cannot be used as a checkpoint ({lines[0]})")
+
+
+def _foreign_classes(path: str | Path) -> str:
     """Names of what is neither a tensor nor a plain value in a file of ``torch.save``, as far as it can be read."""
-    try:
-        return sorted(map(printable, torch.serialization.get_unsafe_globals_in_checkpoint(path)))
-    except Exception:  # as above; the error that is reported is the one of loading
-        return []
-
-
-def unusable(path: str | Path, reason: str) -> str:
-    """The message for a file that is there, and no help."""
-    return f"{path} cannot be used as a checkpoint ({reason})"
+    with suppress(Exception):  # as above; the error that is reported is the one of loading
+        return ", ".join(sorted(map(printable, torch.serialization.get_unsafe_globals_in_checkpoint(path))))
+    return ""
 
 
 def newest_checkpoint(
@@ -209,35 +212,35 @@ def newest_checkpoint(
     """Find the checkpoint to resume from after an interruption.
 
     It is the last one of the run that wrote one most recently, else that run's best, else those of the run
-    before. Warns of each that is passed over because it does not load or is of another model.
+    before. Warns of each that is passed over because it is damaged or of another model than the given class path.
 
-    Args:
-        root_dir: parent of ``lightning_logs``.
-        model: class path of the model, or None for any.
-        run_name: name of the only run that counts, or None for any.
-        weights_only: as for ``Checkpoint.read``.
+    Raises:
+        UserError: if there are checkpoints and none of them loads, or one would with ``weights_only=False``.
     """
 
     def newest(folder: Path) -> int:
         return max((path.stat().st_mtime_ns for path in folder.glob("*.ckpt")), default=0)
 
-    folders = sorted(root_dir.glob(f"{LOGS}/*/checkpoints"), key=newest, reverse=True)
-    for folder in folders:
-        if run_name not in (None, folder.parent.name):
-            continue
+    damaged = None
+    for folder in sorted(root_dir.glob(f"{LOGS}/{run_name or '*'}/checkpoints"), key=newest, reverse=True):
         other = Run(folder.parent).options.get("model", {}).get("class_path", model)
+        if model not in (None, other):
+            rank_zero_warn(f"{folder} is of {other} and not of {model}: passed over")
+            continue
         for path in sorted(folder.glob("*.ckpt"), key=lambda path: (path.name != "last.ckpt", path.name)):
             if path.name == EXCEPTION:  # of a step that was broken off
                 continue
-            if model is not None and other != model:
-                rank_zero_warn(f"{path} is of {other} and not of {model}: passed over")
-                break
             try:
                 checkpoint = Checkpoint.read(path, weights_only)
+            except UnsafeError:
+                raise
             except UserError as error:
                 rank_zero_warn(f"{error}: passed over")
+                damaged = error
                 continue
             rank_zero_info(f"--ckpt_path=last: resuming from {path}")
             return checkpoint
+    if damaged:
+        raise UserError(f"--ckpt_path=last: no checkpoint loads; {damaged}") from damaged
     rank_zero_info("--ckpt_path=last: there is no checkpoint yet, this run starts from scratch")
     return None

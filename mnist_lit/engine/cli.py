@@ -20,36 +20,28 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import PositiveInt, register_type
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mnist_lit.engine.best import DEFAULT_MONITOR, BestCheckpoint, best_or_last, infer_mode
-from mnist_lit.engine.checkpoint import (
-    EXCEPTION,
-    Checkpoint,
-    CheckpointFiles,
-    newest_checkpoint,
-    no_such_checkpoint,
-)
+from mnist_lit.engine.checkpoint import EXCEPTION, Checkpoint, CheckpointFiles, newest_checkpoint, no_such_checkpoint
 from mnist_lit.engine.dashboard import Dashboard
 from mnist_lit.engine.defaults import default_callbacks
 from mnist_lit.engine.errors import ENGINE, UserError, require
 from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.last import LastCheckpoint
 from mnist_lit.engine.messages import leave_out_noise
-from mnist_lit.engine.options import USAGE, closest, did_you_mean, expand_home, join_values, with_config
+from mnist_lit.engine.options import USAGE, closest, did_you_mean, expand_home, with_config
 from mnist_lit.engine.project import Project
-from mnist_lit.engine.resume import conflicting_options
-from mnist_lit.engine.run import LOGS, Run, RunConfig, as_list, loggers_of
+from mnist_lit.engine.resume import keep_randomness, refuse_conflicts
+from mnist_lit.engine.run import LOGS, Run, as_list
 from mnist_lit.engine.schedules import Schedule
 from mnist_lit.engine.storage import printable
 from mnist_lit.engine.threads import set_threads
@@ -60,6 +52,30 @@ FROM_DATA = ("num_classes", "num_pixels", "channels", "task")  # what a model ma
 COMMANDS = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 # Weights of classes as numbers: --model.loss.weight=[1,2,1]
 register_type(Tensor, serializer=Tensor.tolist, deserializer=lambda numbers: torch.tensor(numbers).float())
+
+
+def run_options(
+    num_threads: PositiveInt | None = None,
+    run_name: str | None = None,
+    init_from: str | None = None,
+    init_strict: bool = True,
+    test_after_fit: bool = False,
+    monitor: str = DEFAULT_MONITOR,
+    mode: Literal["auto", "min", "max"] = "auto",
+) -> None:
+    """Options of every command.
+
+    Args:
+        num_threads: Threads to compute with in each process. By default OMP_NUM_THREADS, or else all processors that
+            there are for it. Small networks are as fast with 1, and much faster beside other work. A resumed run keeps
+            its number, on which the last bits of its results depend.
+        run_name: Name the run's folder, instead of version_N.
+        init_from: Start a new run from the weights of this checkpoint, or of a file of weights, and nothing else.
+        init_strict: Whether all weights must fit; those that do not are listed and left as they are.
+        test_after_fit: After fit, test the best checkpoint, or else the last.
+        monitor: The metric that decides: which checkpoint is best, when to stop early, what a sweep searches.
+        mode: Whether a lower or a higher value of it is better; auto goes by its name.
+    """
 
 
 class CLI(LightningCLI):
@@ -78,6 +94,7 @@ class CLI(LightningCLI):
         self.project, self.command, self.callbacks = project, command, callbacks
         self.run = Run()  # that the command makes or resumes
         self.checkpoint: Checkpoint | None = None  # that it starts from
+        self.ckpt_path: str | None = None  # as it was typed
         super().__init__(LightningModule, LightningDataModule, **options)
 
     # ------------------------------------------------------------------------------------------- options
@@ -88,46 +105,10 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         self.options = parser  # of the command
-        parser.add_argument(
-            "--num_threads",
-            type=PositiveInt | None,
-            help="Threads to compute with in each process. By default OMP_NUM_THREADS, or else all processors that "
-            "there are for it. Small networks are as fast with 1, and much faster beside other work. A resumed run "
-            "keeps its number, on which the last bits of its results depend.",
-        )
-        parser.add_argument("--run_name", type=str | None, help="Name the run's folder, instead of version_N.")
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            help="Start a new run from the weights of this checkpoint, or of a file of weights, and nothing else.",
-        )
-        parser.add_argument(
-            "--init_strict",
-            type=bool,
-            default=True,
-            help="Whether all weights must fit; those that do not are listed and left as they are.",
-        )
-        parser.add_argument(
-            "--test_after_fit", type=bool, default=False, help="After fit, test the best checkpoint, or else the last."
-        )
-        parser.add_argument(
-            "--monitor",
-            type=str,
-            default=DEFAULT_MONITOR,
-            help="The metric that decides: which checkpoint is best, when to stop early, what a sweep searches.",
-        )
-        parser.add_argument(
-            "--mode",
-            type=Literal["auto", "min", "max"],
-            default="auto",
-            help="Whether a lower or a higher value of it is better; auto goes by its name.",
-        )
-        for name, kind in (
-            ("best_checkpoint", BestCheckpoint),
-            ("last_checkpoint", LastCheckpoint),
-            ("dashboard", Dashboard),
-        ):
-            parser.add_class_arguments(kind, name)
+        parser.add_function_arguments(run_options)
+        parser.add_class_arguments(BestCheckpoint, "best_checkpoint")
+        parser.add_class_arguments(LastCheckpoint, "last_checkpoint")
+        parser.add_class_arguments(Dashboard, "dashboard")
         parser.link_arguments("monitor", "best_checkpoint.monitor")
         parser.link_arguments("mode", "best_checkpoint.mode")
         for name in self.linked:  # ignored if the model or the data module has none
@@ -147,39 +128,32 @@ class CLI(LightningCLI):
             parser.print_help()
             sys.exit(2)
         config = expand_home(self.config[command])
-        if not isinstance(config.trainer, Namespace):
-            raise UserError("trainer: is empty in the config; leave the line out, or give it options")
-        if config.trainer.barebones:
-            raise UserError(
-                "--trainer.barebones leaves out logger, checkpoints, bar and every callback, which is all that this "
-                "command adds to a loop; leave it out, or use Trainer(barebones=True) in a script of your own"
-            )
         if config.get("lr_scheduler") and not config.get("optimizer"):
             raise UserError("--lr_scheduler changes nothing without --optimizer: give both")
+        if not any(arg.startswith("--weights_only") for arg in sys.argv):
+            config.weights_only = None  # no config, which may come with the checkpoint, switches off safe loading
         # LightningCLI would let hyperparameters of the checkpoint override the config, class names from an untrusted
         # file included. The config decides what is built, so the path comes back after that.
-        path, config.ckpt_path = config.get("ckpt_path"), None
-        self.checkpoint = self._find_checkpoint(command, path, config)
+        self.ckpt_path, config.ckpt_path = config.get("ckpt_path") or None, None
+        self.checkpoint = self._find_checkpoint(command, config)
         if self.checkpoint and command == "fit":
-            _keep_randomness(self.checkpoint, config)
+            keep_randomness(self.checkpoint, config)
 
-    def _find_checkpoint(self, command: str, path: str | None, config: Namespace) -> Checkpoint | None:
-        weights_only = config.get("weights_only") is not False
+    def _find_checkpoint(self, command: str, config: Namespace) -> Checkpoint | None:
+        path, weights_only = self.ckpt_path, config.weights_only is not False
         if command == "fit" and path and config.trainer.fast_dev_run:
-            raise UserError(
-                "--trainer.fast_dev_run makes its few steps from the start and resumes nothing; leave out --ckpt_path"
-            )
+            raise UserError("--trainer.fast_dev_run resumes nothing; leave out --ckpt_path")
         if command == "fit" and path == "last":
             root = Path(config.trainer.default_root_dir or ".")
             return newest_checkpoint(root, config.model.class_path, config.run_name, weights_only)
-        if not path and command == "export":
-            raise UserError("--ckpt_path: export needs the path of a checkpoint")
-        if path is None and command != "fit":
-            rank_zero_warn(f"{command} without --ckpt_path: the model's weights are random")
-        if path in ("best", "last"):
-            raise UserError(f"--ckpt_path={path}: {command} needs the path of a checkpoint")
-        if path is None or "://" in path or path == "hpc":
-            return None if path is None else Checkpoint(path, {})
+        if path in ("best", "last") or (path is None and command == "export"):
+            raise UserError(f"{command} needs the path of a checkpoint in --ckpt_path")
+        if path is None:
+            if command != "fit":
+                rank_zero_warn(f"{command} without --ckpt_path: the model's weights are random")
+            return None
+        if "://" in path or path == "hpc":
+            return Checkpoint(path, {})
         if not Path(path).exists():
             raise UserError(no_such_checkpoint("ckpt_path", path))
         if command == "fit" and Path(path).name == EXCEPTION:
@@ -194,10 +168,11 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Keep a copy of the options, complete them, and find the folder of the run."""
         config, checkpoint = self.config[self.subcommand], self.checkpoint
+        resumed = checkpoint if self.subcommand == "fit" else None
         name, config.run_name = config.run_name, None  # not in a config from which other runs are started
         self.pristine = yaml.safe_load(self.options.dump(config, skip_none=False))
-        if checkpoint and self.subcommand == "fit" and checkpoint.run:
-            _refuse_conflicts(checkpoint, self.pristine)
+        if resumed:
+            refuse_conflicts(resumed, self.pristine)
         if checkpoint:
             _take_from_checkpoint(checkpoint, config)
         for chosen in (*as_list(config.trainer.callbacks), config.get("lr_scheduler")):
@@ -205,26 +180,24 @@ class CLI(LightningCLI):
             if options and options.get("monitor") == "auto":
                 options["monitor"], options["mode"] = config.monitor, infer_mode(config.monitor, config.mode)
         config.ckpt_path = checkpoint and checkpoint.path
-        if self.subcommand != "export" and not config.trainer.fast_dev_run:
-            self._make_run(config, name)
-
-    def _make_run(self, config: Namespace, name: str | None) -> None:
-        """Make the folder of the run, or take that of the resumed one, and have the loggers write there."""
-        resumed = self.checkpoint if self.subcommand == "fit" else None
+        if self.subcommand == "export" or config.trainer.fast_dev_run:
+            return
         run = Run.of_checkpoint(resumed.path, self.project) if resumed else None
-        self.run = run or Run.create(Path(config.trainer.default_root_dir or "."), name, self.project)
+        root = Path(config.trainer.default_root_dir or ".")
+        self.run = run or Run.create(root, name, self.project, exist_ok=self.ckpt_path == "last")
         if self.subcommand == "fit":
             self.run.lock()
         if self.run.exists:
-            self.run.redirect_loggers(loggers_of(config), resumed.content if resumed else None)
+            loggers = [logger for logger in as_list(config.trainer.logger) if isinstance(logger, Namespace)]
+            self.run.redirect_loggers(loggers, resumed.content if resumed else None)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         # Every model is offered what the data know; its hyperparameters are those that it takes.
         for name in set(FROM_DATA) - parameters(type(self.model)):
             self.model.hparams.pop(name, None)
-        config = self.config[self.subcommand]
-        self.pristine["num_threads"] = int(set_threads(config.num_threads, self.trainer.num_devices))
+        threads = set_threads(self.config[self.subcommand].num_threads, self.trainer.num_devices)
+        self.pristine["num_threads"] = int(threads)
 
     def instantiate_trainer(self, **options: Any) -> lightning.pytorch.Trainer:
         config, made = self.config[self.subcommand].trainer, self.config_init[self.subcommand]
@@ -243,33 +216,26 @@ class CLI(LightningCLI):
         plugins = as_list(made.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             options["plugins"] = [*plugins, CheckpointFiles()]
-        step = f"-from-step-{resumed.step}" if resumed else ""
-        own = [self.run, *as_list(made.trainer.callbacks), RunConfig(self.pristine, f"config{step}.yaml")]
-        every = default_callbacks(*own, made.best_checkpoint, made.last_checkpoint, made.dashboard, *self.callbacks)
-        switches = (
-            ("enable_checkpointing", Checkpointing),
-            ("enable_progress_bar", ProgressBar),
-        )
-        off = tuple(kind for switch, kind in switches if config[switch] is False)
-        callbacks = [callback for callback in every if callback in own or not isinstance(callback, off)]
+        self.run.to_save = self.pristine
+        self.run.save_as = f"config-from-step-{resumed.step}.yaml" if resumed else "config.yaml"
+        ours = made.best_checkpoint, made.last_checkpoint, made.dashboard
+        callbacks = default_callbacks(self.run, *as_list(made.trainer.callbacks), *ours, *self.callbacks)
+        for switch, kind in (("enable_checkpointing", Checkpointing), ("enable_progress_bar", ProgressBar)):
+            if config[switch] is False:
+                callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
         made.trainer.callbacks = None  # LightningCLI would add its callbacks to these
         return super().instantiate_trainer(**options, callbacks=callbacks)
 
     def after_instantiate_classes(self) -> None:
         """Compare the checkpoint with the model, or start from other weights, before anything takes time."""
         config, checkpoint = self.config[self.subcommand], self.checkpoint
-        if self.subcommand == "fit" and config.test_after_fit:
-            for name, owner in (("test_step", self.model), ("test_dataloader", self.datamodule)):
-                if not is_overridden(name, owner):
-                    raise UserError(f"--test_after_fit=true: {type(owner).__name__} has no {name}")
         if checkpoint and checkpoint.content:
             checkpoint.check(self.model)
         if self.subcommand != "fit":
             return
         if checkpoint is None:
             if config.init_from is not None:
-                weights_only = config.get("weights_only") is not False
-                init_from(self.model, config.init_from, config.init_strict, weights_only)
+                init_from(self.model, config.init_from, config.init_strict, config.weights_only is not False)
             return
         if checkpoint.content and (longer := checkpoint.finished(self.trainer)):
             rank_zero_info(
@@ -295,52 +261,20 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint, or else the last, if asked to."""
         kept = best_or_last(self.trainer)
-        if not kept or not self.config.fit.test_after_fit:
-            return
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, WeightAveraging) for callback in callbacks):
-            # It would load the weights to train on, and not their average.
-            self.model.load_state_dict(Checkpoint.read(kept, self.config.fit.weights_only is not False).weights)
-            kept = ""
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=kept or None)
+        if kept and self.config.fit.test_after_fit:
+            # A callback that averages weights would have Lightning load those to train on, and not their average.
+            weights = Checkpoint.read(kept, self.config.fit.weights_only is not False).weights
+            self.model.load_state_dict(weights, strict=self.model.strict_loading)
+            self.trainer.test(self.model, datamodule=self.datamodule)
 
     def after_predict(self) -> None:
-        """Name the files that could not be read.
-
-        Raises:
-            SystemExit: with code 1, if there are any.
-        """
+        """Name the files that could not be read, and exit with code 1 if there are any."""
         broken = getattr(self.datamodule, "broken", None) or {}
-        if not broken:
-            return
-        console = Console(stderr=True)
         for path, reason in broken.items():
-            console.print(f"{printable(path)}: {reason}", soft_wrap=True, highlight=False, markup=False)
-        total = len(broken) + len(self.datamodule.files)
-        sys.exit(f"{self.project.name}: error: {len(broken)} of {total} files could not be predicted")
-
-
-def _keep_randomness(checkpoint: Checkpoint, config: Namespace) -> None:
-    """Resume with the seed and the number of threads that the run was started with."""
-    saved = checkpoint.run.options if checkpoint.run else {}
-    if config.seed_everything is True:
-        config.seed_everything = saved.get("seed_everything", True)
-    threads = saved.get("num_threads")
-    if threads and config.num_threads not in (None, threads):
-        rank_zero_warn(
-            f"the run was started with --num_threads={threads}, this command has {config.num_threads}: it resumes, but "
-            "the last bits of its results may differ from those of the uninterrupted run"
-        )
-    config.num_threads = config.num_threads or threads
-
-
-def _refuse_conflicts(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
-    saved = checkpoint.run.options if checkpoint.run else {}
-    if saved and (conflicts := conflicting_options(saved, options)):
-        raise UserError(
-            f"{checkpoint.path} resumes with the options of its run, and not with {', '.join(conflicts)}; leave them "
-            f"out, or start a new run from its weights with --init_from={checkpoint.path}"
-        )
+            print(f"{printable(path)}: {reason}", file=sys.stderr)
+        if broken:
+            total = len(broken) + len(self.datamodule.files)
+            sys.exit(f"{self.project.name}: error: {len(broken)} of {total} files could not be predicted")
 
 
 def _take_from_checkpoint(checkpoint: Checkpoint, config: Namespace) -> None:
@@ -378,30 +312,17 @@ class _Builder(CLI):
 
 
 def build(project: Project, ckpt_path: str, args: Sequence[str] = ()) -> CLI:
-    """Make the model and the data module of a checkpoint.
+    """Make the model, the data module and a trainer of one device for a checkpoint, and read it.
 
-    Args:
-        project: that runs.
-        ckpt_path: the checkpoint.
-        args: further options of ``predict``, such as another ``--config`` than its run's.
-
-    Returns:
-        what has the model, the data module, a trainer of one device, and the checkpoint.
+    ``args`` are further options of ``predict``, such as another ``--config`` than its run's.
     """
     alone = ("accelerator=auto", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")  # wherever it was trained
-    further = [*(f"--trainer.{option}" for option in alone), *join_values(args)]
-    return run(project, with_config(["export", f"--ckpt_path={ckpt_path}", *further], project), cli_class=_Builder)
+    command = ["export", f"--ckpt_path={ckpt_path}", *(f"--trainer.{option}" for option in alone), *args]
+    return run(project, with_config(command, project), cli_class=_Builder)
 
 
 def run(project: Project, args: list[str], callbacks: Sequence[Callback] = (), cli_class: type[CLI] = CLI) -> CLI:
-    """Run one command of ``LightningCLI``.
-
-    Args:
-        project: that runs.
-        args: as on the command line, the command first.
-        callbacks: in addition to those of the config.
-        cli_class: to run it with.
-    """
+    """Run one command of ``LightningCLI``, with callbacks in addition to those of its config."""
     sys.argv[1:] = args  # from which Lightning starts further processes
     command = args[0] if args and args[0] in COMMANDS else ""
     script = project.name.replace("_", "-")
@@ -461,7 +382,7 @@ def main(name: str, data_module: str = "", default_config: str = "", commands: M
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(f"{name}: error: {_full_disk(error)}")
+        sys.exit(f"{name}: error: {error}; make room, then resume with --ckpt_path=last")
 
 
 def _dispatch(project: Project, args: list[str]) -> None:
@@ -478,13 +399,4 @@ def _dispatch(project: Project, args: list[str]) -> None:
     if command in modules:
         import_module(modules[command]).main(options, project)
     else:
-        run(project, with_config([command, *join_values(options)], project))
-
-
-def _full_disk(error: OSError) -> str:
-    """The message of a full disk: of the checkpoint that did not fit, if the loggers have failed after it."""
-    first: BaseException | None = error
-    while first is not None and not isinstance(first, UserError):
-        first = first.__context__
-    place = f"{error.filename}: " if error.filename else ""
-    return str(first or f"{place}{error.strerror}; make room, then resume with --ckpt_path=last")
+        run(project, with_config(args, project))

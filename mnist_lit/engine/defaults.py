@@ -30,20 +30,10 @@ def default_callbacks(*own: Callback) -> list[Callback]:
         >>> trainer = Trainer(callbacks=default_callbacks(BestCheckpoint(monitor="val/acc")))
         >>> trainer.fit(model, datamodule=datamodule, ckpt_path="lightning_logs/version_0/checkpoints/last.ckpt")
     """
-    defaults: list[tuple[type, type[Callback]]] = [
-        (Provenance, Provenance),
-        (AnyProgressBar, ProgressBar),
-        (Metrics, Metrics),
-        (Dashboard, Dashboard),
-        (StopOnNonFinite, StopOnNonFinite),
-        (LessOverhead, LessOverhead),
-        (ExactResume, ExactResume),
-        (ResumeGuard, ResumeGuard),
-        (PredictionsFile, PredictionsFile),
-        (BestCheckpoint, BestCheckpoint),
-        (LastCheckpoint, LastCheckpoint),
-        (Summary, Summary),
-    ]
-    made = [make() for kind, make in defaults if not any(isinstance(callback, kind) for callback in own)]
+    first = Provenance, ProgressBar, Metrics, Dashboard, StopOnNonFinite, LessOverhead, ExactResume, ResumeGuard
+    defaults: list[type[Callback]] = [*first, PredictionsFile, BestCheckpoint, LastCheckpoint, Summary]
+    if any(isinstance(callback, AnyProgressBar) for callback in own):
+        defaults.remove(ProgressBar)
+    made = [make() for make in defaults if not any(isinstance(callback, make) for callback in own)]
     # What the best checkpoint knows is part of the last one, which therefore is saved after it.
     return sorted([*own, *made], key=lambda callback: isinstance(callback, LastCheckpoint))

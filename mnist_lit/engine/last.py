@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -61,8 +60,7 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():  # the only one that Python lets handle signals
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[signum] = signal.signal(signum, self._stop)
-        if self._metrics:
-            self._step_plateaus(trainer, pl_module, trainer.current_epoch, self._metrics)
+        self._step_plateaus(trainer, pl_module, trainer.current_epoch, self._metrics)
         self._metrics = {}
 
     @staticmethod
@@ -80,8 +78,8 @@ class LastCheckpoint(Checkpoint):
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self._asked = signum
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for handled in self._handlers:
+            signal.signal(handled, signal.SIG_DFL)
         rank_zero_info(f"{signal.Signals(signum).name}: stopping after this step; once more stops at once")
 
     def on_train_batch_end(
@@ -93,10 +91,8 @@ class LastCheckpoint(Checkpoint):
             asked = torch.tensor(self._asked, device=pl_module.device)
             self._signal = int(trainer.strategy.reduce(asked, reduce_op="max"))
         due = trainer.global_step // self.every_n_train_steps > self._saved_step // self.every_n_train_steps
-        if not due and not self._signal:
-            return
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        if not accumulating and not self._evaluation_follows(trainer, batch_idx):
+        if (due or self._signal) and not accumulating and not self._evaluation_follows(trainer, batch_idx):
             self._save(trainer)
 
     @staticmethod
@@ -125,7 +121,7 @@ class LastCheckpoint(Checkpoint):
         return {"metrics": self._metrics, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._metrics, self._before = state_dict["metrics"], state_dict.get("before", {})
+        self._metrics, self._before = state_dict["metrics"], state_dict["before"]
 
     def _save(self, trainer: Trainer) -> None:
         if not self._metrics:
@@ -137,20 +133,19 @@ class LastCheckpoint(Checkpoint):
     # The hooks that come next after what Lightning logs of the step or of the epoch.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._pending:
-            self._commit(trainer)
+        self._commit(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._pending:
-            self._commit(trainer)
+        self._commit(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved_step != trainer.global_step:
             self._save(trainer)
-        if self._pending:
-            self._commit(trainer)
+        self._commit(trainer)
 
     def _commit(self, trainer: Trainer) -> None:
+        if not self._pending:
+            return
         self._pending = False
         last = self._run.checkpoints / "last.ckpt"
         for logger in trainer.loggers:
@@ -159,30 +154,18 @@ class LastCheckpoint(Checkpoint):
             with explain_write_errors(last):
                 os.replace(last.with_name(PENDING), last)
         if self._signal:
-            said = f"Stopped at step {trainer.global_step} by {signal.Signals(self._signal).name}"
-            if project := self._run.project:
-                config, ckpt_path = relative(self._run.config), relative(last)
-                said += f". To go on: {project.command('fit', '--config', config, '--ckpt_path', ckpt_path)}"
-            else:
-                said += f". To go on: trainer.fit(..., ckpt_path={relative(last)!r})"
-            rank_zero_info(said)
+            path, project = relative(last), self._run.project
+            resume = f"trainer.fit(..., ckpt_path={path!r})"
+            if project:
+                resume = project.command("fit", "--config", relative(self._run.config), "--ckpt_path", path)
+            stopped = f"Stopped at step {trainer.global_step} by {signal.Signals(self._signal).name}"
+            rank_zero_info(f"{stopped}. To go on: {resume}")
             sys.exit(128 + self._signal)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the current weights in ``exception.ckpt``. A step that was broken off is no state to resume
         from exactly, so ``--ckpt_path=last`` keeps to ``last.ckpt``.
         """
-        if not isinstance(exception, Exception) or isinstance(exception, UserError):
-            return
-        if not self._started or trainer.world_size > 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        vanished = not self._run.folder.exists()
-        path = self._run.checkpoints / EXCEPTION
-        trainer.save_checkpoint(path)
-        cause = exception.__cause__ or exception  # Lightning's logger makes a ValueError of whatever it meets
-        if isinstance(cause, OSError) and (vanished or cause.errno == errno.ENOSPC):
-            run = relative(self._run.folder)
-            what = "has vanished, with its curves and checkpoints," if vanished else "has a full disk"
-            raise UserError(
-                f"{run} {what} while training; the weights after step {trainer.global_step} are in {relative(path)}"
-            ) from exception
+        ours = not isinstance(exception, Exception) or isinstance(exception, (UserError, OSError))
+        if self._started and not ours and trainer.world_size == 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self._run.checkpoints / EXCEPTION)

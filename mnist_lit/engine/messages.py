@@ -6,8 +6,6 @@ import logging
 import sys
 import threading
 import warnings
-from pathlib import Path
-from typing import Any
 
 # Warnings that a user can do nothing about: they tell one library's authors about another's.
 NOISE = (
@@ -27,20 +25,12 @@ SILENT = (
 
 
 def leave_out_noise() -> None:
-    """Print no lines that a user can do nothing about, and the engine's own warnings without the line of code."""
+    """Print no lines that a user can do nothing about, and warnings without the line of code."""
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     log.addFilter(lambda record: not any(part in record.getMessage() for part in SILENT))
-    others = warnings.showwarning
-
-    def show(message: Any, category: Any, filename: str, *place: Any) -> None:
-        if Path(filename).is_relative_to(Path(__file__).parents[1]):
-            print(f"warning: {message}", file=sys.stderr)
-        else:
-            others(message, category, filename, *place)
-
-    warnings.showwarning = show  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     threading.excepthook = _thread_failed
 
 

@@ -8,10 +8,9 @@ import json
 import os
 import pkgutil
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from mnist_lit.engine.checkpoint import no_such_checkpoint
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.project import Project
+from mnist_lit.engine.provenance import started_here
 from mnist_lit.engine.run import Run, relative
 
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
@@ -38,130 +38,108 @@ BASES = LightningModule, LightningDataModule, Optimizer, LRScheduler, Callback, 
 
 def with_config(args: Sequence[str], project: Project) -> list[str]:
     """Put configs first, so that other options override them wherever they stand, and add one if none is named:
-    the config.yaml of the checkpoint's run, or else the project's default.
-
-    Args:
-        args: the command, and its options.
-        project: whose default config ``fit`` takes, if it is there and no model is named.
+    the config.yaml of the checkpoint's run, or else for ``fit``, if no model is named, the project's default.
 
     Raises:
-        UserError: if there is no such checkpoint, or no config for it.
+        UserError: if there is no such checkpoint, no config for it, or one that was written on another machine.
     """
     command, *options = args
-    parser = argparse.ArgumentParser(project.command(command), USAGE, add_help=False, allow_abbrev=False)
+    settings: dict[str, Any] = {"usage": USAGE, "add_help": False, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(project.command(command), **settings)
     parser.add_argument("-c", "--config", metavar="FILE", action="append", default=[])
+    parser.add_argument("--data.images", dest="images", nargs="*")  # which a shell finds for *.png
     named, others = parser.parse_known_args(options)
+    others += [f"--data.images={json.dumps(named.images)}"] if named.images else []
     parser.add_argument("--ckpt_path", nargs="?", type=Path)
-    ckpt_path, configs = parser.parse_known_args(options)[0].ckpt_path, named.config
-    whole = {option.partition("=")[0] for option in options} & {"--model", "--model.class_path", "--help", "-h"}
-    if not configs and ckpt_path is not None and ":/" not in str(ckpt_path):
-        config = Run(ckpt_path.absolute().parent.parent).config
-        if ckpt_path.exists() and config.is_file():
-            rank_zero_info(f"Using the run's config: {relative(config)}")
-            configs = [str(config)]
-        elif command in WITH_CHECKPOINT and not ckpt_path.exists():
-            raise UserError(no_such_checkpoint("ckpt_path", ckpt_path))
-        elif command in WITH_CHECKPOINT and not whole:
-            raise UserError(
-                f"--ckpt_path={ckpt_path} is not in a run's folder, where its config.yaml would be; name the config "
-                "that it was trained with: --config=FILE"
-            )
+    for key in ("model", "data"):
+        parser.add_argument(f"--{key}", f"--{key}.class_path", dest=key, default="")
+    parser.add_argument("-h", "--help", action="store_true")
+    given = parser.parse_known_args(others)[0]
+
+    configs, whole = named.config, given.model or given.help
+    if not configs and given.ckpt_path is not None and ":/" not in str(given.ckpt_path):
+        configs = _config_of_run(given.ckpt_path, command, bool(whole))
     if command == "fit" and not configs and not whole and Path(project.default_config).is_file():
         rank_zero_info(f"Using the default config: {project.default_config}")
         configs = [project.default_config]
-    given = {key: _given(key, others) for key in ("model", "data")}
     contents = [_read(config) for config in configs]
-    first = next((content["data"] for content in contents if content.get("data")), None)
-    if project.data_module and not _find(given["data"]) and not _names_class(first):
+    first: Any = next((content["data"] for content in contents if content.get("data")), {})
+    if project.data_module and not _find(given.data) and not (isinstance(first, str) or "class_path" in first):
         configs = [json.dumps({"data": {"class_path": project.data_module}}), *configs]
         contents = [{}, *contents]
     for place, content in enumerate(contents):
-        changed = {key: _of_class(content[key], given[key], project) for key in given if given[key] and key in content}
+        chosen = {key: kind for key in ("model", "data") if key in content and (kind := _find(vars(given)[key]))}
+        changed = {key: _of_class(content[key], kind, project) for key, kind in chosen.items()}
         if changed:
             configs[place] = json.dumps({**content, **changed})
     return [command, *(f"--config={config}" for config in configs), *others]
 
 
-def _given(key: str, args: Sequence[str]) -> str:
-    """The class that the command line chooses for a model or the data, or ""."""
-    names = (f"--{key}", f"--{key}.class_path")
-    found = [value for option, _, value in (arg.partition("=") for arg in args) if option in names and value]
-    return ([""] + found + [value for option, value in pairwise(args) if option in names])[-1]
+def _config_of_run(ckpt_path: Path, command: str, named: bool) -> list[str]:
+    """The config.yaml beside a checkpoint. It can run any code, so only one that was written here is taken unasked."""
+    if not ckpt_path.exists():
+        if command in WITH_CHECKPOINT:
+            raise UserError(no_such_checkpoint("ckpt_path", ckpt_path))
+        return []  # such as last, which fit looks for
+    run = Run(ckpt_path.absolute().parent.parent)
+    config = relative(run.config)
+    if run.config.is_file():
+        if run.config.is_symlink() or not started_here(run.folder):
+            raise UserError(
+                f"{config} was not written on this machine, and a config can run any code: read it, then name it with "
+                f"--config={config}"
+            )
+        rank_zero_info(f"Using the run's config: {config}")
+        return [config]
+    if command in WITH_CHECKPOINT and not named:
+        raise UserError(
+            f"--ckpt_path={ckpt_path} is not in a run's folder, where its config.yaml would be; name the config "
+            "that it was trained with: --config=FILE"
+        )
+    return []
 
 
-def _names_class(section: Any) -> bool:
-    return isinstance(section, str) or (isinstance(section, dict) and "class_path" in section)
-
-
-def _of_class(section: Any, chosen: str, project: Project) -> Any:
+def _of_class(section: Any, new: type, project: Project) -> dict[str, Any]:
     """A config's model or data for the class that the command line chooses in its place.
 
     It keeps the options if the class inherits from the one before. jsonargparse would hand on every option of the same
     name: ``--data=my_data.MyData`` would silently take the ``batch_size`` of another data module.
     """
-    if (new := _find(chosen)) is None:
-        return section  # the parser says what is wrong, or it is more than a class
+    path = f"{new.__module__}.{new.__qualname__}"
     section = section if isinstance(section, dict) else {"class_path": section}
     old = _find(section.get("class_path", project.data_module))
     if old is None or not issubclass(new, old):
-        return {"class_path": chosen}
-    given = section.get("init_args", {} if "class_path" in section else section)
-    return {"class_path": chosen, "init_args": given}
+        return {"class_path": path}
+    return {"class_path": path, "init_args": section.get("init_args", {} if "class_path" in section else section)}
 
 
 def _read(config: str) -> dict[str, Any]:
     """The content of a config, of a file or as it is; nothing if it cannot be read, which the parser explains."""
-    try:
+    with suppress(OSError, ValueError, yaml.YAMLError):
         content = yaml.safe_load(config if config.startswith("{") else Path(config).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        content = None
-    return content if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _find(path: str) -> type | None:
     """A class by its import path or, of those that are imported, its name; None if there is none."""
     if "." not in path:
-        return next((kind for base in BASES for kind in _subclasses(base) if kind.__name__ == path), None)
+        return _classes().get(path)
     with suppress(Exception):  # whatever a user's module raises; the parser says what is wrong
         found = pkgutil.resolve_name(path)
         return found if isinstance(found, type) else None
     return None
 
 
-def join_values(args: Sequence[str]) -> list[str]:
-    """Make a list of several values after an option, such as the files that a shell finds for ``*.png``.
-
-    Example:
-        >>> join_values(["--data.images", "1.png", "2.png"])
-        ['--data.images+=1.png', '--data.images+=2.png']
-    """
-    joined, rest = list[str](), list(args)
-    while rest:
-        option, *rest = rest
-        number = next((index for index, value in enumerate(rest) if value.startswith("-")), len(rest))
-        if option.startswith("--") and "=" not in option and number > 1:
-            joined += [f"{option}+={value}" for value in rest[:number]]  # as jsonargparse appends to a list
-            rest = rest[number:]
-        else:
-            joined.append(option)
-    return joined
-
-
 def expand_home(values: Any) -> Any:
     """Replace ``~`` and ``~name`` where a path begins. A shell does not: within quotes, after ``=``, or in a config.
 
     Numbers of jsonargparse's own types become plain ones, which YAML can write for whatever class they reach.
-
-    Args:
-        values: arguments, or a config, which is changed in place.
-
-    Example:
-        >>> expand_home(["--ckpt_path=~/last.ckpt"])
-        ['--ckpt_path=/home/ada/last.ckpt']
+    Changes lists and configs in place.
     """
     if isinstance(values, str):
-        option, equals, path = values.partition("=") if values.startswith("--") else ("", "", values)
-        return option + equals + (os.path.expanduser(path) if re.match(r"~[\w.-]*(/|\\|$)", path) else path)
+        home = r"^(--[^=]*=)?(~[\w.-]*)(?=[/\\]|$)"
+        return re.sub(home, lambda found: (found[1] or "") + os.path.expanduser(found[2]), values)
     if isinstance(values, (int, float)) and not isinstance(values, bool):
         return int(values) if isinstance(values, int) else float(values)
     if isinstance(values, (Namespace, dict)):
@@ -173,25 +151,19 @@ def expand_home(values: Any) -> Any:
 
 
 def did_you_mean(args: Sequence[str], parser: ArgumentParser) -> str:
-    r"""The known names that are close to unknown ones in a command and its configs, as an addition to a message.
-
-    Args:
-        args: options of the command.
-        parser: of the command.
-
-    Example:
-        >>> did_you_mean(["--trainer.max_epoch=3"], parser)
-        '\nDid you mean max_epochs, not max_epoch?'
-    """
-    classes = {kind.__name__: kind for base in BASES for kind in _subclasses(base)}
-    options = {part for key, _ in parser.get_defaults().items() for part in key.split(".")}
-    options |= {"class_path", "init_args", "config", "help"}
-    typed = dict.fromkeys(_words(args))
-    for word, _ in typed:
-        for kind in classes[word].__mro__ if word in classes else ():
-            options |= set(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
-    meant = ((closest(word, classes if is_class else options), word) for word, is_class in typed)
-    return "".join(f"\nDid you mean {close}, not {word}?" for close, word in meant if close)
+    """The known names that are close to unknown ones in a command, as an addition to a message."""
+    classes, meant = _classes(), dict[str, str]()
+    known = {part for key, _ in parser.get_defaults().items() for part in key.split(".")}
+    known |= {"model", "data", "class_path", "init_args", "config", "help"}
+    known.update(*(inspect.signature(kind).parameters for kind in classes.values()))
+    for option, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = option.partition("=")
+        names = name.strip("-+").split(".") if name.startswith("--") else []
+        meant |= {word: closest(word, known) for word in names}
+        if names and names[-1] in OF_CLASSES:
+            kind = (value if equals else following).rpartition(".")[2]
+            meant[kind] = closest(kind, classes)
+    return "".join(f"\nDid you mean {close}, not {word}?" for word, close in meant.items() if close)
 
 
 def closest(word: str, known: Collection[str]) -> str:
@@ -202,34 +174,10 @@ def closest(word: str, known: Collection[str]) -> str:
     return lower[min(close, key=lambda name: sorted(name) != letters)] if close else ""
 
 
-def _words(args: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Names in options and, file by file, in configs, and whether each is of a class."""
-    for option, value in zip(args, [*args[1:], ""], strict=True):
-        if option.startswith("-"):
-            name, equals, given = option.lstrip("-").rstrip("+").partition("=")
-            value = given if equals else value
-            yield from _words_of(name.rstrip("+").split("."), value)
-            if name in ("c", "config"):
-                yield from _words_of_config(_read(value))
-
-
-def _words_of(names: Sequence[str], value: Any) -> Iterator[tuple[str, bool]]:
-    yield from ((name, False) for name in names if name.isidentifier())
-    if names[-1] in OF_CLASSES and isinstance(value, str) and (kind := value.rpartition(".")[2]).isidentifier():
-        yield kind, True
-
-
-def _words_of_config(config: Any) -> Iterator[tuple[str, bool]]:
-    if isinstance(config, dict):
-        for key, value in config.items():
-            yield from _words_of([str(key).rstrip("+")], value)
-            yield from _words_of_config(value)
-    for each in config if isinstance(config, list) else ():
-        yield from _words_of_config(each)
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    yield base
-    kind: type
-    for kind in base.__subclasses__():
-        yield from _subclasses(kind)
+def _classes() -> dict[str, type]:
+    """Every class that an option may name, of those that are imported, by its name."""
+    found, bases = dict[str, type](), list[type](BASES)
+    while bases:
+        found.setdefault(bases[0].__name__, bases[0])
+        bases = [*bases[1:], *bases[0].__subclasses__()]
+    return found

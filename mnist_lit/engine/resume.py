@@ -6,45 +6,69 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 
+from mnist_lit.engine.checkpoint import Checkpoint
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.provenance import engine_version
+from mnist_lit.engine.run import as_list
 
 # Options whose effect is in the checkpoint: weights, optimizers, schedulers, random numbers, the best so far.
 RESTORED = ("seed_everything", "model", "optimizer", "lr_scheduler", "monitor", "mode", "best_checkpoint", "init_from")
 # Keys in a scheduler's state dict that say when it ends.
 HORIZONS = ("total_steps", "T_max", "T_0", "total_iters", "milestones", "_milestones", "total_size")
+ANOTHER_WAY = "it resumes, but the last bits of its results may differ from those of the uninterrupted run"
 
 
-def conflicting_options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """What the config of a run and the options of a command that resumes it disagree in, one line each.
+def keep_randomness(checkpoint: Checkpoint, config: Namespace) -> None:
+    """Resume with the seed and the number of threads that the run was started with."""
+    saved = checkpoint.run.options if checkpoint.run else {}
+    if config.seed_everything is True:
+        config.seed_everything = saved.get("seed_everything", True)
+    threads = saved.get("num_threads")
+    if threads and config.num_threads not in (None, threads):
+        started = f"the run was started with --num_threads={threads}, this command has {config.num_threads}"
+        rank_zero_warn(f"{started}: {ANOTHER_WAY}")
+    config.num_threads = config.num_threads or threads
+
+
+def refuse_conflicts(checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
+    """Compare the options of a command with those of the run that it resumes.
 
     Options that only one has do not count: a callback may come or go, and a model may have got one more option.
 
-    Example:
-        >>> conflicting_options({"model": {"lr": 0.1}}, {"model": {"lr": 0.01}})
-        ['--model.lr=0.01 (0.1 in the checkpoint)']
+    Raises:
+        UserError: naming those that the checkpoint would override.
     """
+    saved = checkpoint.run.options if checkpoint.run else {}
     theirs, ours = ({name: config.get(name) for name in RESTORED} | _callbacks(config) for config in (saved, given))
-    return [
+    for callback in as_list(given["trainer"].get("callbacks")):
+        kind = pkgutil.resolve_name(callback["class_path"])  # or a function that makes a callback
+        if getattr(kind, "state_dict", Callback.state_dict) is Callback.state_dict:  # nothing of it is restored
+            ours.pop(_name(callback), None)
+    conflicts = [
         f"--{name.replace('.init_args', '')}={new} ({old} in the checkpoint)"
         for name, old, new in _differences(theirs, ours)
     ]
+    if saved and conflicts:
+        raise UserError(
+            f"{checkpoint.path} resumes with the options of its run, and not with {', '.join(conflicts)}; leave them "
+            f"out, or start a new run from its weights with --init_from={checkpoint.path}"
+        )
 
 
 def _callbacks(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of those callbacks that have a state, by class and monitor."""
-    callbacks = config.get("trainer", {}).get("callbacks") or []
-    found = {}
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        kind = pkgutil.resolve_name(callback["class_path"])  # or a function that makes a callback
-        if getattr(kind, "state_dict", Callback.state_dict) is not Callback.state_dict:
-            options = callback.get("init_args") or {}
-            found[f"trainer.callbacks.{kind.__name__}.{options.get('monitor', '')}".rstrip(".")] = options
-    return found
+    """Options of callbacks, by class and monitor."""
+    callbacks = as_list(config.get("trainer", {}).get("callbacks"))
+    return {_name(callback): callback.get("init_args") or {} for callback in callbacks}
+
+
+def _name(callback: Mapping[str, Any]) -> str:
+    monitor = (callback.get("init_args") or {}).get("monitor", "")
+    return f"trainer.callbacks.{callback['class_path'].rpartition('.')[2]}.{monitor}".rstrip(".")
 
 
 def _differences(saved: Any, given: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -56,32 +80,25 @@ def _differences(saved: Any, given: Any, name: str = "") -> Iterator[tuple[str, 
 
 
 class ResumeGuard(Callback):
-    """Refuse to resume schedules and optimizers that the checkpoint would silently change, and warn of another engine.
+    """Refuse to resume a schedule that the checkpoint would silently change, and warn of another engine.
 
     Raises:
-        UserError: naming a schedule of another length, or an optimizer with other groups of parameters.
-        UserError: for weight averaging that Lightning does not restore exactly.
+        UserError: naming a schedule of another length, or weight averaging that Lightning does not restore exactly.
     """
 
     def __init__(self) -> None:
         self._schedulers: list[dict[str, Any]] = []
-        self._optimizers: list[dict[str, Any]] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["engine"] = engine_version()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == "fit":
-            theirs, ours = checkpoint.get("engine"), engine_version()
-            if theirs != ours:
-                rank_zero_warn(
-                    f"the checkpoint was written by {theirs}, this is {ours}: it resumes, but the last bits of its "
-                    "results may differ from those of the uninterrupted run"
-                )
-            self._schedulers = checkpoint.get("lr_schedulers", [])
-            self._optimizers = checkpoint.get("optimizer_states", [])
-        if trainer.lr_scheduler_configs:  # FSDP loads checkpoints after on_fit_start
-            self._compare(trainer)
+        if trainer.state.fn != "fit":
+            return
+        theirs, ours = checkpoint.get("engine"), engine_version()
+        if theirs != ours:
+            rank_zero_warn(f"the checkpoint was written by {theirs}, this is {ours}: {ANOTHER_WAY}")
+        self._schedulers = checkpoint.get("lr_schedulers", [])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the schedules, which are there by now and not restored yet."""
@@ -91,17 +108,6 @@ class ResumeGuard(Callback):
                 "StochasticWeightAveraging cannot be resumed exactly, its average and schedule are restored in part; "
                 "train in one piece, or use EMAWeightAveraging"
             )
-        self._compare(trainer)
-
-    def _compare(self, trainer: Trainer) -> None:
-        for optimizer, state in zip(trainer.optimizers, self._optimizers, strict=False):
-            theirs, ours = len(state.get("param_groups", optimizer.param_groups)), len(optimizer.param_groups)
-            if theirs != ours:
-                raise UserError(
-                    f"{trainer.ckpt_path} has a {type(optimizer).__name__} with {theirs} groups of parameters, and "
-                    f"this run has {ours}, such as with or without the callback FineTuning; resume with the callbacks "
-                    f"that it was started with, or start a new run with --init_from={trainer.ckpt_path}"
-                )
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=False):
             lengths = dict(_horizons(config.scheduler.state_dict()))
             for name, length in _horizons(state):
@@ -111,7 +117,7 @@ class ResumeGuard(Callback):
                         f"run asks for {lengths[name]}, such as by another --trainer.max_epochs; resume with the "
                         f"length that it was started with, or start a new run with --init_from={trainer.ckpt_path}"
                     )
-        self._schedulers, self._optimizers = [], []
+        self._schedulers = []
 
 
 def _horizons(state: Any, place: str = "") -> Iterator[tuple[str, Any]]:

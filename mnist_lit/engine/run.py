@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,16 +22,6 @@ from mnist_lit.engine.project import Project
 from mnist_lit.engine.storage import atomic_write
 
 LOGS = "lightning_logs"
-
-
-def relative(path: str | Path) -> str:
-    """A path as one would type it here; absolute where no relative one leads there, as between drives."""
-    try:
-        return os.path.relpath(path)
-    except ValueError:
-        return str(path)
-
-
 # Loggers that keep runs of their own: their package, and the options that name such a run and choose one to resume.
 REMOTE_LOGGERS = {"WandbLogger": ("wandb", "name", "id"), "MLFlowLogger": ("mlflow", "run_name", "run_id")}
 LOCK_TIMEOUT = 15.0  # s: the workers of a killed process hold its lock until they notice that it is gone
@@ -46,7 +35,6 @@ class Run(Callback):
     Args:
         folder: of the run. None in a process that is not the first of several: it learns the folder from the
             first one, as soon as they are connected.
-
         project: whose command line started it; None for a script or a notebook.
 
     Example:
@@ -58,15 +46,13 @@ class Run(Callback):
     def __init__(self, folder: Path | None = None, project: Project | None = None) -> None:
         self._folder = folder
         self.project = project
+        self.save_as = ""  # name of the file for the options below
+        self.to_save: Mapping[str, Any] = {}
 
     @classmethod
-    def create(cls, root: Path, name: str | None = None, project: Project | None = None) -> Run:
-        """Make the folder of a new run. Of several processes that start at once each gets its own.
-
-        Args:
-            root: parent of ``lightning_logs``.
-            name: of the folder, by default the next ``version_N``.
-            project: whose command line starts it.
+    def create(cls, root: Path, name: str | None = None, project: Project | None = None, exist_ok: bool = False) -> Run:
+        """Make the folder of a new run in ``lightning_logs`` below ``root``, by default the next ``version_N``. Of
+        several processes that start at once each gets its own.
 
         Raises:
             UserError: if there is a run of this name, or the folder cannot be written.
@@ -76,30 +62,25 @@ class Run(Callback):
         if rank_zero_only.rank:  # type: ignore[attr-defined]
             return cls(project=project)
         logs = root.absolute() / LOGS
-        try:
-            logs.mkdir(parents=True, exist_ok=True)
-            folder = cls._make(logs, name)
-        except FileExistsError as error:
-            if name is None or not (logs / name).exists():
-                raise UserError(_unwritable(root, error)) from error
-            raise UserError(f"--run_name={name}: there is such a run already in {logs}") from error
-        except OSError as error:
-            raise UserError(_unwritable(root, error)) from error
-        atexit.register(_remove_if_empty, folder)  # of a start that fails before it leaves anything
-        return cls(folder, project)
-
-    @staticmethod
-    def _make(logs: Path, name: str | None) -> Path:
-        if name is not None:
-            (logs / name).mkdir()
-            return logs / name
         numbers = [path.name.removeprefix("version_") for path in logs.glob("version_*")]
         version = max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
         while True:
-            with suppress(FileExistsError):  # another process was faster
-                (logs / f"version_{version}").mkdir()
-                return logs / f"version_{version}"
-            version += 1
+            folder = logs / (name or f"version_{version}")
+            try:
+                logs.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(exist_ok=exist_ok and name is not None)
+                break
+            except OSError as error:
+                if name and folder.exists():
+                    raise UserError(f"--run_name={name}: there is such a run already in {logs}") from error
+                if not folder.exists():
+                    raise UserError(
+                        f"cannot write in {root / LOGS} ({error.strerror}); choose another place for runs with "
+                        "--trainer.default_root_dir"
+                    ) from error
+            version += 1  # another process was faster
+        atexit.register(_remove_if_empty, folder)  # of a start that fails before it leaves anything
+        return cls(folder, project)
 
     @classmethod
     def of_checkpoint(cls, path: str | Path, project: Project | None = None) -> Run | None:
@@ -111,10 +92,9 @@ class Run(Callback):
     @classmethod
     def of(cls, trainer: Trainer) -> Run:
         """The run of a trainer; without the command line it is in the folder of Lightning's first logger."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, cls):
-                return callback
-        return cls(Path(trainer.log_dir or trainer.default_root_dir))
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        run = next((callback for callback in callbacks if isinstance(callback, cls)), None)
+        return run or cls(Path(trainer.log_dir or trainer.default_root_dir))
 
     def lock(self) -> None:
         """Keep every other process from training in this folder, until this one ends or trains in another one.
@@ -141,16 +121,23 @@ class Run(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = trainer.strategy.broadcast(str(self._folder or ""))
         self._folder = Path(folder) if folder else None
+        if stage != "fit":
+            self._save(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notice that the folder was deleted, before a checkpoint of the validation would make another one.
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the config now that nothing refuses to train with it any more."""
+        self._save(trainer)
 
-        Raises:
-            FileNotFoundError: which saves the weights, see ``LastCheckpoint.on_exception``.
-        """
-        fits = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if fits and trainer.is_global_zero and self.exists and not self.folder.exists():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder))
+    def _save(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero or not self.exists or not self.save_as:
+            return
+        path = self.folder / self.save_as
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            part.write_text(yaml.safe_dump(dict(self.to_save), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        for logger in trainer.loggers:
+            if not (trainer.ckpt_path or isinstance(logger, (TensorBoardLogger, CSVLogger))):  # which have the file
+                logger.log_hyperparams({"config": self.to_save})
 
     @property
     def folder(self) -> Path:
@@ -181,11 +168,10 @@ class Run(Callback):
     @property
     def options(self) -> dict[str, Any]:
         """The content of that file; nothing if there is none."""
-        try:
+        with suppress(OSError, ValueError, yaml.YAMLError):
             content = yaml.safe_load(self.config.read_text("utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            content = None
-        return content if isinstance(content, dict) else {}
+            return content if isinstance(content, dict) else {}
+        return {}
 
     @property
     def checkpoints(self) -> Path:
@@ -195,15 +181,12 @@ class Run(Callback):
     def redirect_loggers(self, loggers: list[Namespace], checkpoint: Mapping[str, Any] | None = None) -> None:
         """Make the loggers of a config write into this run's folder, unless the config names another place.
 
-        Args:
-            loggers: each with ``class_path`` and ``init_args``, which are changed.
-            checkpoint: that the run is resumed from, with the names of the loggers' own runs.
+        A checkpoint that the run is resumed from has the names of the loggers' own runs.
         """
         known = list((checkpoint or {}).get("loggers", []))
         for logger in loggers:
             options, kind = logger.get("init_args") or Namespace(), logger.class_path.rpartition(".")[2]
-            local = kind in ("TensorBoardLogger", "CSVLogger") and options.get("version") is None
-            if local and options.get("name") == LOGS:
+            if kind in ("TensorBoardLogger", "CSVLogger") and (options.name, options.get("version")) == (LOGS, None):
                 options["save_dir"], options["version"] = str(self.root), self.name
                 if checkpoint is not None and "purge_step" in options:
                     options["purge_step"] = checkpoint["global_step"]
@@ -211,10 +194,9 @@ class Run(Callback):
                 package, name, key = REMOTE_LOGGERS[kind]
                 require("trackers", package)
                 options[name] = options.get(name) or self.name
-                same = next((run for run in known if run[0] == kind), None)
-                if same:
+                if same := next((run for run in known if run[0] == kind), None):
                     known.remove(same)
-                options[key] = options.get(key) or (same and same[1])
+                    options[key] = options.get(key) or same[1]
             if kind == "WandbLogger" and options.get("save_dir") in (None, "."):
                 options["save_dir"] = str(self.folder)
 
@@ -234,21 +216,17 @@ class Run(Callback):
         checkpoint["loggers"] = [[kind, str(logger.version)] for kind, logger in named if kind in REMOTE_LOGGERS]
 
 
+def relative(path: str | Path) -> str:
+    """A path as one would type it here; absolute where no relative one leads there, as between drives."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
 def as_list(chosen: Any) -> list[Any]:
     """An option that may be one thing, several or none, as a list."""
     return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] if chosen else []
-
-
-def loggers_of(config: Namespace) -> list[Namespace]:
-    """The loggers that a config describes, one or several."""
-    return [logger for logger in as_list(config.trainer.logger) if isinstance(logger, Namespace)]
-
-
-def _unwritable(root: Path, error: OSError) -> str:
-    return (
-        f"cannot write in {root / LOGS} ({error.strerror}); "
-        "choose another place for runs with --trainer.default_root_dir"
-    )
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -256,34 +234,3 @@ def _remove_if_empty(folder: Path) -> None:
         if [path.name for path in folder.iterdir()] == [".lock"]:
             (folder / ".lock").unlink()
         folder.rmdir()
-
-
-class RunConfig(Callback):
-    """Save the complete config in the run's folder, and log it.
-
-    Args:
-        options: of the command.
-        filename: in the run's folder.
-    """
-
-    def __init__(self, options: Mapping[str, Any], filename: str = "config.yaml") -> None:
-        self.options, self.filename = options, filename
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            self._save(trainer)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save it now that nothing refuses to train with it any more."""
-        self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        path = Run.of(trainer).folder / self.filename
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as part:
-            part.write_text(yaml.safe_dump(self.options, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        for logger in trainer.loggers:
-            if not (trainer.ckpt_path or isinstance(logger, (TensorBoardLogger, CSVLogger))):  # which have the file
-                logger.log_hyperparams({"config": self.options})

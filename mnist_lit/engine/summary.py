@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from datetime import timedelta
+from math import nan
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -40,13 +41,14 @@ class Summary(Callback):
         taken = timedelta(seconds=round(time.monotonic() - self._started))
         title = f"{type(pl_module).__name__} on {dataset} after {epochs} epoch{'s' * (epochs != 1)}, {taken}"
         best_metrics: dict[str, float] = getattr(best, "best_metrics", {})
-        columns = ["last", *([f"best: epoch {best.best_epoch}"] if best_metrics else [])]  # type: ignore[union-attr]
+        columns = ["last", *([f"best: epoch {getattr(best, 'best_epoch', 0)}"] if best_metrics else [])]
         table = Table("metric", *(Column(name, justify="right") for name in columns), title=escape(title))
         table.min_width = len(title) + 2
         for name, value in sorted(trainer.callback_metrics.items()):
             if f"{name}_epoch" not in trainer.callback_metrics:  # the mean over the epoch says more
-                values = [value, *([best_metrics.get(name)] if best_metrics else [])]
-                table.add_row(escape(name.removesuffix("_epoch")), *map(_number, values))
+                values = [value.item(), *([best_metrics.get(name, nan)] if best_metrics else [])]
+                numbers = (f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}" for value in values)
+                table.add_row(escape(name.removesuffix("_epoch")), *numbers)
         console.print(table)
         run = Run.of(trainer)
         if not (kept := best_or_last(trainer)):
@@ -58,13 +60,6 @@ class Summary(Callback):
         console.print(f"The run is in {relative(run.folder)}. What comes next:", highlight=False, markup=False)
         for line in commands:
             console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _number(value: Any) -> str:
-    """Of a metric, for the table; nothing for one that is not there."""
-    if value is None:
-        return ""
-    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
 
 
 def _viewer(logger: Logger) -> list[str]:

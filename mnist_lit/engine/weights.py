@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,42 +31,34 @@ def init_from(model: LightningModule, path: str, strict: bool = True, weights_on
     if not Path(path).exists():
         raise UserError(no_such_checkpoint("init_from", path))
     weights = rename(read_weights(path, weights_only), model.state_dict())
-    adapted = [] if strict else _adapt_channels(weights, model)
-    misfitting = misfits(weights, model)
-    left_out = {name for name, _, _ in misfitting}
-    if not weights.keys() & model.state_dict().keys() - left_out:
+    done = [f"Started from the weights of {path}"]
+    layer, conv = first_convolution(model)
+    first = weights.get(f"{layer}.weight")
+    if not strict and conv is not None and first is not None and first.ndim == 4 and conv.groups == 1:
+        adapted = to_channels(first, conv.in_channels)
+        if first.shape != adapted.shape == conv.weight.shape:
+            weights[f"{layer}.weight"] = adapted
+            done.append(f"{layer}.weight from {first.shape[1]} to {conv.in_channels} channels")
+    misfitting = {name: f"{name} ({theirs} there, {ours} here)" for name, theirs, ours in misfits(weights, model)}
+    listed = _briefly(misfitting.values())
+    if not weights.keys() & model.state_dict().keys() - misfitting.keys():
+        theirs, ours = _briefly(weights, 3), _briefly(model.state_dict(), 3)
         raise UserError(
-            f"--init_from={path}: none of its weights fits {type(model).__name__}; there are "
-            f"{_briefly(weights, 3)} there and {_briefly(model.state_dict(), 3)} here"
+            f"--init_from={path}: none of its weights fits {type(model).__name__}; there are {theirs} there and {ours} "
+            "here"
         )
-    listed = _briefly([f"{name} ({theirs} there, {ours} here)" for name, theirs, ours in misfitting])
     if misfitting and strict:
         raise UserError(
             f"--init_from={path} does not fit {type(model).__name__}: {listed}; --init_strict=false starts from those "
             "weights that do"
         )
-    model.load_state_dict({name: w for name, w in weights.items() if name not in left_out}, strict=False)
-    done = [f"Started from the weights of {path}", *adapted, *([f"without {listed}"] if misfitting else [])]
-    rank_zero_info(", ".join(done))
-
-
-def _adapt_channels(weights: dict[str, Tensor], model: LightningModule) -> list[str]:
-    """Adapt weights of the first convolution that are for images of other channels; says which in words."""
-    layer, conv = first_convolution(model)
-    theirs = weights.get(name := f"{layer}.weight")
-    if conv is None or theirs is None or theirs.shape == conv.weight.shape or conv.groups > 1 or theirs.ndim != 4:
-        return []
-    adapted = to_channels(theirs, conv.in_channels)
-    if adapted.shape != conv.weight.shape:
-        return []
-    weights[name] = adapted
-    return [f"{name} from {theirs.shape[1]} to {conv.in_channels} channels"]
+    model.load_state_dict({name: w for name, w in weights.items() if name not in misfitting}, strict=False)
+    rank_zero_info(", ".join([*done, *([f"without {listed}"] if misfitting else [])]))
 
 
 def _briefly(names: Collection[str], most: int = 8) -> str:
     """The first of many names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(islice(names, most)) or "none") + more
+    return ", ".join([*names][:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def read_weights(path: str | Path, weights_only: bool = True) -> dict[str, Tensor]:
@@ -81,10 +72,6 @@ def read_weights(path: str | Path, weights_only: bool = True) -> dict[str, Tenso
     Raises:
         UserError: if the file cannot be read, is damaged, holds anything else or asks for code.
         UserError: if safetensors is needed and not installed.
-
-    Example:
-        >>> list(read_weights("resnet18-f37072fd.pth"))[:2]
-        ['conv1.weight', 'bn1.running_mean']
     """
     if Path(path).suffix == ".safetensors":
         require("vision", "safetensors")
@@ -92,13 +79,12 @@ def read_weights(path: str | Path, weights_only: bool = True) -> dict[str, Tenso
 
         try:
             return load_safetensors(path)
-        except Exception as error:  # as below
-            raise UserError(unusable(path, (str(error) or type(error).__name__).splitlines()[0])) from error
-    # torch.save wrote files that are no zip archives until torch 1.6; old weights are still around in them.
+        except Exception as error:  # whatever a damaged file makes it raise
+            raise unusable(path, error) from error
     content = load_file(path, weights_only, old=True)
-    weights: Any = None
+    weights: Any = content
     if isinstance(content, dict):
         weights = next((content[key] for key in ("state_dict", "model") if key in content), content)
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise UserError(unusable(path, "it has no state dict, which is names and tensors"))
+        raise UserError(f"{path} cannot be used as a checkpoint (it has no state dict, which is names and tensors)")
     return weights

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from common import CONFIGS, OVERLAYS, Run, assert_one_message, checkpoint
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from common import CONFIGS, OVERLAYS, RUN, Run, checkpoint, curves
 
 # Of many epochs they would take most of the time.
 NO_PICTURES = ("--dashboard.confusion_matrix=false", "--dashboard.mistakes=0")
@@ -23,20 +22,18 @@ NO_PICTURES = ("--dashboard.confusion_matrix=false", "--dashboard.mistakes=0")
 @pytest.fixture
 def fit(cli: Run, small: Path):
     def run(model: str, *overlays: str, settings: tuple[str, ...] = (), ok: bool = True):
-        configs = [f"--config={CONFIGS / model}.yaml"] + [
-            f"--config={CONFIGS / 'overlays' / name}.yaml" for name in overlays
-        ]
+        configs = [f"--config={path}.yaml" for path in (CONFIGS / model, *(OVERLAYS / name for name in overlays))]
         return cli("fit", *configs, "--data.dataset", small, "--trainer.log_every_n_steps=4", *settings, ok=ok)
 
     return run
 
 
-def run_of(folder: Path) -> EventAccumulator:
-    return EventAccumulator(str(folder / "lightning_logs" / "version_0")).Reload()
+def values(folder: Path, tag: str) -> list[float]:
+    return [value for _, value in curves(folder / RUN)[tag]]
 
 
 def last(folder: Path) -> dict:
-    return checkpoint(folder / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
+    return checkpoint(folder / RUN / "checkpoints" / "last.ckpt")
 
 
 @pytest.mark.slow
@@ -44,7 +41,7 @@ def test_overfit_drives_the_loss_of_ten_batches_to_zero(fit, tmp_path: Path) -> 
     quick = ("--model.lr=0.01", "--data.batch_size=16", "--trainer.max_epochs=20", "--dashboard.every_n_epochs=0")
     fit("cnn", "overfit", settings=("--model=FastCNN", *quick))
     assert last(tmp_path)["global_step"] == 20 * 10
-    losses = [event.value for event in run_of(tmp_path).Scalars("train/loss_epoch")]
+    losses = values(tmp_path, "train/loss_epoch")
     assert losses[-1] < 0.01 < losses[0]
 
 
@@ -64,18 +61,10 @@ def test_profile_prints_a_table(fit) -> None:
 @pytest.mark.slow
 def test_early_stopping_ends_when_nothing_gets_better(fit, tmp_path: Path) -> None:
     fit("logistic", "early_stopping", settings=("--model.lr=2",))
-    losses = [event.value for event in run_of(tmp_path).Scalars("val/loss")]
+    losses = values(tmp_path, "val/loss")
     assert 4 <= len(losses) < 100
     assert min(losses[-3:]) >= min(losses)
     assert losses.index(min(losses)) == len(losses) - 4
-
-
-@pytest.mark.slow
-def test_overlays_of_callbacks_add_up(fit, tmp_path: Path) -> None:
-    fit("logistic", "early_stopping", "find_lr", settings=("--trainer.max_epochs=1",))
-    config = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "config.yaml").read_text())
-    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
-    assert names == ["EarlyStopping", "LearningRateFinder"]
 
 
 @pytest.mark.slow
@@ -90,7 +79,7 @@ def test_cosine_falls_to_zero(fit, tmp_path: Path) -> None:
 def test_plateau_cuts_the_learning_rate(fit, tmp_path: Path) -> None:
     settings = ("--optimizer.init_args.lr=3", "--lr_scheduler.init_args.patience=0", *NO_PICTURES)
     fit("logistic", "plateau", settings=settings)
-    rates = [event.value for event in run_of(tmp_path).Scalars("train/lr")]
+    rates = values(tmp_path, "train/lr")
     assert rates[0] == 3
     assert rates[-1] < 3
     assert {round(after / before, 3) for before, after in pairwise(rates)} == {1, 0.3}
@@ -110,59 +99,33 @@ def planned(total: int, warm_up: int) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "total", "warm_up"),
+    ("setting", "total", "warm_up"),
     [
-        ((), 32, 2),  # 16 steps to an epoch, two epochs
-        pytest.param(("--trainer.accumulate_grad_batches=4",), 8, 1, marks=pytest.mark.slow),
-        pytest.param(("--trainer.max_steps=20",), 20, 1, marks=pytest.mark.slow),
-        pytest.param(("--model.steps_per_execution=8",), 32, 2, marks=pytest.mark.slow),
-        pytest.param(("--lr_scheduler.milestones=[5]",), 32, 5, marks=pytest.mark.slow),
+        ("--trainer.max_epochs=2", 32, 2),  # 16 steps to an epoch, two epochs
+        pytest.param("--trainer.accumulate_grad_batches=4", 8, 1, marks=pytest.mark.slow),
+        pytest.param("--trainer.max_steps=20", 20, 1, marks=pytest.mark.slow),
+        pytest.param("--model.steps_per_execution=8", 32, 2, marks=pytest.mark.slow),
+        pytest.param("--lr_scheduler.milestones=[5]", 32, 5, marks=pytest.mark.slow),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )
-def test_warm_up_and_cosine_are_as_long_as_the_run(
-    fit, tmp_path: Path, settings: tuple[str, ...], total: int, warm_up: int
-) -> None:
-    fit("cnn", "warmup", settings=("--trainer.log_every_n_steps=1", *NO_PICTURES, *settings))
-    rates = {event.step: event.value for event in run_of(tmp_path).Scalars("train/lr")}
+def test_warm_up_and_cosine_are_as_long_as_the_run(fit, tmp_path: Path, setting: str, total: int, warm_up: int) -> None:
+    fit("cnn", "warmup", settings=("--trainer.log_every_n_steps=1", *NO_PICTURES, setting))
+    rates = dict(curves(tmp_path / RUN)["train/lr"])
     assert [rates[step] for step in range(total)] == pytest.approx(planned(total, warm_up), rel=1e-5)
-
-
-SCHEDULE = ("--optimizer=SGD", "--optimizer.lr=0.1", "--lr_scheduler=Schedule")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            (*SCHEDULE, '--lr_scheduler.schedulers=[{"class_path": "CosineAnnealingLR", "init_args": {"T_max": -1}}]'),
-            "a schedule as long as the run needs a run with an end: --trainer.max_epochs",
-        ),
-        pytest.param(
-            (
-                *SCHEDULE,
-                '--lr_scheduler.schedulers=[{"class_path": "StepLR", "init_args": {"step_size": 1}}]',
-                "--lr_scheduler.milestones=[3]",
-            ),
-            "every scheduler but the first needs a milestone",
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["no end", "milestones"],
-)
-def test_schedule_that_does_not_fit_is_one_message(fit, settings: tuple[str, ...], message: str) -> None:
-    assert_one_message(fit("cnn", settings=("--trainer.max_epochs=-1", *settings), ok=False), message)
 
 
 @pytest.mark.slow
 def test_learning_rate_is_found_and_used(fit, tmp_path: Path) -> None:
-    done = fit("cnn", "find_lr")
+    done = fit("cnn", "early_stopping", "find_lr", settings=("--trainer.max_epochs=2",))
     found = re.search(r"Learning rate set to ([\d.e-]+)", done.stderr)
     assert found is not None
     assert 1e-3 <= float(found[1]) <= 1
-    assert run_of(tmp_path).Scalars("train/lr")[0].value == pytest.approx(float(found[1]))
+    assert values(tmp_path, "train/lr")[0] == pytest.approx(float(found[1]))
     assert last(tmp_path)["global_step"] == 2 * 16  # the steps of the search do not count
     assert not list(tmp_path.glob(".lr_find*"))
+    config = yaml.safe_load((tmp_path / RUN / "config.yaml").read_text())
+    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert names == ["EarlyStopping", "LearningRateFinder"]  # they add up
 
 
 @pytest.mark.slow
@@ -194,70 +157,49 @@ def test_compile_overlay_keeps_the_names_of_weights(fit, tmp_path: Path) -> None
 def test_metrics_of_each_class_are_logged(fit, tmp_path: Path) -> None:
     fit("cnn", "per_class", settings=("--trainer.max_epochs=1", "--data.class_names=[a,b,c,d,e,f,g,h,i,j]"))
     expected = {"val/acc", "val/f1", *(f"val/recall/{name}" for name in "abcdefghij")}
-    events = run_of(tmp_path)
-    assert expected <= set(events.Tags()["scalars"])
-    recall = [events.Scalars(f"val/recall/{name}")[0].value for name in "abcdefghij"]
-    assert recall == [pytest.approx(events.Scalars(f"val_acc_of_class/{name}")[0].value) for name in "abcdefghij"]
+    drawn = curves(tmp_path / RUN)
+    assert expected <= drawn.keys()
+    for name in "abcdefghij":
+        assert drawn[f"val/recall/{name}"][0] == pytest.approx(drawn[f"val_acc_of_class/{name}"][0])
 
 
-@pytest.fixture
-def bright(cli: Run, small: Path, tmp_path: Path) -> dict[str, np.ndarray]:
-    """A regression by configuration alone, on the brightness of an image."""
+@pytest.mark.slow
+def test_regression_learns_values_and_is_tested_predicted_and_exported(cli: Run, small: Path, tmp_path: Path) -> None:
+    """By configuration alone, on the brightness of an image. Metrics are not as coarse as a model in bfloat16."""
     arrays = dict(np.load(small))
     for split in ("train", "valid", "test"):
         arrays[f"y_{split}"] = arrays[f"x_{split}"].mean((1, 2), dtype=np.float32) / 128
     np.savez(tmp_path / "bright.npz", **arrays)
     configs = (f"--config={CONFIGS / 'fast.yaml'}", f"--config={OVERLAYS / 'regression.yaml'}")
     quick = ("--data.batch_size=128", "--trainer.max_epochs=4", "--optimizer.lr=0.01")
-    cli("fit", *configs, "--data.dataset=bright.npz", *quick)
-    return arrays
-
-
-@pytest.mark.slow
-def test_regression_learns_values(bright, tmp_path: Path) -> None:
-    losses = [event.value for event in run_of(tmp_path).Scalars("val/mse")]
-    assert losses[-1] < 0.05 < losses[0]
-
-
-@pytest.mark.slow
-def test_regression_is_tested_predicted_and_exported(cli: Run, bright, tmp_path: Path) -> None:
-    best = "lightning_logs/version_0/checkpoints/best.ckpt"
-    assert "test/mae" in cli("test", "--ckpt_path", best).stdout
-    cli("predict", "--ckpt_path", best)
-    with (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert rows[0].keys() == {"index", "prediction"}
-    predicted = np.array([float(row["prediction"]) for row in rows])
-    assert np.mean((predicted - bright["y_test"]) ** 2) < 0.05
-    assert "Wrote" in cli("export", "--ckpt_path", best, "--format=pt2").stdout
-
-
-@pytest.mark.slow
-def test_metrics_are_not_as_coarse_as_the_model(cli: Run, bright, tmp_path: Path) -> None:
-    """bfloat16 has three digits; a mean over its predictions has more."""
-    config = "--config=lightning_logs/version_0/config.yaml"
-    cli("fit", config, "--trainer.precision=bf16-true", "--trainer.max_epochs=1")
-    for command in ("test", "predict"):
-        cli(command, "--ckpt_path=lightning_logs/version_1/checkpoints/best.ckpt")
-    logged = json.loads((tmp_path / "lightning_logs/version_2/metrics.json").read_text())["test/mse"]
-    with (tmp_path / "lightning_logs/version_3/predictions.csv").open() as file:
-        predicted = np.array([float(row["prediction"]) for row in csv.DictReader(file)])
-    target = torch.from_numpy(bright["y_test"]).bfloat16().double().numpy()
-    print(f"mean squared error: {logged} logged")
-    assert logged == pytest.approx(np.mean((predicted - target) ** 2), rel=1e-4)
+    for version, (precision, target) in enumerate({"32-true": None, "bf16-true": torch.bfloat16}.items()):
+        precise = (f"--trainer.precision={precision}", f"--run_name={precision}")
+        assert "confusion matrix" not in cli("fit", *configs, "--data.dataset=bright.npz", *quick, *precise).stderr
+        best = f"--ckpt_path=lightning_logs/{precision}/checkpoints/best.ckpt"
+        assert "test/mae" in cli("test", best).stdout
+        cli("predict", best)
+        tested, predicted = (tmp_path / f"lightning_logs/version_{2 * version + part}" for part in range(2))
+        with (predicted / "predictions.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert rows[0].keys() == {"index", "prediction"}
+        values = np.array([float(row["prediction"]) for row in rows])
+        right = torch.from_numpy(arrays["y_test"]).to(target).double().numpy()
+        error = np.mean((values - right) ** 2)
+        assert error < 0.05
+        assert json.loads((tested / "metrics.json").read_text())["test/mse"] == pytest.approx(error, rel=1e-4)
+    assert "Wrote" in cli("export", "--ckpt_path=lightning_logs/32-true/checkpoints/best.ckpt", "--format=pt2").stdout
 
 
 @pytest.mark.slow
 def test_table_beside_tensorboard_in_the_folder_of_the_run(fit, tmp_path: Path) -> None:
     """And when the run is resumed, and when another run is started from its config."""
     fit("cnn", "csv", settings=("--trainer.max_epochs=1",))
-    run = tmp_path / "lightning_logs" / "version_0"
+    run = tmp_path / RUN
     fit("cnn", "csv", settings=("--ckpt_path=last",))
     fit("cnn", settings=("--config", str(run / "config.yaml")))
     names = {path.name for path in run.iterdir()}
     assert {"metrics.csv", "metrics-to-step-16.csv", "config.yaml", "checkpoints"} <= names
-    steps = [event.step for event in run_of(tmp_path).Scalars("val/loss")]
-    assert steps == [15, 31]
+    assert [step for step, _ in curves(run)["val/loss"]] == [15, 31]
     with (run / "metrics.csv").open() as file:
         assert max(int(row["step"]) for row in csv.DictReader(file)) == 31
     assert (tmp_path / "lightning_logs" / "version_1" / "metrics.csv").exists()
@@ -268,20 +210,13 @@ def test_table_beside_tensorboard_in_the_folder_of_the_run(fit, tmp_path: Path) 
 def test_checkpoints_hold_the_average_that_was_validated(fit, cli: Run, small: Path, model: str) -> None:
     settings = ("--trainer.max_epochs=3", "--data.batch_size=64", "--test_after_fit=true", *NO_PICTURES)
     printed = fit(model, "ema", settings=settings).stdout
-    fitted = re.search(r"│ val/loss +│ +([\d.]+) │ +([\d.]+) │", printed)
-    fit_tested = re.search(r"test/loss +│ +([\d.]+)", printed)
+    last, best = re.search(r"│ val/loss +│ +([\d.]+) │ +([\d.]+) │", printed).groups()
+    tested = re.search(r"test/loss +│ +([\d.]+)", printed)[1]
     run = Path("lightning_logs/version_0")
-    last, config = run / "checkpoints" / "last.ckpt", run / "config.yaml"
-    done = cli("validate", "--config", config, "--ckpt_path", last, "--data.dataset", small)
-    validated = re.search(r"val/loss +│ +([\d.]+)", done.stdout)
-    assert fitted is not None
-    assert validated is not None
-    assert float(validated[1]) == pytest.approx(float(fitted[1]), abs=1e-4)
-    best = run / "checkpoints" / "best.ckpt"
-    done = cli("validate", "--config", config, "--ckpt_path", best, "--data.dataset", small)
-    assert float(re.search(r"val/loss +│ +([\d.]+)", done.stdout)[1]) == pytest.approx(float(fitted[2]), abs=1e-4)
-    done = cli("test", "--config", config, "--ckpt_path", best, "--data.dataset", small)
-    assert float(re.search(r"test/loss +│ +([\d.]+)", done.stdout)[1]) == pytest.approx(float(fit_tested[1]), abs=1e-4)
+    for command, name, expected in (("validate", "last", last), ("validate", "best", best), ("test", "best", tested)):
+        done = cli(command, "--ckpt_path", run / "checkpoints" / f"{name}.ckpt", "--data.dataset", small)
+        found = re.search(r"(val|test)/loss +│ +([\d.]+)", done.stdout)[2]
+        assert float(found) == pytest.approx(float(expected), abs=1e-4)
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from common import CONFIGS, OVERLAYS, Run, assert_same, checkpoint, curves
+from interrupt import signal_at
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from plain import Model, data
-from test_resume import interrupt
 
 import mnist_lit
 from mnist_lit.engine import StepsPerExecution
@@ -55,7 +55,7 @@ def test_resumed_in_the_middle_of_an_epoch(cli: Run, small: Path, tmp_path: Path
     common = ("fit", *CNN, *EIGHT, "--data.dataset", small)
     common += ("--data.batch_size=20", "--trainer.log_every_n_steps=3")  # 50 steps an epoch
     cli(*common)
-    cli(*common, *interrupt("SIGINT", "on_train_batch_end", 24), ok=False)
+    cli(*common, *signal_at("SIGINT", "on_train_batch_end", 24), ok=False)
     assert checkpoint(tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 24
     cli(*common, "--ckpt_path", "last")
     assert_same_training(tmp_path / "lightning_logs/version_1", tmp_path / "lightning_logs/version_0")

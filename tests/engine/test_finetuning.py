@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, assert_same, checkpoint
+from interrupt import signal_at
 from nets import Wide
 from plain import Model, Weights, fit
-from test_resume import TWO_PROCESSES, interrupt
+from test_resume import TWO_PROCESSES
 from torch import nn
 
 from mnist_lit.engine.errors import UserError
@@ -243,7 +244,7 @@ def test_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @slow
 def test_resuming_with_other_options_is_refused_and_without_the_callback_warned_of(cli: Run, small: Path) -> None:
     command = (*FAST, "--data.dataset", small)
-    cli(*command, CALLBACK, *interrupt("SIGTERM", "on_train_batch_end", 8), ok=False)
+    cli(*command, CALLBACK, *signal_at("SIGTERM", "on_train_batch_end", 8), ok=False)
     other = cli(*command, CALLBACK, "--trainer.callbacks.lr_factor=0.5", "--ckpt_path=last", ok=False)
     assert_one_message(other, "FineTuning.lr_factor=0.5 (0.1 in the checkpoint)")
     assert "add the following callbacks: ['FineTuning']" in cli(*command, "--ckpt_path=last").stderr

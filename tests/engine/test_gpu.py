@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from common import CONFIGS, OVERLAYS, RUN, Run, assert_same, checkpoint
+from interrupt import signal_at
 
 pytestmark = pytest.mark.gpu
 
@@ -42,8 +43,7 @@ def test_no_step_waits_for_the_gpu(cli: Run, small: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["cnn", "compiled"])
 def test_stopped_run_resumes_bit_for_bit(cli_in: Run, small: Path, tmp_path: Path, kind: str) -> None:
     fit = ("fit", *KINDS[kind], *GPU, "--data.dataset", small, "--trainer.max_epochs=3", "--trainer.deterministic=warn")
-    stop = ("--trainer.callbacks+=interrupt.SignalAt", "--trainer.callbacks.signum=SIGTERM")
-    stop += ("--trainer.callbacks.hook=on_train_batch_end", "--trainer.callbacks.step=21")
+    stop = signal_at("SIGTERM", "on_train_batch_end", 21)
     for name, runs in {"whole": [()], "stopped": [stop, ("--ckpt_path=last",)]}.items():
         (tmp_path / name).mkdir()
         for arguments in runs:

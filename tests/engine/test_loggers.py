@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from common import CONFIGS, OVERLAYS, RUN, Run, checkpoint, curves
-from test_resume import interrupt
+from interrupt import signal_at
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def test_killed_resumed_and_tested(cli: Run, small: Path, tmp_path: Path, name: 
     if "mlflow" in name:
         pytest.importorskip("mlflow", reason="needs the extra [trackers]")
     command = (*FIT, *LOGGERS[name], "--data.dataset", small)
-    cli(*command, *interrupt("SIGKILL", "on_train_batch_end", 20), ok=False, env=OFFLINE)
+    cli(*command, *signal_at("SIGKILL", "on_train_batch_end", 20), ok=False, env=OFFLINE)
     done = cli(*command, "--ckpt_path=last", env=OFFLINE)
     printed = next(line for line in done.stdout.splitlines() if "mnist_lit test" in line)
     assert "test/acc" in cli(*shlex.split(printed)[3:], env=OFFLINE).stdout

@@ -1,73 +1,69 @@
-"""What made a run, with a plain ``Trainer``; through the command line it is in test_options.py."""
+"""What made a run, and how it ended."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from common import ENVIRONMENT, ROOT
+import torch
+from common import CONFIGS, RUN, Run
+from interrupt import signal_at
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from mnist_lit.engine import Provenance
-from mnist_lit.engine.provenance import engine_version
-
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-class Failing(BoringModel):
-    def on_train_epoch_end(self) -> None:
-        raise ValueError("one\ntwo")
-
-
-def fit(model: BoringModel, folder: Path) -> None:
-    Trainer(max_steps=2, default_root_dir=folder, callbacks=[Provenance()], **QUIET).fit(model)
-
-
-def test_every_start_is_on_record_with_the_engine(tmp_path: Path) -> None:
-    (tmp_path / "provenance.json").write_text("damaged")
-    fit(BoringModel(), tmp_path)
-    with pytest.raises(ValueError, match="one"):
-        fit(Failing(), tmp_path)
-    finished, failed = json.loads((tmp_path / "provenance.json").read_text())
-    assert (finished["exit"], failed["exit"]) == ("finished", "ValueError: one")
-    assert finished["step"] == 2
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished["engine"]["commit"] == (commit.stdout.strip() or None)
-    assert commit.stdout[:7] in engine_version()
-
-
-def test_run_goes_on_where_it_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "provenance.json").mkdir()
-    with pytest.warns(UserWarning, match=r"provenance\.json and metrics\.json are not written"):
-        fit(BoringModel(), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("origin", "expected"),
-    [
-        ({"url": "https://host/engine", "vcs_info": {"vcs": "git", "commit_id": "0a1b2c3d"}}, "9.1 (0a1b2c3)"),
-        ({"url": "file:///wheel"}, "9.1"),
-        (None, "9.1"),
-    ],
-)
-def test_installed_engine_knows_its_commit(tmp_path: Path, origin: dict | None, expected: str) -> None:
-    """Also in an environment that is inside of a repository."""
-    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    shutil.copytree(ROOT / "mnist_lit", tmp_path / "mnist_lit", ignore=shutil.ignore_patterns("__pycache__"))
-    metadata = tmp_path / "mnist_lit-9.1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mnist_lit\nVersion: 9.1\n")
-    if origin is not None:
-        (metadata / "direct_url.json").write_text(json.dumps(origin))
-    code = "from mnist_lit.engine.provenance import engine_version; print(engine_version())"
-    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == f"mnist_lit {expected}\n"
+def test_run_tells_what_made_it_and_how_it_ended(cli: Run, small: Path, tmp_path: Path) -> None:
+    """In a repository with changes; the test after the fit ends in the numbers of a test of its own."""
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    (tmp_path / "notes.txt").write_text("one\n")
+    git("add", "notes.txt")
+    git("commit", "--quiet", "-m", "One")
+    (tmp_path / "notes.txt").write_text("two\n")
+    fit = ("fit", "--config", CONFIGS / "cnn.yaml", "--trainer.log_every_n_steps=4", "--data.dataset", small)
+    cli(*fit, *signal_at("SIGTERM", "on_train_batch_end", 20), ok=False)
+    done = cli(*fit, "--ckpt_path=last", "--test_after_fit=true")
+
+    first, second = json.loads((tmp_path / RUN / "provenance.json").read_text())
+    assert (first["exit"], first["step"]) == ("SIGTERM", 20)
+    assert (second["exit"], second["step"]) == ("finished", 32)
+    assert "--ckpt_path=last" in second["command"]
+    assert first["versions"]["torch"] == torch.__version__
+    assert first["start"] < first["end"] < second["start"] < second["end"]
+    assert first["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    assert "-one\n+two\n" in (tmp_path / RUN / "git.diff").read_text()
+
+    metrics = json.loads((tmp_path / RUN / "metrics.json").read_text())
+    assert metrics["best"]["checkpoint"] == "best.ckpt"
+    tested = cli("test", "--ckpt_path", RUN / "checkpoints" / "best.ckpt")
+    table = json.loads((tmp_path / "lightning_logs" / "version_1" / "metrics.json").read_text())
+    for name in ("test/loss", "test/acc"):
+        assert name in done.stdout
+        assert str(metrics[name])[:6] in tested.stdout
+        assert metrics[name] == table[name]
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_file_of_another_kind_does_not_end_the_run(tmp_path: Path, damaged: bool) -> None:
+    """Nor does one that cannot be written. With a plain ``Trainer``."""
+    file = tmp_path / "provenance.json"
+    file.write_text("damaged") if damaged else file.mkdir()
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = Trainer(max_steps=2, default_root_dir=tmp_path, callbacks=[Provenance()], **dict.fromkeys(quiet, False))
+    if damaged:
+        trainer.fit(BoringModel())
+        (start,) = json.loads(file.read_text())
+        assert (start["exit"], start["step"]) == ("finished", 2)
+    else:
+        with pytest.warns(UserWarning, match=r"provenance\.json is not written"):
+            trainer.fit(BoringModel())

@@ -30,24 +30,22 @@ def test_script_has_what_the_command_line_has(small: Path, tmp_path: Path) -> No
     (tmp_path / "script.py").write_text(SCRIPT)
 
     def run(*args: object, ends_with: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "script.py", *map(str, args)]
+        command = [sys.executable, "script.py", str(small), *map(str, args)]
         done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
         assert done.returncode == ends_with, done.stderr
         return done
 
-    whole = run(small, "")
+    whole = run("")
     for shown in ("Epoch 2/2", "CNN on", "best: epoch", "val/acc", "tensorboard --logdir lightning_logs"):
         assert shown in whole.stdout
     assert "python -m" not in whole.stdout  # no command line started it
-    for name in ("best.ckpt", "last.ckpt"):
-        assert (tmp_path / RUN / "checkpoints" / name).is_file()
+    assert {path.name for path in (tmp_path / RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert (tmp_path / RUN / "provenance.json").is_file()
 
-    stopped = tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt"
-    said = run(small, "SIGINT", ends_with=130).stderr
-    assert "ckpt_path='lightning_logs/version_1/checkpoints/last.ckpt'" in said
-    assert checkpoint(stopped)["global_step"] == 20
-    run(small, "", stopped)
+    stopped = "lightning_logs/version_1/checkpoints/last.ckpt"
+    assert f"ckpt_path='{stopped}'" in run("SIGINT", ends_with=130).stderr
+    assert checkpoint(tmp_path / stopped)["global_step"] == 20
+    run("", stopped)
     ours, theirs = (checkpoint(tmp_path / f"lightning_logs/version_{n}/checkpoints/last.ckpt") for n in (2, 0))
     for key in ("state_dict", "optimizer_states", "global_step"):
         assert_same(ours[key], theirs[key])
@@ -57,16 +55,14 @@ def test_script_has_what_the_command_line_has(small: Path, tmp_path: Path) -> No
 def test_notebook_has_what_the_command_line_has(small: Path, tmp_path: Path) -> None:
     """The same in cells: an interrupted one ends with an error, and the next one resumes."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    setup, _, fit = SCRIPT.partition("dataset, signum")
-    fit = f"dataset, signum{fit}"
-    cells = [f"{setup}\nsys.argv[1:] = [{str(small)!r}, 'SIGINT']\n{fit}"]
     last = "lightning_logs/version_0/checkpoints/last.ckpt"
-    cells.append(f"sys.argv[1:] = [{str(small)!r}, '', {last!r}]\n{fit}")
+    cells = [
+        SCRIPT.replace("= sys.argv[1:]", f"= {arguments!r}")
+        for arguments in ([str(small), "SIGINT"], [str(small), "", last])
+    ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    client = nbclient.NotebookClient(
-        notebook, timeout=600, allow_errors=True, resources={"metadata": {"path": tmp_path}}
-    )
-    client.execute(env=ENVIRONMENT)
+    resources = {"metadata": {"path": tmp_path}}
+    nbclient.NotebookClient(notebook, timeout=600, allow_errors=True, resources=resources).execute(env=ENVIRONMENT)
     stopped, resumed = ("".join(map(str, cell.outputs)) for cell in notebook.cells)
     assert "Stopped at step 20 by SIGINT" in stopped
     for shown in ("CNN on", "best: epoch", "val/acc"):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from common import CONFIGS, OVERLAYS, RUN, Run
+from interrupt import signal_at
 from test_execution import assert_same_training
-from test_resume import TWO_PROCESSES, assert_same_run, interrupt
+from test_resume import TWO_PROCESSES, assert_same_run
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +71,7 @@ def fit(cli_in: Run, folder: Path, small: Path, *settings: object, ok: bool = Tr
 
 
 def assert_resumes(cli_in: Run, folder: Path, small: Path, whole, stop: tuple, *settings: object) -> None:
-    stopped = fit(cli_in, folder, small, *settings, *interrupt(*stop), ok=False)
+    stopped = fit(cli_in, folder, small, *settings, *signal_at(*stop), ok=False)
     assert stopped.returncode == {"SIGKILL": -9, "SIGTERM": 143}[stop[0]]
     fit(cli_in, folder, small, *settings, "--ckpt_path=last")
     assert_same_run(sorted((folder / "lightning_logs").iterdir())[-1], whole(*settings))
@@ -104,7 +105,7 @@ def test_in_other_settings(cli_in: Run, small: Path, tmp_path: Path, whole, mode
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0), (1, 2)], ids=str)
 def test_another_number_of_workers(cli_in: Run, small: Path, tmp_path: Path, whole, workers: tuple[int, int]) -> None:
     model = MODELS["one_cycle"]
-    stop = interrupt("SIGTERM", "on_train_batch_end", 21)
+    stop = signal_at("SIGTERM", "on_train_batch_end", 21)
     fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[0]}", *stop, ok=False)
     fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[1]}", "--ckpt_path=last")
     assert_same_training(tmp_path / RUN, whole(*model))

@@ -12,64 +12,42 @@ from common import CONFIGS, RUN, Run
 
 from mnist_lit.engine.threads import available_cpus
 
-LAST = RUN / "checkpoints" / "last.ckpt"
-FIT = ("fit", "--config", CONFIGS / "fast.yaml", "--trainer.max_epochs=1", "--dashboard.every_n_epochs=0")
-
-
-def recorded(folder: Path) -> list[int]:
-    """In the run's config and in its provenance."""
-    config = yaml.safe_load((folder / RUN / "config.yaml").read_text())
-    return [config["num_threads"], json.loads((folder / RUN / "provenance.json").read_text())[-1]["threads"]]
+DDP = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu")
 
 
 @pytest.mark.parametrize(
-    ("option", "environment", "expected"), [((), "3", 3), (("--num_threads=2",), "3", 2), ((), "", available_cpus())]
+    ("option", "environment", "expected"),
+    [
+        (("--num_threads=2",), "3", 2),
+        pytest.param((), "3", 3, marks=pytest.mark.slow),
+        pytest.param((), "", available_cpus(), marks=pytest.mark.slow),
+        pytest.param(DDP, "", max(1, available_cpus() // 2), marks=pytest.mark.slow),
+    ],
 )
-def test_number_is_chosen_and_recorded(
+def test_number_is_recorded_and_kept(
     cli: Run, small: Path, tmp_path: Path, option: tuple[str, ...], environment: str, expected: int
 ) -> None:
-    cli(*FIT, "--data.dataset", small, *option, env={"OMP_NUM_THREADS": environment})
-    assert recorded(tmp_path) == [expected] * 2
-
-
-def test_resumed_run_keeps_its_number_or_warns(cli: Run, small: Path, tmp_path: Path) -> None:
-    cli(*FIT, "--data.dataset", small, "--num_threads=2")
-    # One that is finished: the number is compared before there is found to be nothing left to do.
-    resumed = cli(*FIT, "--data.dataset", small, "--ckpt_path", LAST, env={"OMP_NUM_THREADS": "1"})
-    assert "num_threads" not in resumed.stderr
-    other = cli(*FIT, "--data.dataset", small, "--ckpt_path", LAST, "--num_threads=1")
-    assert "--num_threads=2, this command has 1" in other.stderr
-
-
-@pytest.mark.slow
-def test_processes_share_the_processors(cli: Run, small: Path, tmp_path: Path) -> None:
-    ddp = ("--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu")
-    cli(*FIT, "--data.dataset", small, *ddp, env={"OMP_NUM_THREADS": ""}, fork=False)
-    assert recorded(tmp_path) == [max(1, available_cpus() // 2)] * 2
+    fit = ("fit", "--config", CONFIGS / "fast.yaml", "--dashboard.every_n_epochs=0", "--data.dataset", small)
+    cli(*fit, *option, env={"OMP_NUM_THREADS": environment}, fork=option != DDP)
+    config = yaml.safe_load((tmp_path / RUN / "config.yaml").read_text())
+    assert config["num_threads"] == expected
+    assert json.loads((tmp_path / RUN / "provenance.json").read_text())[-1]["threads"] == expected
+    if option and option != DDP:
+        # It is finished: the number is compared before there is found to be nothing left to do.
+        resumed = cli(*fit, "--ckpt_path=last", env={"OMP_NUM_THREADS": "1"})
+        assert "num_threads" not in resumed.stderr
+        other = cli(*fit, "--ckpt_path=last", "--num_threads=1")
+        assert "--num_threads=2, this command has 1" in other.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
-def test_affinity_counts() -> None:
-    allowed = os.sched_getaffinity(0)
+def test_affinity_and_the_quota_of_a_container_count(tmp_path: Path) -> None:
+    allowed, quota = os.sched_getaffinity(0), tmp_path / "cpu.max"
+    for text, expected in (("max 100000", len(allowed)), ("50000 100000", 1)):
+        quota.write_text(text)
+        assert available_cpus(limit=quota) == expected
     try:
         os.sched_setaffinity(0, {min(allowed)})
         assert available_cpus() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"cpu.max": "max 100000"}, available_cpus()),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, available_cpus()),
-        ({}, available_cpus()),
-    ],
-)
-def test_quota_of_a_container_counts(tmp_path: Path, files: dict[str, str], expected: int) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert available_cpus(groups=tmp_path) == expected

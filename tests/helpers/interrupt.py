@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import resource
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -63,6 +62,13 @@ class SignalAt(Callback):
             os.kill(os.getpid(), getattr(signal, self.signum))
 
 
+def signal_at(signum: str, hook: str, step: int, rank: int | None = None) -> tuple[str, ...]:
+    """The options that put ``SignalAt`` into a run."""
+    settings = {"signum": signum, "hook": hook, "step": step, "rank": rank}
+    given = (f"--trainer.callbacks.{key}={value}" for key, value in settings.items() if value is not None)
+    return ("--trainer.callbacks+=interrupt.SignalAt", *given)
+
+
 class Phase(Callback):
     """Keeps the name of what the run is doing in a file, for whoever kills it to look."""
 
@@ -88,16 +94,6 @@ class Phase(Callback):
         self.write("training")
 
 
-class DeleteRun(Callback):
-    """Deletes the run's folder in the middle of the first epoch."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == 10:
-            for writer in trainer.loggers:
-                writer.experiment.flush()  # so that its thread makes no file while the folder is deleted
-            shutil.rmtree(Run.of(trainer).folder)
-
-
 class WaitFor(Callback):
     """Waits before training until a file is there, and makes another one that says so."""
 
@@ -120,6 +116,9 @@ class FileSizeLimit(Callback):
 class Fail(Callback):
     """A mistake in a callback, in the second epoch of 16 steps."""
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == 20:
-            raise ZeroDivisionError
+    def __init__(self, hook: str = "on_train_batch_end") -> None:
+        setattr(self, hook, self.fail)
+
+    def fail(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step in (20, 32):
+            raise ZeroDivisionError("a mistake of mine")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from typing import Any
 
 import torch
@@ -181,10 +179,3 @@ class Remote(Logger):
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         for image in images:
             print(f"picture {key} at {step}: {image.width} x {image.height}")
-
-
-class FullDisk(Remote):
-    """Has no room left when the run has failed."""
-
-    def finalize(self, status: str) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
