@@ -74,29 +74,41 @@ def download_mnist(urls: Sequence[str], folder: Path, timeout: float = 10.0) -> 
 
     Raises:
         DownloadError: if none of the addresses has MNIST.
+        UserError: if the folder cannot be written.
     """
-    failures = []
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        for url in urls:
-            if find_mnist(folder):
-                return
-            names = {name: url + name for name in IDX} if url.endswith("/") else {ARCHIVE: url}
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
-                try:
-                    for name, address in names.items():
-                        _download(address, Path(temporary) / name, timeout)
-                    read_mnist(Path(temporary) / next(iter(names)))
-                except requests.RequestException as error:
-                    broken = f"no connection, or it broke off ({type(error).__name__})"
-                    failures.append(f"{url}: {error if isinstance(error, requests.HTTPError) else broken}")
-                except UserError as error:
-                    failures.append(f"what came from {url} is not MNIST: {error}")
-                else:
-                    for name in reversed(names):  # find_mnist looks for the first
-                        os.replace(Path(temporary) / name, folder / name)
-                    return
-    raise DownloadError("; ".join(failures))
+    failures: list[str] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            for url in urls:
+                if not find_mnist(folder):
+                    failures += _try(url, folder, timeout)
+    except OSError as error:
+        raise UserError(
+            f"cannot write in the data folder {folder} ({error.strerror or error}); make room or make it writable, or "
+            "choose another one with --data.data_dir"
+        ) from error
+    if not find_mnist(folder):
+        raise DownloadError("; ".join(failures))
+
+
+def _try(url: str, folder: Path, timeout: float) -> list[str]:
+    """Download from one address; returns why that failed."""
+    names = {name: url + name for name in IDX} if url.endswith("/") else {ARCHIVE: url}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as temporary:
+        try:
+            for name, address in names.items():
+                _download(address, Path(temporary) / name, timeout)
+            read_mnist(Path(temporary) / next(iter(names)))
+        except requests.HTTPError as error:
+            return [str(error)]
+        except requests.RequestException as error:
+            return [f"{url}: no connection, or it broke off ({type(error).__name__})"]
+        except UserError as error:
+            return [f"what came from {url} is not MNIST: {error}"]
+        for name in reversed(names):  # find_mnist looks for the first
+            os.replace(Path(temporary) / name, folder / name)
+    return []
 
 
 def _download(url: str, path: Path, timeout: float) -> None:

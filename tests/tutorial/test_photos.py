@@ -242,13 +242,6 @@ def test_twelve_megapixels_take_bounded_memory(digits: np.ndarray, suffix: str) 
     assert image.mean() == pytest.approx(read(saved(np.asarray(small)))[0].mean(), rel=0.5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 300), (64, 64), (400, 70)])
-def test_any_size_is_a_digit_or_an_error_that_says_why(shape: tuple[int, int]) -> None:
-    pixels = np.full(shape, 255, np.uint8)
-    pixels[: shape[0] // 2 + 1, shape[1] // 3 : shape[1] // 2] = 0
-    assert attempt(saved(pixels))[0].shape == (1, 28, 28)
-
-
 WITHOUT = """
 import sys
 sys.modules["cv2"] = None  # as if it were not installed

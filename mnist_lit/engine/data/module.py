@@ -226,10 +226,11 @@ class ImageDataModule(LightningDataModule):
         if self.pixel_range is None:
             self.pixel_range = next((r for r in RANGES if r[0] <= low and high <= r[1]), (low, high))
         if self.mean is None:
-            std, mean = ([round(value, 4) for value in v.tolist()] for v in torch.std_mean(images.float(), (0, 2, 3)))
+            both = torch.std_mean(images.float(), (0, 2, 3))
+            std, mean = (",".join(f"{value:.4g}" for value in values.tolist()) for values in both)
             rank_zero_info(
                 f"{self.dataset_used}: {str(images.dtype)[6:]} images from {low:.4g} to {high:.4g}, taken as they are; "
-                f"--data.mean={mean} --data.std={std} would normalize them"
+                f"--data.mean=[{mean}] --data.std=[{std}] would normalize them"
             )
 
     # What the model takes from the data on the command line. Each opens the dataset unless it was given.
