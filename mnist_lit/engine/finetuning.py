@@ -18,15 +18,12 @@ from mnist_lit.engine.errors import UserError
 
 Layer = nn.Linear | nn.Conv2d
 
-# ------------------------------------------------------------------------------------------------ networks
-
 
 def adapt(net: nn.Module, channels: int, num_classes: int) -> list[str]:
     """Make a network take images of ``channels`` and tell ``num_classes`` apart, in place.
 
     The first ``Conv2d`` keeps its weights, see ``to_channels``. The head, which is the last ``Linear`` or ``Conv2d``,
-    gets fresh ones. First and last in the order in which modules are registered; layers that are still lazy adapt by
-    themselves. What fits already is not touched.
+    gets fresh ones. Layers that are still lazy adapt by themselves. What fits already is not touched.
 
     Args:
         net: images (B, C, H, W) to logits (B, num_classes).
@@ -65,15 +62,11 @@ def to_channels(weight: Tensor, channels: int) -> Tensor:
     all channels, as a grey one is, gets the response that it got before.
 
     Args:
-        weight: (out, in / groups, height, width), of one or several groups.
+        weight: (out, in / groups, height, width).
         channels: the new number.
 
     Returns:
         (out, channels, height, width), of one group.
-
-    Example:
-        >>> to_channels(torch.ones(16, 3, 7, 7), 1).unique()
-        tensor([3.])
     """
     return (weight.sum(1, keepdim=True) / channels).repeat(1, channels, 1, 1)
 
@@ -96,18 +89,10 @@ def _layers(module: nn.Module) -> list[tuple[str, Layer]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- weights
-
-
 def rename(theirs: Mapping[str, Tensor], ours: Iterable[str]) -> dict[str, Tensor]:
     """Bring the names of weights into the form of a model's, with or without a first part such as ``net.`` in them.
 
-    Args:
-        theirs: weights by their names in a file.
-        ours: names in the model.
-
-    Returns:
-        the same weights; those whose names are not the model's keep them.
+    Names that are not the model's stay as they are.
 
     Example:
         >>> list(rename({"conv1.weight": weight}, ["net.conv1.weight"]))
@@ -126,9 +111,6 @@ def rename(theirs: Mapping[str, Tensor], ours: Iterable[str]) -> dict[str, Tenso
     ways = [(old, new) for old in prefixes(theirs) for new in prefixes(sorted(known))]
     old, new = max(ways, key=lambda way: sum(renamed(name, *way) in known for name in theirs))
     return {renamed(name, old, new): weight for name, weight in theirs.items()}
-
-
-# ------------------------------------------------------------------------------------------------ training
 
 
 class FineTuning(Callback):
@@ -164,20 +146,16 @@ class FineTuning(Callback):
         self._hooks: list[RemovableHandle] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name, head = self.head, pl_module.get_submodule(self.head) if self.head else None
-        if head is None:
-            name, head = find_head(pl_module)
-        if head is None:
+        if not (name := self.head or find_head(pl_module)[0]):
             raise UserError(f"FineTuning finds no head in {type(pl_module).__name__}; name one with its option head")
+        head = pl_module.get_submodule(name)
         ours, inside = set(head.parameters()), set(head.modules())
         self._rest = [weight for weight in pl_module.parameters() if weight.requires_grad and weight not in ours]
         outside = [module for module in pl_module.modules() if module not in inside]
         self._norms = [module for module in outside if module.training and hasattr(module, "track_running_stats")]
         for optimizer in trainer.optimizers:
-            self._hooks += [
-                optimizer.register_step_pre_hook(self._remember),
-                optimizer.register_step_post_hook(self._go_back),
-            ]
+            self._hooks.append(optimizer.register_step_pre_hook(self._remember))
+            self._hooks.append(optimizer.register_step_post_hook(self._go_back))
         rank_zero_info(
             f"FineTuning: {name} alone until epoch {self.unfreeze_at_epoch}, "
             f"then everything, the rest with {self.lr_factor:g} of its learning rate"
