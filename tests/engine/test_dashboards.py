@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import requests
 import torch
 from browser import tensorboard
-from common import CONFIGS, Run
+from common import CONFIGS, RUN, Run
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
@@ -25,90 +24,85 @@ from mnist_lit.engine.outputs import display
 from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
 
 
-@pytest.fixture
-def server(cli: Run, small: Path, tmp_path: Path) -> Iterator[str]:
+def test_server_has_scalars_images_charts_and_hparams(cli: Run, small: Path, tmp_path: Path) -> None:
     """Of a run and a test of it."""
     common = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.log_every_n_steps=4")
     cli("fit", *common)
-    run = tmp_path / "lightning_logs" / "version_0"
-    cli("test", *common, "--ckpt_path", run / "checkpoints" / "best.ckpt")
-    with tensorboard(run.parent, runs=2) as address:
-        yield address
+    cli("test", *common, "--ckpt_path", RUN / "checkpoints" / "best.ckpt")
+    with tensorboard(tmp_path / "lightning_logs", runs=2) as address:
+        assert_server_has_all(f"{address}/data/plugin")
 
 
-def test_server_has_scalars_images_charts_and_hparams(server: str) -> None:
-    def get(path: str, **parameters: Any) -> requests.Response:
-        response = requests.get(f"{server}/data/plugin/{path}", params=parameters, timeout=30)
+def assert_server_has_all(plugins: str) -> None:
+    def get(path: str, **parameters: Any) -> Any:
+        response = requests.get(f"{plugins}/{path}", params=parameters, timeout=30)
         response.raise_for_status()
-        return response
+        return response.json()
 
-    scalars = get("scalars/tags").json()["version_0"]
+    def post(path: str, **request: Any) -> Any:
+        return requests.post(f"{plugins}/{path}", data=json.dumps(request), timeout=30).json()
+
+    scalars = get("scalars/tags")["version_0"]
     expected = {"train/loss", "train/acc", "train/loss_epoch", "train/acc_epoch", "val/loss", "val/acc"}
     expected |= {"train/lr", "train/gradient_norm", *(f"val_acc_of_class/{digit}" for digit in range(10))}
     assert expected <= scalars.keys()
-    learning_rates = get("scalars/scalars", run="version_0", tag="train/lr").json()
+    learning_rates = get("scalars/scalars", run="version_0", tag="train/lr")
     assert [(step, value) for _, step, value in learning_rates] == [
         (step, pytest.approx(0.1)) for step in range(3, 32, 4)
     ]
 
-    images = get("images/tags").json()
+    images = get("images/tags")
     assert {"train/samples", "val/confusion_matrix", "val/mistakes"} == images["version_0"].keys()
     assert {"test/confusion_matrix", "test/mistakes"} == images["version_1"].keys()
-    shown = get("images/images", run="version_0", tag="val/mistakes", sample=0).json()
+    shown = get("images/images", run="version_0", tag="val/mistakes", sample=0)
     assert [picture["step"] for picture in shown] == [15, 31]
-    picture = requests.get(f"{server}/data/plugin/images/individualImage?{shown[0]['query']}", timeout=30)
+    picture = requests.get(f"{plugins}/images/individualImage?{shown[0]['query']}", timeout=30)
     assert Image.open(io.BytesIO(picture.content)).size == (840, 300)
 
-    charts = get("custom_scalars/layout").json()["category"][0]["chart"]
+    charts = get("custom_scalars/layout")["category"][0]["chart"]
     assert ["train/loss_epoch", "val/loss"] in [chart["multiline"]["tag"] for chart in charts]
 
-    experiment = requests.post(
-        f"{server}/data/plugin/hparams/experiment", data=json.dumps({"experimentName": ""}), timeout=30
-    ).json()
+    experiment = post("hparams/experiment", experimentName="")
     assert {"lr", "momentum", "batch_size"} <= {info["name"] for info in experiment["hparamInfos"]}
     assert {"val/loss", "val/acc"} <= {info["name"]["tag"] for info in experiment["metricInfos"]}
-    request = {
-        "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
-        "colParams": [{"metric": {"tag": "val/loss"}, "order": "ORDER_ASC"}],
-        "startIndex": 0,
-        "sliceSize": 10,
-    }
-    groups = requests.post(f"{server}/data/plugin/hparams/session_groups", data=json.dumps(request), timeout=30).json()
+    groups = post(
+        "hparams/session_groups",
+        allowedStatuses=["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+        colParams=[{"metric": {"tag": "val/loss"}, "order": "ORDER_ASC"}],
+        startIndex=0,
+        sliceSize=10,
+    )
     found = {value["name"]["tag"]: value["value"] for value in groups["sessionGroups"][0]["metricValues"]}
-    losses = get("scalars/scalars", run="version_0", tag="val/loss").json()
+    losses = get("scalars/scalars", run="version_0", tag="val/loss")
     assert found["val/loss"] == pytest.approx(losses[-1][2])
 
 
 def images_of(run: Path) -> dict[str, list[tuple[int, np.ndarray]]]:
     """Per tag the steps and pictures."""
     events = EventAccumulator(str(run)).Reload()
-    return {
-        tag: [(e.step, np.asarray(Image.open(io.BytesIO(e.encoded_image_string)))) for e in events.Images(tag)]
-        for tag in events.Tags()["images"]
-    }
+
+    def pixels(png: bytes) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+
+    tags = events.Tags()["images"]
+    return {tag: [(shown.step, pixels(shown.encoded_image_string)) for shown in events.Images(tag)] for tag in tags}
 
 
-def fit(folder: Path, dashboard: Dashboard, model: LightningModule | None = None, **options: Any) -> Path:
+def fit(folder: Path, dashboard: Dashboard, model: LightningModule | None = None) -> Path:
     """A plain ``Trainer`` with the module whose predictions are known, three steps to an epoch."""
-    logger = options.setdefault("logger", TensorBoardLogger(folder))
-    chosen = {"max_epochs": 2, "log_every_n_steps": 3, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(default_root_dir=folder, callbacks=[dashboard, Metrics({})], **chosen | options).fit(
-        model or known.Model(), datamodule=known.Data()
-    )
-    return Path(logger.log_dir) if logger else folder
-
-
-@pytest.mark.parametrize("options", [{"dashboard": Dashboard(0)}, {"dashboard": Dashboard(), "logger": False}])
-def test_dashboard_is_silent(tmp_path: Path, options: dict[str, Any]) -> None:
-    assert images_of(fit(tmp_path, **options)) == {}
+    logger = TensorBoardLogger(folder)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(logger=logger, callbacks=[dashboard, Metrics({})], max_epochs=2, log_every_n_steps=3, **quiet)
+    trainer.fit(model or known.Model(), datamodule=known.Data())
+    return Path(logger.log_dir)
 
 
 def test_parts_are_chosen(tmp_path: Path) -> None:
+    assert images_of(fit(tmp_path, Dashboard(0))) == {}
     run = fit(tmp_path, Dashboard(2, 0, confusion_matrix=False, gradient_norm=False))
     tags = EventAccumulator(str(run)).Reload().Tags()
     assert tags["images"] == ["train/samples"]
     assert "train/gradient_norm" not in tags["scalars"]
-    assert "train/lr" in tags["scalars"]
     run = fit(tmp_path, Dashboard(2, samples=0))
     assert {tag: [step for step, _ in shown] for tag, shown in images_of(run).items()} == {
         "val/confusion_matrix": [5],
@@ -158,17 +152,9 @@ def test_confusion_matrix_is_shaded_by_the_share_of_its_row() -> None:
     assert corners.tolist() == np.round(255 * (1 - roots)).tolist()
 
 
-@pytest.mark.parametrize("classes", [1, 1000])
-def test_confusion_matrix_of_any_number_of_classes_is_square(classes: int) -> None:
-    sheet = np.asarray(confusion_sheet(torch.eye(classes, dtype=torch.int64), [str(n) for n in range(classes)]))
-    assert sheet.shape[0] == sheet.shape[1] >= 4 * classes
-    assert sheet[-3, -3] == 0
-
-
 def test_contact_sheet_shows_every_image_in_its_colour() -> None:
     sheet = contact_sheet(torch.zeros(12, 1, 28, 28, dtype=torch.uint8), ["7"] * 12, columns=5)
     assert sheet.size == (420, 300)
-    assert (np.asarray(sheet) == 0).mean() == pytest.approx(12 * 80 * 80 / (420 * 300), abs=0.01)
     images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
     images[0, 0], images[1, 2] = 255, 200
     colours = np.asarray(contact_sheet(images, ["red", "blue"]))
