@@ -60,7 +60,7 @@ class StepsPerExecution(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.steps == 1:
             return
-        options = [] if trainer.fast_dev_run else list(NEUTRAL)  # type: ignore[attr-defined]
+        options = {} if trainer.fast_dev_run else NEUTRAL  # type: ignore[attr-defined]
         chosen = {name: getattr(trainer, name) for name in options}
         refused = [f"--trainer.{name}={value}" for name, value in chosen.items() if value != NEUTRAL[name]]
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):

@@ -54,10 +54,9 @@ class Trainer(lightning.pytorch.Trainer):
         output: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Write a checkpoint's model to one file, from what the loader returns to predictions.
+        """Write a checkpoint's model to one file, with everything that ``predict`` does with a batch.
 
-        Everything that ``predict`` does with a batch is inside. The file is read back and compared with the
-        checkpoint on the test split before it replaces an older one.
+        The file is read back and compared with the checkpoint on the test split before it replaces an older one.
 
         Args:
             model: of the checkpoint.
@@ -82,14 +81,12 @@ class Trainer(lightning.pytorch.Trainer):
         with Console(stderr=True).status(f"Exporting to {format}"), torch.no_grad(), atomic_write(path) as part:
             program = _trace(predictor, batches[0])
             predictions = torch.cat([predictor.predict(batch) for batch in batches])
+            options = checkpoint.content.get("datamodule_hyper_parameters", {})
+            from_checkpoint = getattr(source, "from_checkpoint", ("channels", "image_size"))
             metadata = {
                 **_describe(predictions, batches, source, checkpoint, stage),
                 "model": type(model).__name__,
-                "data": {
-                    key: value
-                    for key, value in checkpoint.content.get("datamodule_hyper_parameters", {}).items()
-                    if key in getattr(source, "from_checkpoint", ("channels", "image_size"))
-                },
+                "data": {key: value for key, value in options.items() if key in from_checkpoint},
                 "dataset": getattr(source, "dataset_used", type(source).__name__),
                 "epoch": checkpoint.content["epoch"],
                 "global_step": checkpoint.step,
@@ -137,7 +134,6 @@ class Predictor(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Of the inputs."""
         return ["images"] if len(self.used) == 1 else [f"input_{key}" for key in self.used]
 
     def inputs(self, batch: Any) -> list[Tensor]:

@@ -15,12 +15,7 @@ from mnist_lit.engine.project import Project
 
 
 def main(args: list[str], project: Project) -> None:
-    """Train once for each fold, each time validated on another one, and print what was reached.
-
-    Args:
-        args: those of ``fit``, with ``--data.folds``.
-        project: that runs.
-    """
+    """Train once for each fold, each time validated on another one, and print what was reached."""
     parser = argparse.ArgumentParser(
         prog=project.command("folds"),
         usage="%(prog)s --config FILE --data.folds N [--run_name NAME] [--KEY=VALUE ...]",

@@ -88,13 +88,7 @@ class Metrics(Callback):
     # ----------------------------------------------------------------------------------------- evaluation
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if (found := as_outputs(outputs)) is not None:
             if dataloader_idx not in self._evaluated:

@@ -77,10 +77,7 @@ def class_names(
     num_classes: int | None = None,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Names for ``num_classes`` classes.
-
-    They are those in the checkpoint, if one is given, else the ``class_names`` of the data module, else those that
-    the model took from the checkpoint it was loaded from, else 0, 1, ...
+    """Names of classes: those in a checkpoint's content, else the data module's, else the model's, else 0, 1, ...
 
     Args:
         source: the trainer, or the data module itself.

@@ -57,8 +57,8 @@ class PredictionsFile(BasePredictionWriter):
             names = class_names(trainer, values.shape[1])
             rows = zip(predicted.tolist(), confidence.tolist(), strict=True)
             captions = [f"{names[index]}  {sure:.0%}" for index, sure in rows]
-        for place, warning in enumerate(_listed(trainer, "warnings", trainer.predict_loop.current_batch_indices)):
-            captions[place] = f"! {captions[place]}" if warning else captions[place]
+        if warned := _listed(trainer, "warnings", trainer.predict_loop.current_batch_indices):
+            captions = [f"! {each}" if warning else each for each, warning in zip(captions, warned, strict=True)]
         order = confidence.argsort(stable=True)[:PICTURES].tolist()
         least = [(confidence[place].item(), images[place].detach().cpu().clone(), captions[place]) for place in order]
         self._least = sorted([*self._least, *least], key=lambda row: row[0])[:PICTURES]
@@ -90,17 +90,14 @@ class PredictionsFile(BasePredictionWriter):
         written = [stem.with_suffix(".csv")]
         with atomic_write(written[0]) as part, part.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *rows])
-        if len({image.shape for _, image, _ in least}) > 1:
-            rank_zero_warn("no predictions.png: the images have several sizes")
-        elif least:
+        if least and len({image.shape for _, image, _ in least}) == 1:
             written.append(stem.with_suffix(".png"))
             with atomic_write(written[1]) as part:
                 images = torch.stack([image for _, image, _ in least])
                 contact_sheet(display(images), [caption for *_, caption in least]).save(part)
         if trainer.is_global_zero:
-            console, columns = Console(highlight=False), 8
-            if "confidence" in header:
-                columns = 4 if "warning" in header else 3
+            console = Console(highlight=False)
+            columns = 8 if "confidence" not in header else 4 if "warning" in header else 3
             table = Table(*map(escape, header[:columns]), title=f"{len(rows):,} predictions")
             for row in rows[:ROWS]:
                 table.add_row(*map(escape, row[:columns]))
@@ -117,9 +114,7 @@ def _values(outputs: Any) -> Tensor | None:
     """Predictions (B,) or (B, K) out of what predict_step returns, or else None."""
     if isinstance(outputs, Mapping):
         outputs = outputs.get("preds")
-    if not isinstance(outputs, Tensor) or outputs.ndim not in (1, 2) or not outputs.numel():
-        return None
-    return outputs.detach()
+    return outputs if isinstance(outputs, Tensor) and outputs.ndim in (1, 2) and outputs.numel() else None
 
 
 def _listed(trainer: Trainer, name: str, indices: Sequence[int]) -> list[Any]:
@@ -131,16 +126,15 @@ def _listed(trainer: Trainer, name: str, indices: Sequence[int]) -> list[Any]:
 def _table(trainer: Trainer, values: Tensor, indices: Sequence[int]) -> tuple[list[str], list[list[str]]]:
     """The table's header, and a row for each of the predictions (n, K) or (n,)."""
     files, warnings = _listed(trainer, "files", indices), _listed(trainer, "warnings", indices)
-    first = [printable(file) for file in files] or [str(index) for index in indices]
+    kind, first = ("file", [*map(printable, files)]) if files else ("index", [*map(str, indices)])
     numbers = [[f"{value:.6f}" for value in row] for row in values.reshape(len(values), -1).tolist()]
     if not are_probabilities(values):
         width = len(numbers[0])
         names = ["prediction"] if width == 1 else [f"prediction_{index}" for index in range(width)]
-        return ["file" if files else "index", *names], [[name, *row] for name, row in zip(first, numbers, strict=True)]
+        return [kind, *names], [[name, *row] for name, row in zip(first, numbers, strict=True)]
     names = class_names(trainer, values.shape[1])
-    header = ["file" if files else "index", "class", "confidence", *(["warning"] if warnings else [])]
     rows = [
         [first[place], names[index], numbers[place][index], *warnings[place : place + 1], *numbers[place]]
         for place, index in enumerate(values.argmax(1).tolist())
     ]
-    return [*header, *(f"p_{name}" for name in names)], rows
+    return [kind, "class", "confidence", *["warning"][: len(warnings)], *(f"p_{name}" for name in names)], rows

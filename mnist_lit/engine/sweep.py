@@ -40,12 +40,7 @@ Space = dict[str, dict[str, Any]]  # by option: {low: 0.1, high: 1.0, log: true}
 
 
 class Prune(Callback):
-    """Report the metric of every validation to Optuna, and stop a run that falls behind.
-
-    Args:
-        trial: of the run.
-        monitor: the metric that decides.
-    """
+    """Report the metric of every validation to Optuna, and stop a run that falls behind."""
 
     def __init__(self, trial: optuna.Trial, monitor: str) -> None:
         self.trial, self.monitor = trial, monitor
@@ -62,14 +57,7 @@ class Prune(Callback):
 
 
 def read_space(path: Path) -> Space:
-    """Read what to search: options of ``fit`` by their dotted names.
-
-    Args:
-        path: a YAML file; per option ``low`` and ``high``, optionally ``log: true`` or a ``step``, or ``choices``.
-
-    Raises:
-        UserError: if the file or a setting cannot be used.
-    """
+    """Read what to search: per option ``low`` and ``high``, optionally ``log: true`` or a ``step``, or ``choices``."""
     try:
         space = get_loader("yaml")(path.read_text(encoding="utf-8"))  # as a config: 1e-4 is a number
         suggest(optuna.create_study().ask(), space)
@@ -92,16 +80,7 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
 
 
 def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit: list[str], monitor: str) -> None:
-    """Run trials until the study has enough of them, by whichever of the processes that share it.
-
-    Args:
-        project: whose ``fit`` runs each trial.
-        study: with the trials so far.
-        space: what to search.
-        trials: number of trials in all, pruned ones included.
-        fit: arguments of ``fit`` that all trials have in common.
-        monitor: the metric that decides.
-    """
+    """Run trials until the study has enough, pruned ones included, by whichever of the processes that share it."""
 
     def objective(trial: optuna.Trial) -> float:
         settings = [f"{name}={value}" for name, value in suggest(trial, space).items()]
@@ -128,13 +107,7 @@ def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit:
 
 
 def report(project: Project, study: optuna.Study, folder: Path) -> None:
-    """Print the best trial, and write its config and Optuna's plots.
-
-    Args:
-        project: that runs.
-        study: with at least one complete trial.
-        folder: where ``best.yaml`` and the plots go.
-    """
+    """Print the best trial, and write its config and Optuna's plots into the folder."""
     import matplotlib
 
     matplotlib.use("Agg")  # files, no windows
@@ -164,15 +137,7 @@ def report(project: Project, study: optuna.Study, folder: Path) -> None:
 
 
 def main(args: list[str], project: Project) -> None:
-    """Start a sweep or resume one.
-
-    Args:
-        args: of the command line, without the command.
-        project: that runs.
-
-    Raises:
-        UserError: if the space cannot be used, or is not the study's.
-    """
+    """Start a sweep or resume one."""
     parser = argparse.ArgumentParser(
         prog=project.command("sweep"),
         usage="%(prog)s --config FILE --space FILE [--trials N] [--KEY=VALUE ...]",
@@ -215,12 +180,8 @@ def main(args: list[str], project: Project) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     storage = known.storage or f"sqlite:///{folder}/study.db"
     with FileLock(folder / ".lock"):  # Optuna's tables cannot be made by two processes at once
-        study = optuna.create_study(
-            storage=optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT),
-            study_name=known.study,
-            load_if_exists=True,
-            **options,
-        )
+        database = optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT)
+        study = optuna.create_study(storage=database, study_name=known.study, load_if_exists=True, **options)
     if study.user_attrs.get("space", space) != space:
         raise UserError(f"the study {known.study} has another space; name a new one with --study")
     study.set_user_attr("space", space)
