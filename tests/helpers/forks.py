@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from watch import watch
+
 
 def serve() -> None:
     """Per line of stdin: forks a run, prints its pid and then its exit code. Returns in the forks only."""
@@ -49,6 +51,8 @@ def become(folder: str, arguments: list[str], environment: dict[str, str], outpu
     os.environ.update(environment)
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = ["mnist_lit", *arguments]
+    if watched := environment.get("WATCH"):
+        watch(folder, *watched.split(os.pathsep))
 
 
 def wait_for_the_next_second(folder: Path) -> None:
