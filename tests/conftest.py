@@ -37,10 +37,10 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def cli_in(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Run:
-    """``python -m mnist_lit ...`` in the folder that comes first; it must succeed, or fail if not ``ok``, or either if None.
+    """``python -m mnist_lit ...`` in the folder that comes first; it must succeed, or fail if not ``ok``.
 
-    A process of its own in any case. Unless it is a fork of one that has imported mnist_lit already, it
-    starts its own interpreter, which takes seconds.
+    It may do either if ``ok`` is None. It is a process of its own in any case. Unless it is a fork of one that has
+    imported mnist_lit already, it starts its own interpreter, which takes seconds.
     """
     printed = tmp_path_factory.mktemp("printed")
 

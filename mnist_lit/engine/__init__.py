@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from mnist_lit.engine.last import LastCheckpoint
     from mnist_lit.engine.metrics import Metrics
     from mnist_lit.engine.outputs import Outputs
-    from mnist_lit.engine.overhead import LessOverhead
     from mnist_lit.engine.predictions import PredictionsFile
-    from mnist_lit.engine.progress import ProgressBar
     from mnist_lit.engine.project import Project
     from mnist_lit.engine.provenance import Provenance
     from mnist_lit.engine.run import Run
@@ -52,9 +50,7 @@ _MODULES = {
     "last": ["LastCheckpoint"],
     "metrics": ["Metrics"],
     "outputs": ["Outputs"],
-    "overhead": ["LessOverhead"],
     "predictions": ["PredictionsFile"],
-    "progress": ["ProgressBar"],
     "project": ["Project"],
     "provenance": ["Provenance"],
     "run": ["Run"],

@@ -17,8 +17,10 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from plain import Model, Weights, data, fit
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit.engine import LessOverhead, Metrics, PredictionsFile, ProgressBar, StopOnNonFinite
+from mnist_lit.engine import Metrics, PredictionsFile, StopOnNonFinite
 from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.overhead import LessOverhead
+from mnist_lit.engine.progress import ProgressBar
 
 # ------------------------------------------------------------------------------------------------- divergence
 
