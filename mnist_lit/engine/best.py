@@ -38,7 +38,7 @@ class BestCheckpoint(ModelCheckpoint):
     """Keep the best checkpoint: ``best.ckpt``, or the best few with epoch and step in their names.
 
     Args:
-        monitor: metric that decides which is best.
+        monitor: metric that decides which is best; ``val_loss`` does where there is no ``val/loss``.
         mode: ``min`` if lower is better, ``max`` if higher is, ``auto`` to tell it from the name.
         save_top_k: number of checkpoints to keep.
         filename: without ``.ckpt``, may contain ``{epoch}``, ``{step}`` and metrics.
@@ -103,7 +103,14 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._update(trainer, super().on_train_epoch_end)
 
+    @property
+    def state_key(self) -> str:
+        """The same whichever metric it turns out to be."""
+        return f"{type(self).__name__} {self.filename}"
+
     def _update(self, trainer: Trainer, hook: Callable[[Trainer, LightningModule], None]) -> None:
+        if self.monitor == DEFAULT_MONITOR and "val_loss" in trainer.callback_metrics:
+            self.monitor = "val_loss"
         if trainer.sanity_checking or self.monitor in trainer.callback_metrics:
             before = self.best_model_score
             hook(trainer, trainer.lightning_module)

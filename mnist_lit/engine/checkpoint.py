@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -148,7 +149,10 @@ class Checkpoint:
         Raises:
             UserError: naming the first that differs.
         """
+        later = is_overridden("configure_model", model) or is_overridden("setup", model)  # where layers may be made
         for name, theirs, ours in misfits(self.weights, model) if model.strict_loading else ():
+            if ours is None and later:
+                continue
             raise UserError(
                 f"{self.path} is not of this model: {name} has the shape {theirs} there and {ours} in "
                 f"{type(model).__name__}; the config.yaml in the folder of its run is the one that fits"

@@ -19,7 +19,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import PositiveInt, register_type
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.callbacks import Checkpoint as Checkpointing
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
@@ -31,7 +31,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mnist_lit.engine.best import DEFAULT_MONITOR, BestCheckpoint, best_or_last, infer_mode
-from mnist_lit.engine.checkpoint import EXCEPTION, Checkpoint, CheckpointFiles, newest_checkpoint, no_such_checkpoint
+from mnist_lit.engine.checkpoint import (
+    EXCEPTION,
+    Checkpoint,
+    CheckpointFiles,
+    newest_checkpoint,
+    no_such_checkpoint,
+    unusable,
+)
 from mnist_lit.engine.dashboard import Dashboard
 from mnist_lit.engine.defaults import default_callbacks
 from mnist_lit.engine.errors import ENGINE, UserError, require
@@ -95,7 +102,7 @@ class CLI(LightningCLI):
         self.run = Run()  # that the command makes or resumes
         self.checkpoint: Checkpoint | None = None  # that it starts from
         self.ckpt_path: str | None = None  # as it was typed
-        super().__init__(LightningModule, LightningDataModule, **options)
+        super().__init__(LightningModule, **options)  # and any data module, or none
 
     # ------------------------------------------------------------------------------------------- options
 
@@ -171,6 +178,9 @@ class CLI(LightningCLI):
         resumed = checkpoint if self.subcommand == "fit" else None
         name, config.run_name = config.run_name, None  # not in a config from which other runs are started
         self.pristine = yaml.safe_load(self.options.dump(config, skip_none=False))
+        self.chosen = _chosen_for_model(config)
+        if self.chosen:
+            self.pristine["model"].setdefault("init_args", {}).update(self.chosen)
         if resumed:
             refuse_conflicts(resumed, self.pristine)
         if checkpoint:
@@ -192,7 +202,15 @@ class CLI(LightningCLI):
             self.run.redirect_loggers(loggers, resumed.content if resumed else None)
 
     def instantiate_classes(self) -> None:
+        if self.checkpoint:
+            try:
+                self.options.validate(self.config[self.subcommand])
+            except (KeyError, TypeError, ValueError) as error:  # of what was taken from the checkpoint
+                raise unusable(self.checkpoint.path, error) from error
         super().instantiate_classes()
+        for name, value in self.chosen.items():
+            if (known := getattr(self.datamodule, name, None)) not in (None, value):
+                raise UserError(f"--model.{name}={value}: the data say {known}; leave it out, or change the data")
         # Every model is offered what the data know; its hyperparameters are those that it takes.
         for name in set(FROM_DATA) - parameters(type(self.model)):
             self.model.hparams.pop(name, None)
@@ -277,10 +295,20 @@ class CLI(LightningCLI):
             sys.exit(f"{self.project.name}: error: {len(broken)} of {total} files could not be predicted")
 
 
+def _chosen_for_model(config: Namespace) -> dict[str, Any]:
+    """What the command chooses for the model of that which it otherwise takes from the data."""
+    options = config.model.get("init_args") or {}
+    found = inspect.signature(pkgutil.resolve_name(config.model.class_path)).parameters
+    names = [name for name in FROM_DATA if name in found]
+    return {name: options[name] for name in names if options.get(name) not in (None, found[name].default)}
+
+
 def _take_from_checkpoint(checkpoint: Checkpoint, config: Namespace) -> None:
     """Take from the checkpoint the options of the data that belong to the model: images to predict have no labels to
     count. A data module names them in ``from_checkpoint``.
     """
+    if config.get("data") is None:
+        return
     options = config.data.get("init_args") or {}
     for name in getattr(pkgutil.resolve_name(config.data.class_path), "from_checkpoint", ("num_classes",)):
         if checkpoint.hparams.get(name) is not None and name in options and options[name] is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torchmetrics import Metric
 
+from mnist_lit.engine.checkpoint import unusable
 from mnist_lit.engine.compat import epoch_sums, wrap_training_loaders
 from mnist_lit.engine.errors import UserError
 
@@ -217,7 +218,10 @@ class ExactResume(Callback):
             )
             return
         self._state = states[trainer.global_rank]
-        set_random_state(self._state["random"])
+        try:
+            set_random_state(self._state["random"])
+        except Exception as error:  # whatever is in a damaged file
+            raise unusable(trainer.ckpt_path or "", error) from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state, self._state = self._state, {}

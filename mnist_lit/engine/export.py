@@ -73,9 +73,12 @@ class Trainer(lightning.pytorch.Trainer):
         if format == "onnx":
             require("export", "onnx", "onnxscript", "onnxruntime")
         checkpoint = Checkpoint.read(ckpt_path, weights_only is not False)
-        model.load_state_dict(checkpoint.weights, strict=model.strict_loading)
         source: Any = datamodule or model
         batches, stage = _evaluation_set(source)
+        if datamodule:
+            model.setup("test")
+        model.configure_model()  # where, as in setup, layers may be made
+        model.load_state_dict(checkpoint.weights, strict=model.strict_loading)
         predictor = Predictor(model.cpu(), source, batches[0]).eval()
         path = Path(output or Path(ckpt_path).with_suffix(f".{format}"))
         with Console(stderr=True).status(f"Exporting to {format}"), torch.no_grad(), atomic_write(path) as part:

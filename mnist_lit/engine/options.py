@@ -62,9 +62,13 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
     if command == "fit" and not configs and not whole and Path(project.default_config).is_file():
         rank_zero_info(f"Using the default config: {project.default_config}")
         configs = [project.default_config]
-    contents = [_read(config) for config in configs]
-    first: Any = next((content["data"] for content in contents if content.get("data")), {})
-    if project.data_module and not _find(given.data) and not (isinstance(first, str) or "class_path" in first):
+    contents, own = [_read(config) for config in configs], LightningModule.train_dataloader
+    data: Any = next((content["data"] for content in contents if content.get("data")), {})
+    model: Any = next((content["model"] for content in contents if content.get("model")), {})
+    names_data = _find(given.data) or isinstance(data, str) or "class_path" in data
+    module = _find(given.model or (model if isinstance(model, str) else model.get("class_path", "")))
+    brings_data = getattr(module, "train_dataloader", own) is not own
+    if project.data_module and not names_data and not brings_data:
         configs = [json.dumps({"data": {"class_path": project.data_module}}), *configs]
         contents = [{}, *contents]
     for place, content in enumerate(contents):

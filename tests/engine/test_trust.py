@@ -127,8 +127,9 @@ class Mutations:
         (self.run / "config.yaml").write_text(yaml.safe_dump(config))
 
     def links(self) -> None:
-        """Files and folders replaced by links to what is outside."""
-        path = self.rng.choice([path for path in self.run.rglob("*") if path != self.run / "config.yaml"])
+        """Files and folders replaced by links to what is outside, but for those that the command names."""
+        named = self.run / "config.yaml", self.checkpoint().parent / "best.ckpt", self.checkpoint().parent / "last.ckpt"
+        path = self.rng.choice([path for path in self.run.rglob("*") if path not in named])
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         path.symlink_to(self.canary if self.rng.random() < 0.5 else self.canary / "file")
 
@@ -152,7 +153,7 @@ def test_mutated_run_folders_do_no_harm(cli_in: Run, good: Path, small: Path, tm
         resume = ("--config", good / RUN / "config.yaml", "--ckpt_path=last", "--trainer.max_epochs=2")
         best = ("--ckpt_path", run / "checkpoints" / "best.ckpt")
         command = [("fit", *resume), ("test", *best), ("predict", *best), ("export", *best)][number % 4]
-        environment = {"WATCH": f"{canary}:{log}", "HOME": str(folder), "TMPDIR": str(folder)}
+        environment = {"WATCH": f"{canary}:{log}", "HOME": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder)}
         done = cli_in(folder, *command, env=environment, ok=None)
         harm = log.read_text() if log.exists() else ""
         if [(path.name, path.read_text()) for path in canary.iterdir()] != [("file", "mine")]:

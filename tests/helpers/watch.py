@@ -23,8 +23,14 @@ def watch(folder: str, secrets: str, log: str) -> None:
     allowed = tuple(map(os.path.realpath, (folder, "/dev", "/proc")))
     file = open(log, "a", buffering=1)  # noqa: SIM115, as long as the process
 
-    def outside(path: Any) -> bool:
-        return isinstance(path, (str, bytes)) and not os.path.realpath(os.fsdecode(path)).startswith(allowed)
+    def outside(path: Any, follow: bool = False) -> bool:
+        if not isinstance(path, (str, bytes)):
+            return False
+        folder, name = os.path.split(
+            os.fsdecode(path)
+        )  # a link itself is renamed and removed, and not what it leads to
+        place = os.path.realpath(os.fsdecode(path)) if follow else os.path.join(os.path.realpath(folder), name)
+        return not place.startswith(allowed)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         bad = event in PROGRAMS or (event == "subprocess.Popen" and os.path.basename(str(args[0])) != "git")
@@ -33,7 +39,7 @@ def watch(folder: str, secrets: str, log: str) -> None:
             path, _, flags = args
             bad = os.path.realpath(path).startswith(secrets)
             changes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            bad |= bool(changes) and outside(path) and "__pycache__" not in path
+            bad |= bool(changes) and outside(path, follow=True) and "__pycache__" not in path
         if bad:
             file.write(f"{event} {args}\n")
 
