@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from mnist_lit.engine.checkpoint import no_such_checkpoint
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.project import Project
-from mnist_lit.engine.provenance import started_here
+from mnist_lit.engine.provenance import written_here
 from mnist_lit.engine.run import Run, relative
 
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
@@ -88,10 +88,10 @@ def _config_of_run(ckpt_path: Path, command: str, named: bool) -> list[str]:
     run = Run(ckpt_path.absolute().parent.parent)
     config = relative(run.config)
     if run.config.is_file():
-        if run.config.is_symlink() or not started_here(run.folder):
+        if not written_here(run):
             raise UserError(
-                f"{config} was not written on this machine, and a config can run any code: read it, then name it with "
-                f"--config={config}"
+                f"{config} was not written by you on this machine, and a config can run any code: read it, then name "
+                f"it with --config={config}"
             )
         rank_zero_info(f"Using the run's config: {config}")
         return [config]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hmac
 import json
+import os
 import platform
+import secrets
 import shlex
 import signal
 import socket
@@ -33,9 +36,10 @@ class Provenance(Callback):
     """Write ``provenance.json``, ``git.diff`` and ``metrics.json`` in the run's folder.
 
     ``provenance.json`` is a list with an object for each start of the run: command, git commit and whether
-    files differ from it, the engine's version and commit, other versions, device, host, start and end (UTC),
-    and how it ended; a process that was killed leaves no end. ``git.diff`` holds what differs from the commit,
-    without new files. ``metrics.json`` holds the final metrics, and the best checkpoint with its score.
+    files differ from it, the engine's version and commit, other versions, device, host, a signature of
+    ``config.yaml``, start and end (UTC), and how it ended; a process that was killed leaves no end. ``git.diff`` holds
+    what differs from the commit, without new files. ``metrics.json`` holds the final metrics, and the best checkpoint
+    with its score.
 
     Example:
         >>> Trainer(callbacks=[Provenance()])
@@ -65,6 +69,7 @@ class Provenance(Callback):
             "threads": torch.get_num_threads(),
             "host": socket.gethostname(),
             "start": _now(),
+            "signature": _signature(run.config_text),
             "end": None,
             "exit": None,
         }
@@ -96,10 +101,26 @@ class Provenance(Callback):
             _write(self._folder / "metrics.json", self._metrics)
 
 
-def started_here(folder: Path) -> bool:
-    """Whether a run was started on this machine, by its ``provenance.json``."""
-    hosts = [start.get("host") for start in _read_starts(folder) if isinstance(start, dict)]
-    return socket.gethostname() in hosts
+def written_here(run: Run) -> bool:
+    """Whether a run's config.yaml is as this user has written it on this machine, by its signature."""
+    with suppress(OSError):
+        ours = _signature(run.config.read_text(encoding="utf-8"))
+        starts = [start for start in _read_starts(run.folder) if isinstance(start, dict)]
+        return ours is not None and not run.config.is_symlink() and ours in [start.get("signature") for start in starts]
+    return False
+
+
+def _signature(config: str) -> str | None:
+    """With a key that is made once for each user of a machine; None where it cannot be kept."""
+    with suppress(OSError, RuntimeError):  # such as a home that cannot be written
+        key = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / ENGINE / "key"
+        if not key.exists():
+            key.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(key) as part:
+                part.touch(mode=0o600)
+                part.write_bytes(secrets.token_bytes(32))
+        return hmac.new(key.read_bytes(), config.encode(), "sha256").hexdigest()
+    return None
 
 
 @cache

@@ -134,7 +134,7 @@ class Run(Callback):
         path = self.folder / self.save_as
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
-            part.write_text(yaml.safe_dump(dict(self.to_save), sort_keys=False, allow_unicode=True), encoding="utf-8")
+            part.write_text(self.config_text, encoding="utf-8")
         for logger in trainer.loggers:
             if not (trainer.ckpt_path or isinstance(logger, (TensorBoardLogger, CSVLogger))):  # which have the file
                 logger.log_hyperparams({"config": self.to_save})
@@ -164,6 +164,11 @@ class Run(Callback):
     def config(self) -> Path:
         """What the run was started with."""
         return self.folder / "config.yaml"
+
+    @property
+    def config_text(self) -> str:
+        """What is written there."""
+        return yaml.safe_dump(dict(self.to_save), sort_keys=False, allow_unicode=True)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import random
@@ -169,25 +168,32 @@ def test_config_and_not_the_checkpoint_says_what_is_built(cli: Run, saved: Path,
     assert "test/acc" in done.stdout
 
 
-@pytest.mark.parametrize("foreign", ["host", "link", "none"])
-def test_config_of_another_machine_is_not_taken_unasked(cli: Run, saved: Path, tmp_path: Path, foreign: str) -> None:
-    """It names classes, which are code; and none may switch off safe loading."""
+@pytest.mark.parametrize("foreign", ["machine", "edited", "link"])
+def test_config_that_was_not_written_here_is_not_taken_unasked(
+    cli: Run, saved: Path, tmp_path: Path, foreign: str
+) -> None:
+    """It names classes, which are code."""
     run = tmp_path / RUN
     shutil.copytree(saved.parents[1], run)
     if foreign == "link":
         (run / "config.yaml").rename(tmp_path / "elsewhere.yaml")
         (run / "config.yaml").symlink_to(tmp_path / "elsewhere.yaml")
-    elif foreign == "host":
-        starts = json.loads((run / "provenance.json").read_text())
-        (run / "provenance.json").write_text(json.dumps([{**start, "host": "elsewhere"} for start in starts]))
-    else:
-        config = (run / "config.yaml").read_text()
-        (run / "config.yaml").write_text(config.replace("weights_only: null", "weights_only: false"))
-        content = checkpoint(saved) | {"callbacks": Calls(os.system, f"touch {tmp_path}/ran")}
-        (run / "checkpoints" / "last.ckpt").write_bytes(as_checkpoint(content))
-    refused = cli("test", "--ckpt_path", LAST, ok=False)
-    message = "--weights_only=false" if foreign == "none" else f"with --config={RUN}/config.yaml"
-    assert_one_message(refused, message)
+    elif foreign == "edited":
+        (run / "config.yaml").write_text((run / "config.yaml").read_text() + "\n")
+    environment = {"XDG_STATE_HOME": str(tmp_path)} if foreign == "machine" else {}
+    refused = cli("test", "--ckpt_path", LAST, ok=False, env=environment)
+    assert_one_message(refused, f"--config={RUN}/config.yaml")
+
+
+def test_no_config_switches_off_safe_loading(cli: Run, saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / RUN
+    shutil.copytree(saved.parents[1], run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("weights_only: null", "weights_only: false"))
+    content = checkpoint(saved) | {"callbacks": Calls(os.system, f"touch {tmp_path}/ran")}
+    (run / "checkpoints" / "last.ckpt").write_bytes(as_checkpoint(content))
+    refused = cli("test", "--config", run / "config.yaml", "--ckpt_path", LAST, ok=False)
+    assert_one_message(refused, "--weights_only=false")
     assert not (tmp_path / "ran").exists()
 
 
