@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -28,27 +26,21 @@ trainer: {max_epochs: 1}
 
 @pytest.fixture(scope="module")
 def seven(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the classes up to 6, of 32 x 28 pixels, in both layouts."""
-    folder, arrays = tmp_path_factory.mktemp("seven"), {}
+    """A dataset file with the classes up to 6, of 32 x 28 pixels."""
+    path, arrays = tmp_path_factory.mktemp("seven") / "seven.npz", {}
     with np.load(small) as file:
         for split in ("train", "valid", "test"):
             chosen = file[f"y_{split}"] < 7
             arrays[f"x_{split}"] = np.pad(file[f"x_{split}"][chosen], ((0, 0), (2, 2), (0, 0)))
             arrays[f"y_{split}"] = file[f"y_{split}"][chosen]
-    np.savez(folder / "seven.npz", **arrays)
-    splits = tuple(
-        (arrays[f"x_{split}"].reshape(-1, 1, 32, 28).astype(np.float32) / 256, arrays[f"y_{split}"])
-        for split in ("train", "valid", "test")
-    )
-    with gzip.open(folder / "seven.pkl.gz", "wb", compresslevel=1) as file:
-        pickle.dump(splits, file)
-    return folder
+    np.savez(path, **arrays)
+    return path
 
 
 @pytest.fixture
 def own(cli: Run, seven: Path, tmp_path: Path):
-    """The command line beside my_net.py, own.yaml and the datasets of seven classes."""
-    for path in (ROOT / "tests" / "helpers" / "my_net.py", *seven.iterdir()):
+    """The command line beside my_net.py, own.yaml and the dataset of seven classes."""
+    for path in (ROOT / "tests" / "helpers" / "my_net.py", seven):
         shutil.copy(path, tmp_path)
     (tmp_path / "own.yaml").write_text(YAML)
 
@@ -63,13 +55,11 @@ def saved(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["npz", "pkl.gz"])
 @pytest.mark.parametrize(
     "model", ["FastCNN", *(pytest.param(m, marks=pytest.mark.matrix) for m in ("CNN", "Logistic"))]
 )
-def test_classes_and_sizes_come_from_the_data(own, tmp_path: Path, model: str, suffix: str) -> None:
-    data = f"--data.dataset=seven.{suffix}"
-    own("fit", f"--model={model}", data, "--trainer.max_epochs=1")
+def test_classes_and_sizes_come_from_the_data(own, tmp_path: Path, model: str) -> None:
+    own("fit", f"--model={model}", "--data.dataset=seven.npz", "--trainer.max_epochs=1")
     shapes = {name: tuple(weight.shape) for name, weight in saved(tmp_path)["state_dict"].items()}
     if model == "Logistic":
         assert shapes["net.1.weight"] == (7, 32 * 28)

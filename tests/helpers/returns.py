@@ -20,9 +20,8 @@ class Pairs(LightningDataModule):
 
     num_classes = 3
 
-    def __init__(self, batch_size: int = 256, num_workers: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.batch_size, self.num_workers = batch_size, num_workers
         targets = torch.arange(600) % 3
         images = torch.rand(600, 1, 12, 16, generator=torch.Generator().manual_seed(1))
         self.images, self.targets = images + targets[:, None, None, None], targets
@@ -31,13 +30,12 @@ class Pairs(LightningDataModule):
         return TensorDataset(self.images, self.targets)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.dataset(), batch_size=self.batch_size, shuffle=True, num_workers=self.num_workers)
+        return DataLoader(self.dataset(), batch_size=256)
 
     def val_dataloader(self) -> Any:
-        return DataLoader(self.dataset(), batch_size=self.batch_size, num_workers=self.num_workers)
+        return self.train_dataloader()
 
-    def predict_dataloader(self) -> DataLoader:
-        return DataLoader(self.dataset(), batch_size=self.batch_size, num_workers=self.num_workers)
+    predict_dataloader = train_dataloader
 
 
 class Triples(Pairs):
@@ -70,14 +68,18 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor]:
     return batch[-2], batch[-1]
 
 
-class Base(LightningModule):
-    """Logs ``val/loss`` by itself, and knows nothing of the engine."""
+class Module(LightningModule):
+    """Logs a loss by itself, and knows nothing of the engine.
 
-    monitored = "val/loss"
+    Args:
+        returned: what its steps return but for training, which returns the loss.
+        monitored: the name by which it logs the loss.
+    """
 
-    def __init__(self, num_classes: int = 3) -> None:
+    def __init__(self, returned: str = "nothing", monitored: str = "val/loss") -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(12 * 16, num_classes))
+        self.returned, self.monitored = returned, monitored
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(12 * 16, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
@@ -87,64 +89,24 @@ class Base(LightningModule):
         return F.cross_entropy(self(images), target)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        images, target = unpack(batch)
-        loss = F.cross_entropy(self(images), target)
-        self.log(self.monitored, loss, batch_size=len(target))
-        return self.returned(loss, images)
+        self.log(self.monitored, self.training_step(batch, batch_idx), batch_size=len(unpack(batch)[1]))
+        return self.predict_step(batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        images, target = unpack(batch)
-        return self.returned(F.cross_entropy(self(images), target), images)
-
-    def returned(self, loss: Tensor, images: Tensor) -> Any:
-        raise NotImplementedError
+        images, _ = unpack(batch)
+        outputs = {
+            "scalar": self.training_step(batch, batch_idx),
+            "values": self(images)[:, 0],  # (B,)
+            "columns": self(images)[:, :1],  # (B, 1)
+            "maps": images.repeat(1, 2, 1, 1),  # (B, C, H, W)
+        }
+        return outputs.get(self.returned)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), 0.01)
 
 
-class Scalars(Base):
-    """As many do: the loss."""
-
-    def returned(self, loss: Tensor, images: Tensor) -> Tensor:
-        return loss
-
-
-class Values(Base):
-    """One value per image (B,)."""
-
-    def returned(self, loss: Tensor, images: Tensor) -> Tensor:
-        return self.net(images)[:, 0]
-
-
-class Columns(Base):
-    """One value per image (B, 1)."""
-
-    def returned(self, loss: Tensor, images: Tensor) -> Tensor:
-        return self.net(images)[:, :1]
-
-
-class Maps(Base):
-    """Images (B, C, H, W)."""
-
-    def returned(self, loss: Tensor, images: Tensor) -> Tensor:
-        return images.repeat(1, 2, 1, 1)
-
-
-class Nothing(Base):
-    """No outputs at all."""
-
-    def returned(self, loss: Tensor, images: Tensor) -> None:
-        return None
-
-
-class OtherName(Nothing):
-    """No ``val/loss``."""
-
-    monitored = "val_mse"
-
-
-class UserMistake(Nothing):
+class UserMistake(Module):
     """Raises the error that Lightning raises for wrong options."""
 
     def on_train_start(self) -> None:
