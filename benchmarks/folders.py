@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image, ImageOps
 from rich.console import Console
@@ -19,6 +16,7 @@ from rich.progress import track
 from rich.table import Column, Table
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.measure import described, machine
 from mnist_lit.engine.data.module import ImageDataModule
 
 SIDE = 64  # pixels to which they are brought
@@ -68,7 +66,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     times: dict[str, list[float]] = {}
-    before = os.getloadavg()[0]
+    about = machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"
         make(folder, options.images)
@@ -91,11 +89,7 @@ def main() -> None:
         table.add_row(name, f"{median:.2f}", f"{min(seconds):.2f}", f"{max(seconds):.2f}", f"{median / base:.2f}")
     console = Console()
     console.print(table)
-    console.print(
-        f"{options.images:,} images, {options.workers} workers; {platform.processor() or platform.machine()}, "
-        f"{os.cpu_count()} cores, load before {before:.1f}; Python {platform.python_version()}, Pillow "
-        f"{PIL.__version__}"
-    )
+    console.print(f"{options.images:,} images, {options.workers} workers; {described(about)}")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,12 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def digits() -> np.ndarray:
+    """The images of the digits to train on, uint8 (n, 28, 28)."""
+    return make_digits()["train"][0]
+
+
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset file of 1,000 / 300 / 300 digits: trains in a second and has shorter last batches."""
     path = tmp_path_factory.mktemp("small") / "small.npz"

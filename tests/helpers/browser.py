@@ -1,8 +1,4 @@
-"""TensorBoard as people see it: the real server, and its pages in Chromium.
-
-``python tests/helpers/browser.py LOGDIR FOLDER`` takes the README's pictures, which are of runs of logistic.yaml,
-cnn.yaml and fast.yaml, and of a test of the last. With an address of ``serve`` for LOGDIR it draws on that page.
-"""
+"""A real TensorBoard server, and Chromium to draw on the page of ``serve``."""
 
 from __future__ import annotations
 
@@ -21,13 +17,6 @@ import requests
 from playwright.sync_api import Page, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# Of each page the address, and what must be there before it counts as drawn.
-PAGES = {
-    "curves": ("tagFilter=(train|val)/(acc|loss)#timeseries", "scalar-card svg path"),
-    "images": ("#images", "tf-image-loader img"),
-    "train-and-validation": ("#custom_scalars", "vz-line-chart2 svg path"),
-    "hparams": ("#hparams", "table"),
-}
 
 
 @contextmanager
@@ -61,13 +50,6 @@ def browser() -> Iterator[Page]:
         chromium.close()
 
 
-def open_page(page: Page, address: str, name: str) -> None:
-    """Goes to one of PAGES and waits until it is drawn."""
-    place, selector = PAGES[name]
-    page.goto(f"{address}/?darkMode=false&{place}")
-    page.locator(selector).first.wait_for()
-
-
 def draw(page: Page, *points: tuple[float, float]) -> None:
     """Draws one line on the page of ``serve``, through points from (0, 0) to (1, 1), where nothing else is."""
     page.locator("#clear").click()
@@ -85,33 +67,3 @@ def arc(right: float, down: float, radius: float, start: float, end: float) -> l
     """Points of a part of a circle; 0 is its top, and a turn is clockwise."""
     turns = [2 * math.pi * (start + (end - start) * step / 24) for step in range(25)]
     return [(right + radius * math.sin(turn), down - radius * math.cos(turn)) for turn in turns]
-
-
-def take_serve(address: str, folder: Path) -> None:
-    with browser() as page:
-        page.set_viewport_size({"width": 900, "height": 640})
-        page.goto(address)
-        draw(page, *arc(0.48, 0.34, 0.16, -0.2, 0.5), *arc(0.48, 0.68, 0.18, 0, 0.7))
-        page.locator("#bars li.best").wait_for()
-        page.wait_for_timeout(1000)  # bars grow
-        page.screenshot(path=folder / "serve.png")
-        print(folder / "serve.png")
-
-
-def take_tensorboard(logdir: Path, folder: Path) -> None:
-    runs = len(list(logdir.glob("*/events.out.tfevents.*")))
-    with tensorboard(logdir, runs) as address, browser() as page:
-        for name in PAGES:
-            open_page(page, address, name)
-            page.wait_for_timeout(2000)  # charts unroll
-            page.screenshot(path=folder / f"{name}.png")
-            print(folder / f"{name}.png")
-
-
-if __name__ == "__main__":
-    where, folder = sys.argv[1], Path(sys.argv[2])
-    folder.mkdir(parents=True, exist_ok=True)
-    if where.startswith("http"):
-        take_serve(where, folder)
-    else:
-        take_tensorboard(Path(where), folder)

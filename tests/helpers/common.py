@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 from collections.abc import Callable
@@ -29,6 +30,12 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def checkpoint(path: Path) -> dict:
     return torch.load(path, weights_only=True)
+
+
+def predictions(run: Path) -> list[dict[str, str]]:
+    """The rows of what ``predict`` wrote."""
+    with (run / "predictions.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -16,7 +16,6 @@ from common import CONFIGS, Run
 from PIL import Image, ImageDraw, ImageFilter
 
 from mnist_lit import FastCNN, MNISTDataModule
-from mnist_lit.datasets.digits import make_digits
 from mnist_lit.datasets.pictures import fit_pictures
 from mnist_lit.engine import UserError
 from mnist_lit.engine.images import read_picture
@@ -194,11 +193,6 @@ def attempt(file: io.BytesIO) -> tuple[np.ndarray, str]:
 # ------------------------------------------------------------------------------------------------------ one by one
 
 
-@pytest.fixture(scope="module")
-def digits() -> np.ndarray:
-    return make_digits()["train"][0][:200]  # uint8 (n, 28, 28)
-
-
 @pytest.mark.parametrize("kind", BARS)
 def test_digit_comes_out_as_it_was(digits: np.ndarray, kind: str) -> None:
     """As the digit itself does, but for the width of the pen, which each photo draws anew."""
@@ -219,7 +213,7 @@ def saved(pixels: np.ndarray, suffix: str = "PNG") -> io.BytesIO:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_two_digits_are_warned_of(digits: np.ndarray, axis: int) -> None:
     rng = np.random.default_rng(6)
-    pairs = [np.concatenate(digits[pair], axis) for pair in rng.integers(0, len(digits), (20, 2))]
+    pairs = [np.concatenate(digits[pair], axis) for pair in rng.integers(0, 200, (20, 2))]
     assert sum("more than one digit" in attempt(photo(pair, "even", rng))[1] for pair in pairs) >= 19
 
 
