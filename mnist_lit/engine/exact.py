@@ -195,10 +195,11 @@ class ExactResume(Callback):
             wrap_training_loaders(trainer, ResumableLoader.of)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._add_sums(trainer)
         state = {
             "random": random_state(),
             "loaders": [each.state_dict() for each in _loaders(trainer) if hasattr(each, "state_dict")],
-            "sums": epoch_sums(trainer),
+            "sums": {**self._sums, **epoch_sums(trainer)},
             "metrics": {name: metric.metric_state for name, metric in _metrics(pl_module) if metric.update_called},
         }
         states = [state] * trainer.world_size
@@ -243,16 +244,17 @@ class ExactResume(Callback):
                 "resumes with its weights, and with the loader's first batches"
             )
 
-    # The first step has logged its values by now. Theirs are added to the sums, as one after the other.
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._sums:
-            self._sums = epoch_sums(trainer, self._sums)
+        self._add_sums(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._add_sums(trainer)
+        self._sums = {}
+
+    def _add_sums(self, trainer: Trainer) -> None:
+        """Add the sums of before the checkpoint to those values that have been logged again, as one after the other."""
         if self._sums:
-            epoch_sums(trainer, self._sums)
-            self._sums = {}
+            self._sums = epoch_sums(trainer, self._sums)
 
 
 def _loaders(trainer: Trainer) -> list[Any]:
