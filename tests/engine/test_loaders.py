@@ -103,13 +103,27 @@ class Stop(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Means(Callback):
+    """Keeps the means of every epoch that has come to an end."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, dict[str, float]] = {}
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.logged_metrics:
+            self.epochs[trainer.current_epoch] = {name: x.item() for name, x in trainer.logged_metrics.items()}
+
+    on_train_end = on_train_epoch_start
+
+
 def fit(folder: Path, make: Callable[[Model], Any], *stops: int, **options: Any) -> tuple[Model, list[list[int]], Any]:
-    """Train, stopped in some steps and resumed; the module, the numbers that it has seen, and the last metrics."""
+    """Train, stopped in some steps and resumed; the module, the numbers that it has seen, and each epoch's means."""
     seen: list[list[int]] = []
+    means = Means()
     for index, stop in enumerate([*stops, -1]):
         seed_everything(1, verbose=False)
         model = Model(make)
-        callbacks: list[Callback] = [ExactResume(), LastCheckpoint(), Stop(stop)]
+        callbacks: list[Callback] = [ExactResume(), LastCheckpoint(), Stop(stop), means]
         quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
         logger = CSVLogger(folder, "", "run")
         trainer = Trainer(max_epochs=3, callbacks=callbacks, logger=logger, default_root_dir=folder, **quiet, **options)
@@ -117,7 +131,7 @@ def fit(folder: Path, make: Callable[[Model], Any], *stops: int, **options: Any)
         with pytest.raises(SystemExit, match="143") if stop >= 0 else nullcontext():
             trainer.fit(model, ckpt_path=last if index else None, weights_only=True)
         seen += model.seen
-    return model, seen, {name: value.item() for name, value in trainer.logged_metrics.items()}
+    return model, seen, means.epochs
 
 
 def loader(**options: Any) -> Callable[[Model], DataLoader]:
@@ -143,10 +157,11 @@ LOADERS: dict[str, Callable[[Model], Any]] = {
 
 
 def assert_exact(folder: Path, make: Callable[[Model], Any], *stops: int, **options: Any) -> None:
-    whole, seen, logged = fit(folder / "whole", make, **options)
-    resumed, seen_too, logged_too = fit(folder / "stopped", make, *stops, **options)
+    whole, seen, means = fit(folder / "whole", make, **options)
+    resumed, seen_too, means_too = fit(folder / "stopped", make, *stops, **options)
     assert seen_too == seen
-    assert logged_too == logged
+    assert means_too == means
+    assert len(means) == 3
     for name, value in whole.state_dict().items():
         assert value.equal(resumed.state_dict()[name]), name
 
