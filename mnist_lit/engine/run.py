@@ -105,7 +105,7 @@ class Run(Callback):
         if rank_zero_only.rank or not self.exists:  # type: ignore[attr-defined]
             return
         # What is written in the folder of a run that somebody else has made stays in it.
-        for path in self.folder.rglob("*"):
+        for path in (*self.folder.iterdir(), *self.checkpoints.glob("*")):
             if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
                 raise UserError(
                     f"{relative(path)} is a link out of the run's folder; remove it to train in that folder"
