@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from common import CONFIGS, RUN, Run
 from interrupt import signal_at
 from lightning.pytorch import Trainer
@@ -38,7 +38,7 @@ def test_run_tells_what_made_it_and_how_it_ended(cli: Run, small: Path, tmp_path
     assert (first["exit"], first["step"]) == ("SIGTERM", 20)
     assert (second["exit"], second["step"]) == ("finished", 32)
     assert "--ckpt_path=last" in second["command"]
-    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["torch"] == version("torch")
     assert first["start"] < first["end"] < second["start"] < second["end"]
     assert first["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": True}
     assert "-one\n+two\n" in (tmp_path / RUN / "git.diff").read_text()
