@@ -49,7 +49,8 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
     parser.add_argument("-c", "--config", metavar="FILE", action="append", default=[])
     parser.add_argument("--data.images", dest="images", nargs="*")  # which a shell finds for *.png
     named, others = parser.parse_known_args(options)
-    others += [f"--data.images={json.dumps(named.images)}"] if named.images else []
+    if images := named.images:  # one may be a list already, in a further process
+        others.append(f"--data.images={images[0] if len(images) == 1 else json.dumps(images)}")
     parser.add_argument("--ckpt_path", nargs="?", type=Path)
     for key in ("model", "data"):
         parser.add_argument(f"--{key}", f"--{key}.class_path", dest=key, default="")

@@ -259,7 +259,7 @@ def test_sigterm_finishes_what_is_under_way(run_folder: Path, tmp_path: Path) ->
     recorded.write_text(yaml.safe_dump(config))
     paths = sorted((run_folder / "digits").iterdir())[:400]
     form = [("files", (path.name, path.read_bytes())) for path in paths]
-    with server(tmp_path, "--ckpt_path", BEST) as (address, process, _):
+    with server(tmp_path, "--config", recorded, "--ckpt_path", BEST) as (address, process, _):
         body = requests.Request("POST", f"{address}/predict", files=form).prepare()
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client:
             kind = body.headers["content-type"]
