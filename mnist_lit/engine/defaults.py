@@ -35,5 +35,6 @@ def default_callbacks(*own: Callback) -> list[Callback]:
     if any(isinstance(callback, AnyProgressBar) for callback in own):
         defaults.remove(ProgressBar)
     made = [make() for make in defaults if not any(isinstance(callback, make) for callback in own)]
-    # What the best checkpoint knows is part of the last one, which therefore is saved after it.
-    return sorted([*own, *made], key=lambda callback: isinstance(callback, LastCheckpoint))
+    # The means of a resumed epoch are completed before anything looks at them. What the best checkpoint knows is part of
+    # the last one, which therefore is saved after it.
+    return sorted([*own, *made], key=lambda each: isinstance(each, LastCheckpoint) - isinstance(each, ExactResume))
