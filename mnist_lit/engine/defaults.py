@@ -35,6 +35,6 @@ def default_callbacks(*own: Callback) -> list[Callback]:
     if any(isinstance(callback, AnyProgressBar) for callback in own):
         defaults.remove(ProgressBar)
     made = [make() for make in defaults if not any(isinstance(callback, make) for callback in own)]
-    # The means of a resumed epoch are completed before anything looks at them. What the best checkpoint knows is part of
-    # the last one, which therefore is saved after it.
+    # The means of a resumed epoch are completed before anything looks at them. The last checkpoint is saved after the
+    # best, because what that knows is part of it.
     return sorted([*own, *made], key=lambda each: isinstance(each, LastCheckpoint) - isinstance(each, ExactResume))
