@@ -212,7 +212,7 @@ class CLI(LightningCLI):
             if (known := getattr(self.datamodule, name, None)) not in (None, value):
                 raise UserError(f"--model.{name}={value}: the data say {known}; leave it out, or change the data")
         # Every model is offered what the data know; its hyperparameters are those that it takes.
-        for name in set(FROM_DATA) - parameters(type(self.model)):
+        for name in set(FROM_DATA) - parameters(type(self.model)).keys():
             self.model.hparams.pop(name, None)
         threads = set_threads(self.config[self.subcommand].num_threads, self.trainer.num_devices)
         self.pristine["num_threads"] = int(threads)
@@ -298,9 +298,8 @@ class CLI(LightningCLI):
 def _chosen_for_model(config: Namespace) -> dict[str, Any]:
     """What the command chooses for the model of that which it otherwise takes from the data."""
     options = config.model.get("init_args") or {}
-    found = inspect.signature(pkgutil.resolve_name(config.model.class_path)).parameters
-    names = [name for name in FROM_DATA if name in found]
-    return {name: options[name] for name in names if options.get(name) not in (None, found[name].default)}
+    found = parameters(pkgutil.resolve_name(config.model.class_path))
+    return {name: options[name] for name in FROM_DATA if options.get(name) not in (None, found.get(name))}
 
 
 def _take_from_checkpoint(checkpoint: Checkpoint, config: Namespace) -> None:
@@ -315,9 +314,10 @@ def _take_from_checkpoint(checkpoint: Checkpoint, config: Namespace) -> None:
             options[name] = checkpoint.hparams[name]
 
 
-def parameters(kind: type) -> set[str]:
-    """Names of the arguments that a class takes, and of those that it hands on to the classes it inherits from."""
-    return {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
+def parameters(kind: type) -> dict[str, Any]:
+    """The arguments that a class takes, or hands on to the classes it inherits from, and their defaults."""
+    taken = [inspect.signature(base.__init__).parameters for base in reversed(kind.__mro__)]  # type: ignore[misc]
+    return {name: argument.default for each in taken for name, argument in each.items()}
 
 
 # ------------------------------------------------------------------------------------------------- running

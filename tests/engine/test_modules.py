@@ -61,6 +61,9 @@ def test_two_processes_resume_with_a_loader_of_the_module(cli_in: Run, tmp_path:
         assert_same(resumed[part], whole[part])
 
 
-def test_number_of_classes_that_the_data_contradict_is_refused(cli: Run, small: Path) -> None:
-    refused = cli("fit", "--model=CNN", "--model.num_classes=3", f"--data.dataset={small}", ok=False)
-    assert_one_message(refused, "--model.num_classes=3: the data say 10")
+@pytest.mark.parametrize(
+    ("option", "message"), [("num_classes=3", "the data say 10"), ("task=multilabel", "multiclass")]
+)
+def test_option_that_the_data_contradict_is_refused(cli: Run, small: Path, option: str, message: str) -> None:
+    refused = cli("fit", "--model=CNN", f"--model.{option}", f"--data.dataset={small}", ok=False)
+    assert_one_message(refused, f"--model.{option}: the data say", message)
