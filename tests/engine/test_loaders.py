@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -30,6 +29,7 @@ from torchmetrics import MeanMetric
 
 from mnist_lit.engine import default_callbacks, train_dataloader
 
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in ("Checkpoint directory", "no best.ckpt")]
 N, BATCH = 40, 4  # ten steps per epoch
 
 
@@ -116,8 +116,8 @@ class Means(Callback):
         self.epochs: dict[int, dict[str, float]] = {}
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.logged_metrics:
-            self.epochs[trainer.current_epoch] = {name: x.item() for name, x in trainer.logged_metrics.items()}
+        if trainer.callback_metrics:
+            self.epochs[trainer.current_epoch] = {name: x.item() for name, x in trainer.callback_metrics.items()}
 
     on_train_end = on_train_epoch_start
 
@@ -131,9 +131,8 @@ def fit(folder: Path, make: Callable[[Model], Any], *stops: int, **options: Any)
         model = Model(make)
         callbacks = default_callbacks(Look(), Stop(stop), means)
         quiet: dict[str, Any] = {"enable_model_summary": False, "accelerator": "cpu"}
-        logger = CSVLogger(folder, "", "run")
-        trainer = Trainer(max_epochs=3, callbacks=callbacks, logger=logger, default_root_dir=folder, **quiet, **options)
-        last = folder / "run" / "checkpoints" / "last.ckpt"
+        trainer = Trainer(max_epochs=3, callbacks=callbacks, logger=False, default_root_dir=folder, **quiet, **options)
+        last = folder / "checkpoints" / "last.ckpt"
         with pytest.raises(SystemExit, match="143") if stop >= 0 else nullcontext():
             trainer.fit(model, ckpt_path=last if index else None, weights_only=True)
         seen += model.seen
