@@ -68,7 +68,7 @@ class Classifier(LightningModule):
         if channels is not None and (adapted := adapt(net, channels, num_classes)):
             rank_zero_info(f"{type(net).__name__} was adapted to the data: {', '.join(adapted)}")
         if channels_last:
-            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
         metric: Metric
         if task == "multiclass":
             loss, activation = loss or nn.CrossEntropyLoss(), activation or nn.Softmax(dim=1)
