@@ -57,27 +57,32 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
     parser.add_argument("-h", "--help", action="store_true")
     given = parser.parse_known_args(others)[0]
 
-    configs, whole = named.config, given.model or given.help
+    configs, whole = named.config, bool(given.model or given.help)
     if not configs and given.ckpt_path is not None and ":/" not in str(given.ckpt_path):
-        configs = _config_of_run(given.ckpt_path, command, bool(whole))
+        configs = _config_of_run(given.ckpt_path, command, whole)
     if command == "fit" and not configs and not whole and Path(project.default_config).is_file():
         rank_zero_info(f"Using the default config: {project.default_config}")
         configs = [project.default_config]
-    contents, own = [_read(config) for config in configs], LightningModule.train_dataloader
-    data: Any = next((content["data"] for content in contents if content.get("data")), {})
-    model: Any = next((content["model"] for content in contents if content.get("model")), {})
-    names_data = _find(given.data) or isinstance(data, str) or "class_path" in data
-    module = _find(given.model or (model if isinstance(model, str) else model.get("class_path", "")))
-    brings_data = getattr(module, "train_dataloader", own) is not own
-    if project.data_module and not names_data and not brings_data:
-        configs = [json.dumps({"data": {"class_path": project.data_module}}), *configs]
-        contents = [{}, *contents]
-    for place, content in enumerate(contents):
-        chosen = {key: kind for key in ("model", "data") if key in content and (kind := _find(vars(given)[key]))}
-        changed = {key: _of_class(content[key], kind, project) for key, kind in chosen.items()}
-        if changed:
-            configs[place] = json.dumps({**content, **changed})
-    return [command, *(f"--config={config}" for config in configs), *others]
+    chosen = {"model": given.model, "data": given.data}
+    return [command, *(f"--config={_with_classes(config, chosen, project)}" for config in configs), *others]
+
+
+def _with_classes(config: str, chosen: dict[str, str], project: Project) -> str:
+    """A config with the classes that the command line names, and without the options of those that they do not inherit.
+
+    jsonargparse would hand on every option of the same name: ``--model=FastCNN`` would silently take the ``lr`` of CNN.
+    """
+    try:
+        content = yaml.safe_load(Path(config).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # which the parser explains
+        return config
+    changed = {}
+    for key in chosen.keys() & content if isinstance(content, dict) else ():
+        section = content[key] if isinstance(content[key], dict) else {"class_path": str(content[key])}
+        old, new = _find(section.get("class_path", project.data_module)), _find(chosen[key])
+        if new and not (old and issubclass(new, old)):
+            changed[key] = {"class_path": chosen[key]}
+    return json.dumps({**content, **changed}) if changed else config
 
 
 def _config_of_run(ckpt_path: Path, command: str, named: bool) -> list[str]:
@@ -104,34 +109,10 @@ def _config_of_run(ckpt_path: Path, command: str, named: bool) -> list[str]:
     return []
 
 
-def _of_class(section: Any, new: type, project: Project) -> dict[str, Any]:
-    """A config's model or data for the class that the command line chooses in its place.
-
-    It keeps the options if the class inherits from the one before. jsonargparse would hand on every option of the same
-    name: ``--data=my_data.MyData`` would silently take the ``batch_size`` of another data module.
-    """
-    path = f"{new.__module__}.{new.__qualname__}"
-    section = section if isinstance(section, dict) else {"class_path": section}
-    old = _find(section.get("class_path", project.data_module))
-    if old is None or not issubclass(new, old):
-        return {"class_path": path}
-    return {"class_path": path, "init_args": section.get("init_args", {} if "class_path" in section else section)}
-
-
-def _read(config: str) -> dict[str, Any]:
-    """The content of a config, of a file or as it is; nothing if it cannot be read, which the parser explains."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        content = yaml.safe_load(config if config.startswith("{") else Path(config).read_text("utf-8"))
-        return content if isinstance(content, dict) else {}
-    return {}
-
-
 def _find(path: str) -> type | None:
-    """A class by its import path or, of those that are imported, its name; None if there is none."""
-    if "." not in path:
-        return _classes().get(path)
+    """A class by its import path or, of those that are imported, its name."""
     with suppress(Exception):  # whatever a user's module raises; the parser says what is wrong
-        found = pkgutil.resolve_name(path)
+        found = pkgutil.resolve_name(path) if "." in path else _classes()[path]
         return found if isinstance(found, type) else None
     return None
 
