@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, explain_damage
 from mnist_lit.engine.run import Run
 
 DEFAULT_MONITOR = "val/loss"
@@ -75,6 +75,7 @@ class BestCheckpoint(ModelCheckpoint):
         # Absolute, because ModelCheckpoint forgets the best of a folder that is named in another way.
         if self.dirpath or Run.of(trainer).exists:
             self.dirpath = os.path.abspath(self.dirpath or Run.of(trainer).checkpoints)
+        self._ckpt_path = trainer.ckpt_path
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,11 +143,12 @@ class BestCheckpoint(ModelCheckpoint):
             return path and os.path.join(str(self.dirpath), os.path.basename(path))
 
         names = ("best_model_path", "kth_best_model_path", "last_model_path")
-        state = {**state_dict, **{name: here(state_dict[name]) for name in names}, "dirpath": str(self.dirpath)}
-        kept = state["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        if all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept):
-            super().load_state_dict(state)
-            self.best_epoch, self.best_metrics = state["best_epoch"], state["best_metrics"]
+        with explain_damage(self._ckpt_path):
+            state = {**state_dict, **{name: here(state_dict[name]) for name in names}, "dirpath": str(self.dirpath)}
+            kept = state["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
+            if all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept):
+                super().load_state_dict(state)
+                self.best_epoch, self.best_metrics = state["best_epoch"], state["best_metrics"]
 
 
 def best_checkpoint(trainer: Trainer) -> Checkpoint | None:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, unusable
 from mnist_lit.engine.run import LOGS, Run
 from mnist_lit.engine.storage import atomic_save, printable
 
@@ -130,7 +130,13 @@ class Checkpoint:
         }
 
     def finished(self, trainer: Trainer) -> str:
-        """How to train longer, if a trainer would have nothing left to do; else nothing."""
+        """How to train longer, if a trainer would have nothing left to do; else nothing.
+
+        Raises:
+            UserError: if what counts the epochs and steps is damaged.
+        """
+        if not _same_kinds(self.content["loops"].get("fit_loop"), trainer.fit_loop.state_dict()):
+            raise UserError(f"{self.path} cannot be used as a checkpoint (its loops are not Lightning's)")
         epochs = self.content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         if self.step >= trainer.max_steps >= 0:
             return "raise --trainer.max_steps"
@@ -157,6 +163,12 @@ class Checkpoint:
                 f"{self.path} is not of this model: {name} has the shape {theirs} there and {ours} in "
                 f"{type(model).__name__}; the config.yaml in the folder of its run is the one that fits"
             )
+
+
+def _same_kinds(theirs: Any, ours: Any) -> bool:
+    if not isinstance(ours, Mapping):
+        return type(theirs) is type(ours)
+    return isinstance(theirs, Mapping) and all(_same_kinds(theirs[key], ours[key]) for key in theirs if key in ours)
 
 
 Shape = tuple[int, ...] | None  # None where there is no such weight
@@ -195,12 +207,6 @@ def load_file(path: str | Path, weights_only: bool, old: bool = False) -> Any:
                 "--weights_only=false"
             ) from error
         raise unusable(path, error) from error
-
-
-def unusable(path: str | Path, error: Exception) -> UserError:
-    """The error for a file that is there, and no help."""
-    lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
-    return UserError(f"{path} cannot be used as a checkpoint ({lines[0]})")
 
 
 def _foreign_classes(path: str | Path) -> str:

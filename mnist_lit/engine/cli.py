@@ -37,11 +37,10 @@ from mnist_lit.engine.checkpoint import (
     CheckpointFiles,
     newest_checkpoint,
     no_such_checkpoint,
-    unusable,
 )
 from mnist_lit.engine.dashboard import Dashboard
 from mnist_lit.engine.defaults import default_callbacks
-from mnist_lit.engine.errors import ENGINE, UserError, require
+from mnist_lit.engine.errors import ENGINE, UserError, explain_damage, require
 from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.last import LastCheckpoint
 from mnist_lit.engine.messages import leave_out_noise
@@ -118,6 +117,8 @@ class CLI(LightningCLI):
         parser.add_class_arguments(Dashboard, "dashboard")
         parser.link_arguments("monitor", "best_checkpoint.monitor")
         parser.link_arguments("mode", "best_checkpoint.mode")
+        if self.project.data_module:
+            parser.set_defaults({"data": {"class_path": self.project.data_module}})
         for name in self.linked:  # ignored if the model or the data module has none
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
@@ -137,6 +138,10 @@ class CLI(LightningCLI):
         config = expand_home(self.config[command])
         if config.get("lr_scheduler") and not config.get("optimizer"):
             raise UserError("--lr_scheduler changes nothing without --optimizer: give both")
+        own = LightningModule.train_dataloader
+        brings_data = getattr(pkgutil.resolve_name(config.model.class_path), "train_dataloader", own) is not own
+        if brings_data and config.data == self.options.get_defaults().data:
+            config.data = None  # the project's data module does not take the place of the model's own loaders
         if not any(arg.startswith("--weights_only") for arg in sys.argv):
             config.weights_only = None  # no config, which may come with the checkpoint, switches off safe loading
         # LightningCLI would let hyperparameters of the checkpoint override the config, class names from an untrusted
@@ -203,10 +208,8 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         if self.checkpoint:
-            try:
+            with explain_damage(self.checkpoint.path):  # in what was taken from there
                 self.options.validate(self.config[self.subcommand])
-            except (KeyError, TypeError, ValueError) as error:  # of what was taken from the checkpoint
-                raise unusable(self.checkpoint.path, error) from error
         super().instantiate_classes()
         for name, value in self.chosen.items():
             if (known := getattr(self.datamodule, name, None)) not in (None, value):
@@ -255,6 +258,10 @@ class CLI(LightningCLI):
             if config.init_from is not None:
                 init_from(self.model, config.init_from, config.init_strict, config.weights_only is not False)
             return
+        if checkpoint.content and not {"optimizer_states", "lr_schedulers"} <= checkpoint.content.keys():
+            raise UserError(
+                f"{checkpoint.path} holds weights alone: start a new run with --init_from={checkpoint.path}"
+            )
         if checkpoint.content and (longer := checkpoint.finished(self.trainer)):
             rank_zero_info(
                 f"{checkpoint.path} is of a finished run, with {checkpoint.step} steps: there is nothing left to do; "

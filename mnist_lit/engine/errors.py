@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 ENGINE = __name__.partition(".")[0]  # the package that the extras belong to, whichever project runs
 
@@ -14,6 +17,21 @@ class UserError(Exception):
         # The worker of a data loader hands on its traceback, at the end of which the message is.
         _, worker, traceback = message.partition("\nOriginal Traceback")
         super().__init__(traceback.rpartition(f"{type(self).__name__}: ")[2].strip() if worker else message)
+
+
+def unusable(path: Any, error: Exception) -> UserError:
+    """The error for a file that is there, and no help."""
+    lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
+    return UserError(f"{path} cannot be used as a checkpoint ({lines[0]})")
+
+
+@contextmanager
+def explain_damage(path: Any) -> Iterator[None]:
+    """Say which file it is where something in a checkpoint cannot be restored."""
+    try:
+        yield
+    except Exception as error:  # whatever is in a damaged file
+        raise unusable(path, error) from error
 
 
 def require(extra: str, *modules: str) -> None:

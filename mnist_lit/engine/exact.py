@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torchmetrics import Metric
 
-from mnist_lit.engine.checkpoint import unusable
 from mnist_lit.engine.compat import epoch_sums, wrap_training_loaders
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, explain_damage
 
 
 def random_state() -> dict[str, Any]:
@@ -43,9 +43,11 @@ def set_random_state(state: dict[str, Any]) -> None:
 @contextmanager
 def _randomness_of(state: dict[str, Any]) -> Iterator[None]:
     now = random_state()
-    set_random_state(state)
-    yield
-    set_random_state(now)
+    try:
+        set_random_state(state)
+        yield
+    finally:
+        set_random_state(now)
 
 
 class Rest(Sampler):
@@ -145,8 +147,17 @@ class ResumableLoader(DataLoader):
         return state | {"own": self._own, "now": self._get_own(), "shares": self._shares()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from such a place when the next epoch starts. Raises ``UserError`` then, if it counts other batches."""
-        self._resumed = state_dict
+        """Go on from such a place when the next epoch starts.
+
+        Raises:
+            UserError: if it is damaged; and when the epoch starts, if it counts other batches.
+        """
+        self._resumed = state_dict or None
+        if state_dict:
+            with explain_damage(self.trainer.ckpt_path), _randomness_of(state_dict["start"]):
+                for states in (state_dict["own"], state_dict["now"]):
+                    self._set_own(states)
+                state_dict |= {name: operator.index(state_dict[name]) for name in ("epoch", "epochs", "taken")}
 
     def _shares(self) -> dict[str, int]:
         return {"batch size": self.batch_size or 0, "number of processes": self.trainer.world_size}
@@ -218,11 +229,9 @@ class ExactResume(Callback):
                 f"{trainer.world_size}: it resumes, but not exactly as the uninterrupted run would have"
             )
             return
-        self._state = states[trainer.global_rank]
-        try:
+        with explain_damage(trainer.ckpt_path):
+            self._state = states[trainer.global_rank]
             set_random_state(self._state["random"])
-        except Exception as error:  # whatever is in a damaged file
-            raise unusable(trainer.ckpt_path or "", error) from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state, self._state = self._state, {}
@@ -254,7 +263,8 @@ class ExactResume(Callback):
     def _add_sums(self, trainer: Trainer) -> None:
         """Add the sums of before the checkpoint to those values that have been logged again, as one after the other."""
         if self._sums:
-            self._sums = epoch_sums(trainer, self._sums)
+            with explain_damage(trainer.ckpt_path):
+                self._sums = epoch_sums(trainer, self._sums)
 
 
 def _loaders(trainer: Trainer) -> list[Any]:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from mnist_lit.engine.best import logged_values
 from mnist_lit.engine.checkpoint import EXCEPTION, explain_write_errors
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, explain_damage
 from mnist_lit.engine.run import Run, relative
 
 PENDING = "last.pending"
@@ -53,7 +53,7 @@ class LastCheckpoint(Checkpoint):
         self._before: dict[str, float] = {}  # of this epoch, until the checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._run = Run.of(trainer)
+        self._run, self._ckpt_path = Run.of(trainer), trainer.ckpt_path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._saved_step = True, trainer.global_step
@@ -121,7 +121,8 @@ class LastCheckpoint(Checkpoint):
         return {"metrics": self._metrics, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._metrics, self._before = state_dict["metrics"], state_dict["before"]
+        with explain_damage(self._ckpt_path):
+            self._metrics, self._before = dict(state_dict["metrics"]), dict(state_dict["before"])
 
     def _save(self, trainer: Trainer) -> None:
         if not self._metrics:

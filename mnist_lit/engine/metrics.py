@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection, SumMetric
 
+from mnist_lit.engine.errors import explain_damage
 from mnist_lit.engine.outputs import Outputs, as_outputs, class_names, step_outputs
 
 # Batches are gathered up to one of these limits and then evaluated together.
@@ -149,9 +150,10 @@ class Metrics(Callback):
             pl_module.class_names = checkpoint["class_names"]
         states = checkpoint.get("metrics", [])
         if trainer.state.fn == "fit" and len(states) == trainer.world_size:  # else the means start again
-            state = states[trainer.global_rank]
-            self._interval.load_state_dict(state["interval"], trainer.strategy.root_device)
-            self._epoch.load_state_dict(state["epoch"], trainer.strategy.root_device)
+            with explain_damage(trainer.ckpt_path):
+                state = states[trainer.global_rank]
+                self._interval.load_state_dict(state["interval"], trainer.strategy.root_device)
+                self._epoch.load_state_dict(state["epoch"], trainer.strategy.root_device)
 
 
 class _Means:

@@ -178,10 +178,12 @@ class Run(Callback):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The content of that file; nothing if there is none."""
-        with suppress(OSError, ValueError, yaml.YAMLError):
+        """The content of that file; nothing if there is none, or it is not a run's."""
+        with suppress(OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError):
             content = yaml.safe_load(self.config.read_text("utf-8"))
-            return content if isinstance(content, dict) else {}
+            chosen = [content["model"], *as_list(content["trainer"].get("callbacks"))]
+            kinds = [(type(each["class_path"]), type(each.get("init_args") or {})) for each in chosen]
+            return content if set(kinds) == {(str, dict)} else {}
         return {}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -72,19 +73,9 @@ class Mutations:
         """Values in a checkpoint of other types, sizes and signs."""
         path = self.checkpoint()
         content = torch.load(path, weights_only=True)
-        for place in self.rng.sample(leaves(content), 3):
-            values = [
-                None,
-                "x",
-                -1,
-                1e308,
-                float("nan"),
-                [],
-                {},
-                torch.zeros(0),
-                torch.zeros(3, dtype=torch.int8),
-                10**30,
-            ]
+        values = [None, "x", -1, 1e308, math.nan, [], {}, 10**30, torch.zeros(0), torch.zeros(3, dtype=torch.int8)]
+        for key in self.rng.sample(list(content), 3):  # the random states have most of the values
+            place = self.rng.choice([place for place in leaves(content) if place[0] == key] or [(key,)])
             put(content, place, self.rng.choice(values), rename)
         torch.save(content, path)
 
@@ -118,12 +109,15 @@ class Mutations:
         (self.run / "config.yaml").write_text(yaml.safe_dump(config | {"weights_only": False}))
 
     def config(self) -> None:
-        """A config that names foreign classes and places."""
+        """A config that names foreign classes and places, or whose sections are something else."""
         config = yaml.safe_load((self.run / "config.yaml").read_text())
+        put(config, (self.rng.choice(list(config)),), self.rng.choice([None, "x", 3, [], ["x"], {}, {"class_path": 3}]))
         for place in self.rng.sample(leaves(config), 4):
             put(config, place, self.rng.choice([*self.foreign, *FOREIGN_CLASSES, -1, None, [], "${oc.env:HOME}"]))
         call = {"class_path": self.rng.choice(FOREIGN_CLASSES), "init_args": {"cmd": f"touch {self.canary}/ran"}}
-        put(config, self.rng.choice([("model",), ("data",), ("trainer", "callbacks"), ("trainer", "logger")]), call)
+        config[self.rng.choice(["model", "data"])] = call
+        if isinstance(config["trainer"], dict):
+            config["trainer"][self.rng.choice(["callbacks", "logger"])] = call
         (self.run / "config.yaml").write_text(yaml.safe_dump(config))
 
     def links(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mnist_lit.engine.data.files import read_dataset
 from mnist_lit.engine.data.folders import Format
 from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
 from mnist_lit.engine.data.sources import Source, file_fingerprint, open_arrays, open_folder
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, explain_damage
 from mnist_lit.engine.images import Fit, find_images, read_picture
 from mnist_lit.engine.outputs import class_names
 from mnist_lit.engine.storage import printable
@@ -380,4 +381,5 @@ class ImageDataModule(LightningDataModule):
                 f"the checkpoint was trained on {state_dict['dataset']}, this run has {self.dataset_used}; "
                 f"resume with --data.dataset={state_dict['dataset']}, or start a new run without --ckpt_path"
             )
-        self.seed = state_dict["seed"]
+        with explain_damage(self.trainer.ckpt_path):
+            self.seed = operator.index(state_dict["seed"])
