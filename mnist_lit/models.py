@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
@@ -59,10 +58,9 @@ class Classifier(LightningModule):
         activation: nn.Module | None = None,
         balanced: bool = False,
         channels_last: bool = False,
-        steps_per_execution: PositiveInt = 1,
+        steps_per_execution: int = 1,
     ) -> None:
         super().__init__()
-        steps_per_execution = int(steps_per_execution)  # jsonargparse's type would not load safely
         self.save_hyperparameters(ignore=["net", "loss", "metrics", "activation"])
         self.net = net
         if channels is not None and (adapted := adapt(net, channels, num_classes)):
@@ -222,34 +220,20 @@ class FastCNN(Classifier):
         self,
         lr: float = 2e-2,
         momentum: float = 0.7,
-        width: PositiveInt = 16,
+        width: int = 16,
         channels: int = 1,
         num_classes: int = 10,
         **options: Any,
     ) -> None:
-        width = int(width)  # jsonargparse's type would not load safely
         super().__init__(
             fast_cnn(num_classes, channels, width), lr=lr, momentum=momentum, num_classes=num_classes, **options
         )
 
-    def _step(self, batch: Batch) -> Outputs:
-        height, width = batch[0].shape[-2:]
-        if min(height, width) < 9:
-            raise UserError(
-                f"FastCNN takes images of 9 x 9 pixels and more, these have {height} x {width}; larger images, or "
-                "--model=CNN, which takes any size"
-            )
-        return super()._step(batch)
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # Betas of a one-epoch recipe (https://github.com/tuomaso): averages so short that an epoch is long.
         optimizer = torch.optim.Adam(self.parameters(), self.lr, betas=(self.momentum, 0.9))
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise UserError("a one-cycle schedule has an end: give --trainer.max_epochs or --trainer.max_steps")
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.lr, total_steps=int(steps), cycle_momentum=False
-        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import CONFIGS, ROOT, Run, assert_one_message, checkpoint
+from common import ROOT, Run, checkpoint
 
 RUN = Path("lightning_logs/version_0/checkpoints")
 YAML = """
@@ -68,17 +68,6 @@ def test_classes_and_sizes_come_from_the_data(own, tmp_path: Path, model: str) -
     own("predict", "--ckpt_path", RUN / "best.ckpt")
     header = (tmp_path / "lightning_logs" / "version_2" / "predictions.csv").read_text().splitlines()[0]
     assert header.endswith("p_5,p_6")
-
-
-@pytest.mark.parametrize("size", [(40, 8), (9, 9)], ids=str)
-def test_images_too_small_for_the_network_are_one_message(cli: Run, tmp_path: Path, size: tuple[int, int]) -> None:
-    images = np.random.default_rng(1).integers(0, 256, (100, *size), dtype=np.uint8)
-    labels = np.arange(100) % 10
-    np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_valid=images, y_valid=labels)
-    done = cli("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=tiny.npz", ok=min(size) >= 9)
-    if min(size) < 9:
-        assert_one_message(done, "9 x 9 pixels and more", f"{size[0]} x {size[1]}", "--model=CNN")
-        assert not list(tmp_path.glob("lightning_logs/*/checkpoints/*"))
 
 
 def test_own_network_trains_from_a_yaml(own, tmp_path: Path) -> None:
