@@ -1,4 +1,4 @@
-"""Your models: networks, and the ``LightningModule``s that train them."""
+"""Your models: networks, and ``LightningModule``s that train them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class Classifier(LightningModule):
     """Trains a network on images and targets; by default cross-entropy, accuracy and SGD.
 
     Args:
-        net: images (B, C, H, W) to logits (B, num_classes), or to one value (B, 1) for regression. Where it takes
-            other channels or tells other classes apart, it is adapted, see ``adapt``.
+        net: maps images (B, C, H, W) to logits (B, num_classes), or to one value (B, 1) for regression. If it takes
+            another number of channels or classes, it is adapted, see ``adapt``.
         lr: learning rate of SGD.
         momentum: momentum of SGD.
-        num_classes: number of classes; comes from the data on the command line.
-        channels: C of the images; comes from the data on the command line. Without it the network stays as it is.
-        task: ``multiclass``, ``multilabel`` (several of the labels at once) or ``regression``; comes from the data on
-            the command line, and decides what follows.
-        loss: outputs and targets to the mean over the batch (); by default ``CrossEntropyLoss``,
-            ``BCEWithLogitsLoss`` or ``MSELoss``.
-        metrics: metrics of torchmetrics by name, of which those of classes may lack ``num_classes`` or ``num_labels``;
-            by default the accuracy as ``acc``, or ``mse``.
-        activation: outputs to predictions; by default ``Softmax``, ``Sigmoid`` or ``Identity``.
-        balanced: weigh classes in the loss, the rarer in the training images the more.
-        channels_last: keep weights and activations in PyTorch's memory format of that name, in which most
-            processors convolve faster; the results differ by rounding.
-        steps_per_execution: optimizer steps in one step of Lightning's, see ``StepsPerExecution``.
+        num_classes: number of classes; on the command line from the data.
+        channels: C of the images; on the command line from the data. None leaves the network as it is.
+        task: ``multiclass``, ``multilabel`` (several labels at once) or ``regression``; on the command line from the
+            data. It decides the following defaults.
+        loss: maps outputs and targets to their mean loss (); by default ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` or
+            ``MSELoss``.
+        metrics: metrics of torchmetrics by name, which may lack ``num_classes`` or ``num_labels``; by default the
+            accuracy as ``acc``, or ``mse``.
+        activation: maps outputs to predictions; by default ``Softmax``, ``Sigmoid`` or ``Identity``.
+        balanced: whether to weigh classes in the loss, the rarer in the training set the more.
+        channels_last: whether to keep weights and activations in that memory format of PyTorch, in which most
+            processors convolve faster; results differ by rounding.
+        steps_per_execution: number of optimizer steps in one step of Lightning, see ``StepsPerExecution``.
 
     Example:
         >>> Trainer(max_epochs=2).fit(Classifier(cnn(num_classes=10)), datamodule=MNISTDataModule())
@@ -88,12 +88,12 @@ class Classifier(LightningModule):
         self.execution = StepsPerExecution(steps_per_execution)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes), or to values (B,) if the network has one output."""
+        """Map images (B, C, H, W) to logits (B, num_classes), or to values (B,) if the network has one output."""
         outputs = self.net(images)
         return outputs.squeeze(1) if outputs.shape[1:] == (1,) else outputs
 
     def setup(self, stage: str) -> None:
-        """Weigh the classes, if asked to; a checkpoint brings the weights with it."""
+        """Set the class weights if ``balanced``; otherwise they come from the checkpoint."""
         if self.balanced and stage == "fit":
             weights = getattr(getattr(self.trainer, "datamodule", None), "class_weights", None)
             if weights is None:
@@ -126,7 +126,7 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Log the metrics of the outputs above, and take several steps at once where asked to."""
+        """Log the metrics of the outputs above; take several steps at once if ``steps_per_execution`` asks for it."""
         return [Metrics(self.metrics), *([self.execution] if self.steps_per_execution > 1 else [])]
 
 
@@ -139,8 +139,8 @@ class Logistic(Classifier):
     Args:
         lr: learning rate of SGD.
         momentum: momentum of SGD.
-        num_pixels: C * H * W of the images; comes from the data on the command line.
-        num_classes: number of classes; comes from the data on the command line.
+        num_pixels: C * H * W of the images; on the command line from the data.
+        num_classes: number of classes; on the command line from the data.
         options: as in ``Classifier``.
     """
 
@@ -171,8 +171,8 @@ class CNN(Classifier):
     Args:
         lr: learning rate of SGD.
         momentum: momentum of SGD.
-        channels: of the images; comes from the data on the command line.
-        num_classes: number of classes; comes from the data on the command line.
+        channels: of the images; on the command line from the data.
+        num_classes: number of classes; on the command line from the data.
         options: as in ``Classifier``.
     """
 
@@ -185,8 +185,8 @@ class CNN(Classifier):
 def cnn(num_classes: int, channels: int = 1) -> nn.Sequential:
     """Three convolutions, each of which halves height and width, for images of any size.
 
-    The last ReLU is the tutorial's, too. It cuts a class's logit off below zero, and with it the gradient:
-    now and then a class dies in the first steps and never comes back.
+    The last ReLU is the tutorial's. It cuts off logits below zero, and their gradients: now and then a class dies in the
+    first steps and never comes back.
     """
     return nn.Sequential(
         nn.Conv2d(channels, 16, kernel_size=3, stride=2, padding=1),  # (B, 16, H/2, W/2)
@@ -209,10 +209,10 @@ class FastCNN(Classifier):
 
     Args:
         lr: peak of the learning rate.
-        momentum: of Adam, its first beta.
+        momentum: Adam's first beta.
         width: channels of the first layer; the second has twice, the third four times as many.
-        channels: of the images; comes from the data on the command line.
-        num_classes: number of classes; comes from the data on the command line.
+        channels: of the images; on the command line from the data.
+        num_classes: number of classes; on the command line from the data.
         options: as in ``Classifier``.
     """
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: atomic writes, safe loading, and what is in them."""
+"""Checkpoint files: atomic writes, safe loading, and access to their content."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from mnist_lit.engine.run import LOGS, Run
 from mnist_lit.engine.storage import atomic_save, printable
 
 EXCEPTION = "exception.ckpt"
-# What Lightning writes, and has to be there.
+# Keys that every checkpoint of Lightning has, and their types.
 LAYOUT = {"state_dict": dict, "loops": dict, "epoch": int, "global_step": int, "pytorch-lightning_version": str}
 
 
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning's checkpoint files with atomic writes and safe loading.
 
-    Lightning itself writes to the system's temporary folder and moves the file from there. Where that folder
-    is on another disk this is a copy, which may end half-way.
+    Lightning itself writes to the system's temporary folder and moves the file from there. If that folder is on another
+    disk, the move is a copy, which may stop half-way.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -51,7 +51,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 @contextmanager
 def explain_write_errors(path: str | Path) -> Iterator[None]:
-    """Say what is to be done where a checkpoint cannot be written."""
+    """Turn an ``OSError`` into a message that says what to do."""
     try:
         yield
     except OSError as error:
@@ -62,12 +62,12 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
 
 
 def no_such_checkpoint(option: str, path: str | Path) -> str:
-    """The message for an option that names no file."""
+    """The message for an option that names a missing file."""
     return f"--{option}={path}: no such checkpoint; runs keep them in {LOGS}/*/checkpoints"
 
 
 class UnsafeError(UserError):
-    """A file loads only if code in it may run."""
+    """A file can only be loaded by running code in it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Checkpoint:
 
     Args:
         path: the file.
-        content: what is in it.
+        content: its content.
 
     Example:
         >>> checkpoint = Checkpoint.read("lightning_logs/version_0/checkpoints/last.ckpt")
@@ -93,10 +93,10 @@ class Checkpoint:
 
         Args:
             path: the file.
-            weights_only: accept tensors and plain values only, so that no code runs out of the file.
+            weights_only: whether to load only tensors and plain values, so that no code in the file can run.
 
         Raises:
-            UserError: if the file cannot be read, is damaged, holds anything else or asks for code.
+            UserError: if the file cannot be read, is damaged, or holds anything else.
         """
         content = load_file(path, weights_only)
         for key, kind in LAYOUT.items():
@@ -108,7 +108,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were made."""
+        """Number of optimizer steps so far."""
         return self.content["global_step"]
 
     @property
@@ -130,10 +130,10 @@ class Checkpoint:
         }
 
     def finished(self, trainer: Trainer) -> str:
-        """How to train longer, if a trainer would have nothing left to do; else nothing.
+        """How to train longer, if the trainer would have nothing left to do; else "".
 
         Raises:
-            UserError: if what counts the epochs and steps is damaged.
+            UserError: if the counts of epochs and steps are damaged.
         """
         if not _same_kinds(self.content["loops"].get("fit_loop"), trainer.fit_loop.state_dict()):
             raise UserError(f"{self.path} cannot be used as a checkpoint (its loops are not Lightning's)")
@@ -175,7 +175,7 @@ Shape = tuple[int, ...] | None  # None where there is no such weight
 
 
 def misfits(weights: Mapping[str, Tensor], model: LightningModule) -> list[tuple[str, Shape, Shape]]:
-    """Names of weights whose shapes are not those of a model, with the shape there and in the model."""
+    """Names of weights whose shapes differ from a model's, with the shape in the file and in the model."""
     ours = model.state_dict()
     shapes = {
         name: tuple(tuple(each[name].shape) if name in each else None for each in (weights, ours))
@@ -186,21 +186,26 @@ def misfits(weights: Mapping[str, Tensor], model: LightningModule) -> list[tuple
 
 
 def load_file(path: str | Path, weights_only: bool, old: bool = False) -> Any:
-    """Load a file of ``torch.save`` safely, whatever is in it; if ``old`` also one of torch before 1.6, no zip archive.
+    """Load a file written by ``torch.save``, whatever is in it.
+
+    Args:
+        path: the file.
+        weights_only: whether to load only tensors and plain values.
+        old: whether to accept the format of torch before 1.6, which is not a zip archive.
 
     Raises:
-        UserError: if it cannot be read, is damaged, or asks for code.
+        UserError: if it cannot be read, is damaged, or can only be loaded by running code in it.
     """
     try:
         if not old or zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
-                # torch.load neither compares checksums nor bounds what a compressed member grows to.
+                # torch.load neither compares checksums nor limits the size of a decompressed member.
                 if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
                     raise ValueError("it is compressed, which torch.save never does")
                 if damaged := file.testzip():
                     raise ValueError(f"{damaged} in it is damaged")
         return torch.load(path, map_location="cpu", weights_only=weights_only)
-    except Exception as error:  # a hostile file can make zipfile and torch.load raise just about anything
+    except Exception as error:  # a hostile file can make zipfile and torch.load raise almost anything
         if isinstance(error, UnpicklingError) and (foreign := _foreign_classes(path)):
             raise UnsafeError(
                 f"{path} holds {foreign}, and to load that may run any code; if you trust the file, add "
@@ -210,8 +215,8 @@ def load_file(path: str | Path, weights_only: bool, old: bool = False) -> Any:
 
 
 def _foreign_classes(path: str | Path) -> str:
-    """Names of what is neither a tensor nor a plain value in a file of ``torch.save``, as far as it can be read."""
-    with suppress(Exception):  # as above; the error that is reported is the one of loading
+    """Names of the classes and functions in a file of ``torch.save`` that are not safe to load, if it can be read."""
+    with suppress(Exception):  # as above; the error of loading is the one to report
         return ", ".join(sorted(map(printable, torch.serialization.get_unsafe_globals_in_checkpoint(path))))
     return ""
 
@@ -221,11 +226,11 @@ def newest_checkpoint(
 ) -> Checkpoint | None:
     """Find the checkpoint to resume from after an interruption.
 
-    It is the last one of the run that wrote one most recently, else that run's best, else those of the run
-    before. Warns of each that is passed over because it is damaged or of another model than the given class path.
+    Runs are tried from the one that wrote a checkpoint last, and in each run ``last.ckpt`` before others. A warning names
+    every one that is passed over because it is damaged, or its model's class path is another.
 
     Raises:
-        UserError: if there are checkpoints and none of them loads, or one would with ``weights_only=False``.
+        UserError: if there are checkpoints but none of them loads, or one only loads with ``weights_only=False``.
     """
 
     def newest(folder: Path) -> int:
@@ -238,7 +243,7 @@ def newest_checkpoint(
             rank_zero_warn(f"{folder} is of {other} and not of {model}: passed over")
             continue
         for path in sorted(folder.glob("*.ckpt"), key=lambda path: (path.name != "last.ckpt", path.name)):
-            if path.name == EXCEPTION:  # of a step that was broken off
+            if path.name == EXCEPTION:  # saved when a step failed
                 continue
             try:
                 checkpoint = Checkpoint.read(path, weights_only)

@@ -53,10 +53,10 @@ from mnist_lit.engine.storage import printable
 from mnist_lit.engine.threads import set_threads
 from mnist_lit.engine.weights import init_from
 
-FROM_DATA = ("num_classes", "num_pixels", "channels", "task")  # what a model may take from the data module
-# Lightning's commands, and Trainer.export; with the arguments of each that are no options.
+FROM_DATA = ("num_classes", "num_pixels", "channels", "task")  # arguments that a model may take from the data module
+# Lightning's commands and Trainer.export, each with those of its arguments that are not options.
 COMMANDS = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
-# Weights of classes as numbers: --model.loss.weight=[1,2,1]
+# Class weights as numbers: --model.loss.weight=[1,2,1]
 register_type(Tensor, serializer=Tensor.tolist, deserializer=lambda numbers: torch.tensor(numbers).float())
 
 
@@ -72,25 +72,25 @@ def run_options(
     """Options of every command.
 
     Args:
-        num_threads: Threads to compute with in each process. By default OMP_NUM_THREADS, or else all processors that
-            there are for it. Small networks are as fast with 1, and much faster beside other work. A resumed run keeps
-            its number, on which the last bits of its results depend.
-        run_name: Name the run's folder, instead of version_N.
-        init_from: Start a new run from the weights of this checkpoint, or of a file of weights, and nothing else.
-        init_strict: Whether all weights must fit; those that do not are listed and left as they are.
-        test_after_fit: After fit, test the best checkpoint, or else the last.
-        monitor: The metric that decides: which checkpoint is best, when to stop early, what a sweep searches.
-        mode: Whether a lower or a higher value of it is better; auto goes by its name.
+        num_threads: Number of threads to compute with in each process; by default OMP_NUM_THREADS, or else its share of
+            the processors. Small networks are as fast with 1, and much faster next to other work. A resumed run keeps
+            its number, because the last bits of the results depend on it.
+        run_name: Name of the run's folder, instead of version_N.
+        init_from: Start a new run from the weights in this checkpoint or file of weights, and from nothing else in it.
+        init_strict: Whether all weights must fit; otherwise those that do not are listed and left as they are.
+        test_after_fit: Test the best checkpoint after fit, or else the last.
+        monitor: Metric that decides which checkpoint is best, when to stop early and what a sweep searches for.
+        mode: Whether a lower or a higher value is better; auto goes by the metric's name.
     """
 
 
 class CLI(LightningCLI):
-    """``LightningCLI`` that keeps the best and the last checkpoint, finds mistakes early and ends with a table.
+    """``LightningCLI`` that keeps the best and the last checkpoint, reports mistakes early and ends with a table.
 
     Args:
-        project: that runs.
-        command: of this process; only its options are collected, because those of each take 0.1 s. "" for all.
-        callbacks: in addition to those of the config.
+        project: the project that runs.
+        command: the only command to collect options for, because each takes 0.1 s; "" for all.
+        callbacks: callbacks in addition to those in the config.
         options: as in ``LightningCLI``.
     """
 
@@ -98,8 +98,8 @@ class CLI(LightningCLI):
 
     def __init__(self, project: Project, command: str = "", callbacks: Sequence[Callback] = (), **options: Any) -> None:
         self.project, self.command, self.callbacks = project, command, callbacks
-        self.run = Run()  # that the command makes or resumes
-        self.checkpoint: Checkpoint | None = None  # that it starts from
+        self.run = Run()  # which the command makes or resumes
+        self.checkpoint: Checkpoint | None = None  # which it starts from
         self.ckpt_path: str | None = None  # as it was typed
         super().__init__(LightningModule, **options)  # and any data module, or none
 
@@ -110,7 +110,7 @@ class CLI(LightningCLI):
         return {name: skipped for name, skipped in COMMANDS.items() if self.command in (name, "")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        self.options = parser  # of the command
+        self.options = parser  # the command's
         parser.add_function_arguments(run_options)
         parser.add_class_arguments(BestCheckpoint, "best_checkpoint")
         parser.add_class_arguments(LastCheckpoint, "last_checkpoint")
@@ -123,7 +123,7 @@ class CLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and read the checkpoint that is named.
+        """Parse the arguments, and read the checkpoint that they name.
 
         Raises:
             UserError: if the arguments are wrong.
@@ -143,9 +143,9 @@ class CLI(LightningCLI):
         if brings_data and config.data == self.options.get_defaults().data:
             config.data = None  # the project's data module does not take the place of the model's own loaders
         if not any(arg.startswith("--weights_only") for arg in sys.argv):
-            config.weights_only = None  # no config, which may come with the checkpoint, switches off safe loading
-        # LightningCLI would let hyperparameters of the checkpoint override the config, class names from an untrusted
-        # file included. The config decides what is built, so the path comes back after that.
+            config.weights_only = None  # a config may come with the checkpoint, so it cannot switch off safe loading
+        # LightningCLI would let hyperparameters in the checkpoint override the config, even class names from an
+        # untrusted file. Only the config decides what is built, so the path is put back after that.
         self.ckpt_path, config.ckpt_path = config.get("ckpt_path") or None, None
         self.checkpoint = self._find_checkpoint(command, config)
         if self.checkpoint and command == "fit":
@@ -178,10 +178,10 @@ class CLI(LightningCLI):
     # --------------------------------------------------------------------------- model, data and trainer
 
     def before_instantiate_classes(self) -> None:
-        """Keep a copy of the options, complete them, and find the folder of the run."""
+        """Keep a copy of the options, complete them, and find the run's folder."""
         config, checkpoint = self.config[self.subcommand], self.checkpoint
         resumed = checkpoint if self.subcommand == "fit" else None
-        name, config.run_name = config.run_name, None  # not in a config from which other runs are started
+        name, config.run_name = config.run_name, None  # other runs are started from this config, under other names
         self.pristine = yaml.safe_load(self.options.dump(config, skip_none=False))
         self.chosen = _chosen_for_model(config)
         if self.chosen:
@@ -208,13 +208,13 @@ class CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         if self.checkpoint:
-            with explain_damage(self.checkpoint.path):  # in what was taken from there
+            with explain_damage(self.checkpoint.path):  # some options come from there
                 self.options.validate(self.config[self.subcommand])
         super().instantiate_classes()
         for name, value in self.chosen.items():
             if (known := getattr(self.datamodule, name, None)) not in (None, value):
                 raise UserError(f"--model.{name}={value}: the data say {known}; leave it out, or change the data")
-        # Every model is offered what the data know; its hyperparameters are those that it takes.
+        # Every model is offered all of FROM_DATA; only those that it takes are its hyperparameters.
         for name in set(FROM_DATA) - parameters(type(self.model)).keys():
             self.model.hparams.pop(name, None)
         threads = set_threads(self.config[self.subcommand].num_threads, self.trainer.num_devices)
@@ -230,7 +230,7 @@ class CLI(LightningCLI):
                     self.run.root,
                     LOGS,
                     version=self.run.name,
-                    # What was logged after the checkpoint makes room for what is logged again.
+                    # Steps after the checkpoint are logged again.
                     purge_step=resumed.step if resumed else None,
                     default_hp_metric=False,
                 )
@@ -248,7 +248,7 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**options, callbacks=callbacks)
 
     def after_instantiate_classes(self) -> None:
-        """Compare the checkpoint with the model, or start from other weights, before anything takes time."""
+        """Check that the checkpoint fits the model, or load the initial weights, before anything takes time."""
         config, checkpoint = self.config[self.subcommand], self.checkpoint
         if checkpoint and checkpoint.content:
             checkpoint.check(self.model)
@@ -270,13 +270,13 @@ class CLI(LightningCLI):
             sys.exit(0)
         if self.run.exists:
             self.run.keep_table(checkpoint.step)
-        self.checkpoint = None  # which may be large
+        self.checkpoint = None  # frees its memory
 
     @staticmethod
     def configure_optimizers(
         lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
     ) -> Any:
-        """Lightning's, and schedules that depend on the length of the run."""
+        """As Lightning does, also with a ``Schedule``, which depends on the length of the run."""
         if isinstance(lr_scheduler, Schedule):
             return {"optimizer": optimizer, "lr_scheduler": lr_scheduler.make(lightning_module.trainer)}
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
@@ -284,7 +284,7 @@ class CLI(LightningCLI):
     # --------------------------------------------------------------------------------- after the commands
 
     def after_fit(self) -> None:
-        """Test the best checkpoint, or else the last, if asked to."""
+        """Test the best checkpoint, or else the last, if ``--test_after_fit`` asks for it."""
         kept = best_or_last(self.trainer)
         if kept and self.config.fit.test_after_fit:
             # A callback that averages weights would have Lightning load those to train on, and not their average.
@@ -293,7 +293,7 @@ class CLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule)
 
     def after_predict(self) -> None:
-        """Name the files that could not be read, and exit with code 1 if there are any."""
+        """List the files that could not be read; exit with code 1 if there are any."""
         broken = getattr(self.datamodule, "broken", None) or {}
         for path, reason in broken.items():
             print(f"{printable(path)}: {reason}", file=sys.stderr)
@@ -303,15 +303,16 @@ class CLI(LightningCLI):
 
 
 def _chosen_for_model(config: Namespace) -> dict[str, Any]:
-    """What the command chooses for the model of that which it otherwise takes from the data."""
+    """Arguments that the command gives to the model although it could take them from the data."""
     options = config.model.get("init_args") or {}
     found = parameters(pkgutil.resolve_name(config.model.class_path))
     return {name: options[name] for name in FROM_DATA if options.get(name) not in (None, found.get(name))}
 
 
 def _take_from_checkpoint(checkpoint: Checkpoint, config: Namespace) -> None:
-    """Take from the checkpoint the options of the data that belong to the model: images to predict have no labels to
-    count. A data module names them in ``from_checkpoint``.
+    """Take options of the data module that are not given from the checkpoint: images to predict do not tell them.
+
+    A data module lists them in ``from_checkpoint``.
     """
     if config.get("data") is None:
         return
@@ -322,7 +323,7 @@ def _take_from_checkpoint(checkpoint: Checkpoint, config: Namespace) -> None:
 
 
 def parameters(kind: type) -> dict[str, Any]:
-    """The arguments that a class takes, or hands on to the classes it inherits from, and their defaults."""
+    """Arguments of a class and of the classes that it inherits from, with their defaults."""
     taken = [inspect.signature(base.__init__).parameters for base in reversed(kind.__mro__)]  # type: ignore[misc]
     return {name: argument.default for each in taken for name, argument in each.items()}
 
@@ -331,7 +332,7 @@ def parameters(kind: type) -> dict[str, Any]:
 
 
 class _Builder(CLI):
-    """Makes what ``predict`` runs with, out of a checkpoint and without its dataset, and runs nothing."""
+    """Builds what ``predict`` needs from a checkpoint, without its dataset, and runs nothing."""
 
     linked = ()
 
@@ -343,13 +344,16 @@ class _Builder(CLI):
                 options[name] = self.checkpoint.hparams[name]
 
     def export(self, **_: Any) -> None:
-        """In the place of the trainer's."""
+        """Replaces the trainer's."""
 
 
 def build(project: Project, ckpt_path: str, args: Sequence[str] = ()) -> CLI:
-    """Make the model, the data module and a trainer of one device for a checkpoint, and read it.
+    """Read a checkpoint and build its model, its data module and a trainer on one device.
 
-    ``args`` are further options of ``predict``, such as another ``--config`` than its run's.
+    Args:
+        project: the project that runs.
+        ckpt_path: the checkpoint.
+        args: options of ``predict``, such as a ``--config`` other than its run's.
     """
     alone = ("accelerator=auto", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")  # wherever it was trained
     command = ["export", f"--ckpt_path={ckpt_path}", *(f"--trainer.{option}" for option in alone), *args]
@@ -357,11 +361,11 @@ def build(project: Project, ckpt_path: str, args: Sequence[str] = ()) -> CLI:
 
 
 def run(project: Project, args: list[str], callbacks: Sequence[Callback] = (), cli_class: type[CLI] = CLI) -> CLI:
-    """Run one command of ``LightningCLI``, with callbacks in addition to those of its config."""
-    sys.argv[1:] = args  # from which Lightning starts further processes
+    """Run one command of ``LightningCLI``, with callbacks in addition to those in its config."""
+    sys.argv[1:] = args  # Lightning starts further processes with these
     command = args[0] if args and args[0] in COMMANDS else ""
     script = project.name.replace("_", "-")
-    settings = {"allow_abbrev": False, "exit_on_error": False}  # a typo is no abbreviation
+    settings = {"allow_abbrev": False, "exit_on_error": False}  # a typo is not an abbreviation
     return cli_class(
         project,
         command,
@@ -381,7 +385,7 @@ def run(project: Project, args: list[str], callbacks: Sequence[Callback] = (), c
 
 
 def more_commands(project: Project) -> dict[str, str]:
-    """Commands that are not subcommands of ``LightningCLI``, by the module whose ``main`` runs each."""
+    """Commands that are not subcommands of ``LightningCLI``, with the module whose ``main`` runs each."""
     modules = {name: f"{ENGINE}.engine.{name}" for name in ("sweep", "folds", "serve")}
     return {**modules, **project.commands}
 
@@ -390,10 +394,10 @@ def main(name: str, data_module: str = "", default_config: str = "", commands: M
     """Run the command in ``sys.argv``. A user's mistake ends in one message and exit code 1.
 
     Args:
-        name: of the package that runs, as in ``python -m NAME``.
-        data_module: import path of the data module to use where the config names none.
-        default_config: that ``fit`` takes if it is there and the command names neither a config nor a model.
-        commands: further commands, by the module whose ``main(args, project)`` runs each.
+        name: name of the package, as in ``python -m NAME``.
+        data_module: import path of the data module to use if the config names none.
+        default_config: config that ``fit`` uses if it exists and the command names neither a config nor a model.
+        commands: further commands, with the module whose ``main(args, project)`` runs each.
 
     Example:
         >>> main("leaf_id", data_module="leaf_id.data.DataModule", default_config="configs/cnn.yaml")
@@ -402,14 +406,14 @@ def main(name: str, data_module: str = "", default_config: str = "", commands: M
     for signum in (signal.SIGINT, signal.SIGTERM):  # until training starts: there is nothing to save
         signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
     leave_out_noise()
-    # Once glibc has seen a block of this size freed, it keeps up to twice as much memory for later blocks. Before, it
-    # may return to the system after every batch what the next batch then waits for.
+    # Once a block of this size was freed, glibc keeps up to twice as much memory for later blocks. Otherwise it may
+    # return memory to the system after every batch, and the next batch waits for it.
     torch.empty(8 * 2**20, dtype=torch.uint8)
-    for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show is a question mark, and no error
+    for stream in (sys.stdout, sys.stderr):  # characters that the terminal cannot show become question marks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if (here := os.getcwd()) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)  # your own modules, also for the script, as for python -m
+        sys.path.insert(0, here)  # so that the installed script finds your modules, as python -m does
     try:
         _dispatch(project, expand_home(sys.argv[1:]) or ["--help"])
     except (UserError, MisconfigurationException) as error:

@@ -20,14 +20,14 @@ class UserError(Exception):
 
 
 def unusable(path: Any, error: Exception) -> UserError:
-    """The error for a file that is there, and no help."""
+    """The error for a file that is not a usable checkpoint."""
     lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
     return UserError(f"{path} cannot be used as a checkpoint ({lines[0]})")
 
 
 @contextmanager
 def explain_damage(path: Any) -> Iterator[None]:
-    """Say which file it is where something in a checkpoint cannot be restored."""
+    """Name the checkpoint if something in it cannot be restored."""
     try:
         yield
     except Exception as error:  # whatever is in a damaged file

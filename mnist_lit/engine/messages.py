@@ -1,4 +1,4 @@
-"""How warnings and errors look, and which lines of libraries are left out."""
+"""How warnings look, and which lines of libraries are not shown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 
-# Warnings that a user can do nothing about: they tell one library's authors about another's.
+# Warnings that a user can do nothing about.
 NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # lightning 2.6 on torch 2.13
     r".*does not have many workers",  # the data is in memory, workers would only slow it down
@@ -17,7 +17,7 @@ NOISE = (
     r"Attempting to set identical low and high .lims",  # a sweep's plot of one value
     r"The dirpath has changed from",  # a test of a run's checkpoint has a folder of its own
 )
-# Lines of Lightning's log about what is not there.
+# Lines of Lightning's log that say nothing about the run.
 SILENT = (
     *("Tip: ", "TPU available: False", "GPU available: False", "configured with model summary"),
     "will override existing callbacks passed to Trainer",  # a model's own metrics in the place of the default
@@ -25,7 +25,7 @@ SILENT = (
 
 
 def leave_out_noise() -> None:
-    """Print no lines that a user can do nothing about, and warnings without the line of code."""
+    """Hide lines that a user can do nothing about, and print warnings without the line of code."""
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -35,6 +35,6 @@ def leave_out_noise() -> None:
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
-    """Ignore TensorBoard's writer: its errors are raised again where training waits for it."""
+    """Ignore TensorBoard's writer: its errors are raised again when training waits for it."""
     if not type(args.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(args)

@@ -1,4 +1,4 @@
-"""What is typed on the command line, as jsonargparse takes it, and the names that were probably meant."""
+"""Prepares the command line for jsonargparse, and suggests the names that were probably meant."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ from mnist_lit.engine.provenance import written_here
 from mnist_lit.engine.run import Run, relative
 
 USAGE = "%(prog)s --config FILE [--config FILE ...] [--KEY=VALUE ...]"
-WITH_CHECKPOINT = "validate", "test", "predict", "export"  # commands that need one
-# Options whose values name classes, and what the classes inherit from.
+WITH_CHECKPOINT = "validate", "test", "predict", "export"  # commands that need a checkpoint
+# Options whose values name classes, and the base classes.
 OF_CLASSES = {"model", "data", "optimizer", "lr_scheduler", "callbacks", "logger", "class_path"}
 BASES = LightningModule, LightningDataModule, Optimizer, LRScheduler, Callback, Logger
 
 
 def with_config(args: Sequence[str], project: Project) -> list[str]:
-    """Put configs first, so that other options override them wherever they stand, and add one if none is named:
-    the config.yaml of the checkpoint's run, or else for ``fit``, if no model is named, the project's default.
+    """Put configs first, so that other options override them wherever they stand, and add one if none is named.
+
+    That is the config.yaml of the checkpoint's run, or for ``fit`` without a model the project's default.
 
     Raises:
         UserError: if there is no such checkpoint, no config for it, or one that was written on another machine.
@@ -47,7 +48,7 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
     settings: dict[str, Any] = {"usage": USAGE, "add_help": False, "allow_abbrev": False}
     parser = argparse.ArgumentParser(project.command(command), **settings)
     parser.add_argument("-c", "--config", metavar="FILE", action="append", default=[])
-    parser.add_argument("--data.images", dest="images", nargs="*")  # which a shell finds for *.png
+    parser.add_argument("--data.images", dest="images", nargs="*")  # a shell expands *.png to several
     named, others = parser.parse_known_args(options)
     if images := named.images:  # one may be a list already, in a further process
         others.append(f"--data.images={images[0] if len(images) == 1 else json.dumps(images)}")
@@ -68,13 +69,13 @@ def with_config(args: Sequence[str], project: Project) -> list[str]:
 
 
 def _with_classes(config: str, chosen: dict[str, str], project: Project) -> str:
-    """A config with the classes that the command line names, and without the options of those that they do not inherit.
+    """Put the classes that the command line names into a config, and drop the options of unrelated classes.
 
-    jsonargparse would hand on every option of the same name: ``--model=FastCNN`` would silently take the ``lr`` of CNN.
+    jsonargparse would keep every option of the same name: ``--model=FastCNN`` would silently get the ``lr`` of CNN.
     """
     try:
         content = yaml.safe_load(Path(config).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):  # which the parser explains
+    except (OSError, ValueError, yaml.YAMLError):  # the parser reports it
         return config
     changed = {}
     for key in chosen.keys() & content if isinstance(content, dict) else ():
@@ -86,11 +87,11 @@ def _with_classes(config: str, chosen: dict[str, str], project: Project) -> str:
 
 
 def _config_of_run(ckpt_path: Path, command: str, named: bool) -> list[str]:
-    """The config.yaml beside a checkpoint. It can run any code, so only one that was written here is taken unasked."""
+    """The config.yaml next to a checkpoint. It can run any code, so only one that was written here is used unasked."""
     if not ckpt_path.exists():
         if command in WITH_CHECKPOINT:
             raise UserError(no_such_checkpoint("ckpt_path", ckpt_path))
-        return []  # such as last, which fit looks for
+        return []  # such as last, which fit resolves
     run = Run(ckpt_path.absolute().parent.parent)
     config = relative(run.config)
     if run.config.is_file():
@@ -110,18 +111,17 @@ def _config_of_run(ckpt_path: Path, command: str, named: bool) -> list[str]:
 
 
 def _find(path: str) -> type | None:
-    """A class by its import path or, of those that are imported, its name."""
-    with suppress(Exception):  # whatever a user's module raises; the parser says what is wrong
+    """A class by its import path, or an imported one by its name."""
+    with suppress(Exception):  # whatever a user's module raises; the parser reports it
         found = pkgutil.resolve_name(path) if "." in path else _classes()[path]
         return found if isinstance(found, type) else None
     return None
 
 
 def expand_home(values: Any) -> Any:
-    """Replace ``~`` and ``~name`` where a path begins. A shell does not: within quotes, after ``=``, or in a config.
+    """Replace ``~`` and ``~name`` at the start of paths, also within quotes, after ``=`` and in configs.
 
-    Numbers of jsonargparse's own types become plain ones, which YAML can write for whatever class they reach.
-    Changes lists and configs in place.
+    Numbers of jsonargparse's own types become plain ones, which YAML can write. Changes lists and configs in place.
     """
     if isinstance(values, str):
         home = r"^(--[^=]*=)?(~[\w.-]*)(?=[/\\]|$)"
@@ -137,7 +137,7 @@ def expand_home(values: Any) -> Any:
 
 
 def did_you_mean(args: Sequence[str], parser: ArgumentParser) -> str:
-    """The known names that are close to unknown ones in a command, as an addition to a message."""
+    """Suggestions for the unknown names in a command, to be appended to a message."""
     classes, meant = _classes(), dict[str, str]()
     known = {part for key, _ in parser.get_defaults().items() for part in key.split(".")}
     known |= {"model", "data", "class_path", "init_args", "config", "help"}
@@ -153,15 +153,15 @@ def did_you_mean(args: Sequence[str], parser: ArgumentParser) -> str:
 
 
 def closest(word: str, known: Collection[str]) -> str:
-    """The known name that is closest to an unknown one, whatever its case; "" if it is known, or none is close."""
+    """The known name closest to an unknown one, ignoring case; "" if the name is known or none is close."""
     lower, letters = {name.lower(): name for name in known}, sorted(word.lower())
     close = [] if word in known else get_close_matches(word.lower(), lower, 5)
-    # The likeliest mistake is that of letters that have changed places.
+    # Swapped letters are the likeliest mistake.
     return lower[min(close, key=lambda name: sorted(name) != letters)] if close else ""
 
 
 def _classes() -> dict[str, type]:
-    """Every class that an option may name, of those that are imported, by its name."""
+    """Imported classes that an option may name, by name."""
     found, bases = dict[str, type](), list[type](BASES)
     while bases:
         found.setdefault(bases[0].__name__, bases[0])

@@ -1,4 +1,4 @@
-"""The project that runs: what a command line is called, and what its commands take unless they are told otherwise."""
+"""The project that runs: its name and its defaults."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Project:
     """A package whose ``__main__`` calls ``main``.
 
     Args:
-        name: of the package, as in ``python -m NAME``.
-        data_module: import path of the data module that is used where a config names none.
-        default_config: that ``fit`` takes if it is there and the command names neither a config nor a model.
-        commands: further commands, by the module whose ``main(args, project)`` runs each.
+        name: name of the package, as in ``python -m NAME``.
+        data_module: import path of the data module to use if the config names none.
+        default_config: config that ``fit`` uses if it exists and the command names neither a config nor a model.
+        commands: further commands, with the module whose ``main(args, project)`` runs each.
 
     Example:
         >>> Project("leaf_id").command("fit", "--config", "my configs/cnn.yaml")

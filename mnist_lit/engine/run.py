@@ -1,4 +1,4 @@
-"""Where a run is: one folder with everything that it leaves, whatever its loggers."""
+"""A run: one folder with everything that it writes, whatever its loggers."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from mnist_lit.engine.project import Project
 from mnist_lit.engine.storage import atomic_write
 
 LOGS = "lightning_logs"
-# Loggers that keep runs of their own: their package, and the options that name such a run and choose one to resume.
+# Loggers with runs of their own: their package, and the options that name a run and choose the one to resume.
 REMOTE_LOGGERS = {"WandbLogger": ("wandb", "name", "id"), "MLFlowLogger": ("mlflow", "run_name", "run_id")}
 LOCK_TIMEOUT = 15.0  # s: the workers of a killed process hold its lock until they notice that it is gone
 
-_held: list[FileLock] = []  # of this process's run; a callback is copied to other processes, a lock is not
+_held: list[FileLock] = []  # the lock of this process's run, not in the callback, which is copied to processes
 
 
 class Run(Callback):
-    """One run: its folder, its name, its config and its checkpoints. Everything else asks here.
+    """A run's folder, name, config and checkpoints.
 
     Args:
-        folder: of the run. None in a process that is not the first of several: it learns the folder from the
-            first one, as soon as they are connected.
-        project: whose command line started it; None for a script or a notebook.
+        folder: the run's folder. None in all processes but the first, which learn it when they are connected.
+        project: the project whose command line started it; None in a script or a notebook.
 
     Example:
         >>> run = Run.of(trainer)
@@ -46,13 +45,14 @@ class Run(Callback):
     def __init__(self, folder: Path | None = None, project: Project | None = None) -> None:
         self._folder = folder
         self.project = project
-        self.save_as = ""  # name of the file for the options below
+        self.save_as = ""  # file name for the options below
         self.to_save: Mapping[str, Any] = {}
 
     @classmethod
     def create(cls, root: Path, name: str | None = None, project: Project | None = None, exist_ok: bool = False) -> Run:
-        """Make the folder of a new run in ``lightning_logs`` below ``root``, by default the next ``version_N``. Of
-        several processes that start at once each gets its own.
+        """Make the folder of a new run in ``lightning_logs`` under ``root``, by default the next ``version_N``.
+
+        Processes that start at the same time get different ones.
 
         Raises:
             UserError: if there is a run of this name, or the folder cannot be written.
@@ -79,32 +79,32 @@ class Run(Callback):
                         "--trainer.default_root_dir"
                     ) from error
             version += 1  # another process was faster
-        atexit.register(_remove_if_empty, folder)  # of a start that fails before it leaves anything
+        atexit.register(_remove_if_empty, folder)  # if the start fails before anything is written
         return cls(folder, project)
 
     @classmethod
     def of_checkpoint(cls, path: str | Path, project: Project | None = None) -> Run | None:
-        """The run that a checkpoint was written by, if it is still in that run's folder."""
+        """The run that wrote a checkpoint, if the file is still in that run's folder."""
         checkpoints = Path(path).absolute().parent
         found = checkpoints.name == "checkpoints" and checkpoints.parent.parent.name == LOGS
         return cls(checkpoints.parent, project) if found else None
 
     @classmethod
     def of(cls, trainer: Trainer) -> Run:
-        """The run of a trainer; without the command line it is in the folder of Lightning's first logger."""
+        """The run of a trainer; without the command line, in the folder of Lightning's first logger."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         run = next((callback for callback in callbacks if isinstance(callback, cls)), None)
         return run or cls(Path(trainer.log_dir or trainer.default_root_dir))
 
     def lock(self) -> None:
-        """Keep every other process from training in this folder, until this one ends or trains in another one.
+        """Keep other processes from training in this folder until this one ends or trains in another one.
 
         Raises:
-            UserError: if one does.
+            UserError: if another process trains in it, or a link leads out of it.
         """
         if rank_zero_only.rank or not self.exists:  # type: ignore[attr-defined]
             return
-        # What is written in the folder of a run that somebody else has made stays in it.
+        # Somebody else may have made the folder; nothing is written outside of it.
         for path in (*self.folder.iterdir(), *self.checkpoints.glob("*")):
             if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
                 raise UserError(
@@ -131,7 +131,7 @@ class Run(Callback):
             self._save(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the config now that nothing refuses to train with it any more."""
+        """Save the config, now that no check can refuse it any more."""
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
@@ -142,18 +142,18 @@ class Run(Callback):
         with atomic_write(path) as part:
             part.write_text(self.config_text, encoding="utf-8")
         for logger in trainer.loggers:
-            if not (trainer.ckpt_path or isinstance(logger, (TensorBoardLogger, CSVLogger))):  # which have the file
+            if not (trainer.ckpt_path or isinstance(logger, (TensorBoardLogger, CSVLogger))):  # they have the file
                 logger.log_hyperparams({"config": self.to_save})
 
     @property
     def folder(self) -> Path:
-        """Everything that the run leaves is in here."""
+        """The run's folder."""
         assert self._folder is not None, "asked for before the processes were connected"
         return self._folder
 
     @property
     def exists(self) -> bool:
-        """Whether the run leaves anything at all; with ``fast_dev_run`` it does not."""
+        """Whether the run has a folder; with ``fast_dev_run`` it has none."""
         return self._folder is not None
 
     @property
@@ -163,22 +163,22 @@ class Run(Callback):
 
     @property
     def name(self) -> str:
-        """Of the folder, in ``lightning_logs``."""
+        """The folder's name."""
         return self.folder.name
 
     @property
     def config(self) -> Path:
-        """What the run was started with."""
+        """The file with the options that the run was started with."""
         return self.folder / "config.yaml"
 
     @property
     def config_text(self) -> str:
-        """What is written there."""
+        """Its content."""
         return yaml.safe_dump(dict(self.to_save), sort_keys=False, allow_unicode=True)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The content of that file; nothing if there is none, or it is not a run's."""
+        """The options in that file; empty if there is no file, or it is not a run's."""
         with suppress(OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError):
             content = yaml.safe_load(self.config.read_text("utf-8"))
             chosen = [content["model"], *as_list(content["trainer"].get("callbacks"))]
@@ -192,9 +192,9 @@ class Run(Callback):
         return self.folder / "checkpoints"
 
     def redirect_loggers(self, loggers: list[Namespace], checkpoint: Mapping[str, Any] | None = None) -> None:
-        """Make the loggers of a config write into this run's folder, unless the config names another place.
+        """Make the loggers in a config write into this run's folder, unless the config names another place.
 
-        A checkpoint that the run is resumed from has the names of the loggers' own runs.
+        Loggers with runs of their own continue those that are named in the checkpoint that is resumed.
         """
         known = list((checkpoint or {}).get("loggers", []))
         for logger in loggers:
@@ -214,9 +214,9 @@ class Run(Callback):
                 options["save_dir"] = str(self.folder)
 
     def keep_table(self, step: int) -> None:
-        """Rename ``metrics.csv``, which CSVLogger starts again in a run that is resumed from this step.
+        """Rename ``metrics.csv``, because CSVLogger overwrites it when a run is resumed from this step.
 
-        Where that was done before, the table has only rows after this step, which are logged again.
+        If that was done before, the table only has rows after this step, which are logged again.
         """
         table = self.folder / "metrics.csv"
         kept = table.with_name(f"metrics-to-step-{step}.csv")
@@ -224,13 +224,13 @@ class Run(Callback):
             table.replace(kept)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the names of the loggers' own runs, which a resumed run continues."""
+        """Save the names of the loggers' own runs, which a resumed run continues."""
         named = [(type(logger).__name__, logger) for logger in trainer.loggers]
         checkpoint["loggers"] = [[kind, str(logger.version)] for kind, logger in named if kind in REMOTE_LOGGERS]
 
 
 def relative(path: str | Path) -> str:
-    """A path as one would type it here; absolute where no relative one leads there, as between drives."""
+    """A path relative to the current folder; absolute if it is on another drive."""
     try:
         return os.path.relpath(path)
     except ValueError:
@@ -238,7 +238,7 @@ def relative(path: str | Path) -> str:
 
 
 def as_list(chosen: Any) -> list[Any]:
-    """An option that may be one thing, several or none, as a list."""
+    """An option that may be a single value, a list or nothing, as a list."""
     return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] if chosen else []
 
 

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and by one process at a time."""
+"""Atomic writes, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mnist_lit.engine.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    r"""Yield a temporary path. What is written there replaces ``path`` as a whole, or not at all.
+    r"""Yield a temporary path; the file written there replaces ``path`` atomically.
 
     Example:
         >>> with atomic_write(Path("table.csv")) as part:
@@ -32,12 +32,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def printable(path: str | Path) -> str:
-    r"""A file's name as text: bytes in it that are no UTF-8 are written as ``\xff``."""
+    r"""A file's name as text; bytes that are not UTF-8 are written as ``\xff``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def atomic_save(content: Any, path: Path) -> None:
-    """Write ``torch.save``'s file as a whole, or not at all.
+    """``torch.save``, atomically.
 
     Raises:
         OSError: such as a full disk, which torch.save itself would hide in a RuntimeError.
@@ -45,9 +45,8 @@ def atomic_save(content: Any, path: Path) -> None:
     data = io.BytesIO()
     torch.save(content, data)
     with atomic_write(path) as part, part.open("wb") as file:
-        file.write(
-            data.getbuffer()
-        )  # as no variable, which a traceback would keep: Python 3.12.1 crashes on it at exit
+        # Not in a variable, which a traceback would keep: Python 3.12.1 crashes on it at exit.
+        file.write(data.getbuffer())
 
 
 @contextmanager

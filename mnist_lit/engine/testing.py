@@ -1,4 +1,4 @@
-"""The tests that a project inherits: what every model config in its ``configs/`` has to do."""
+"""The tests that a project inherits, for every config with a model in its ``configs/``."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Start = Callable[..., Callable[..., Path]]
 class ProjectSuite:
     """Overfit, resume, predict and export with every config in ``configs/`` that has a model.
 
-    The tests run commands of the project in processes of their own, on the CPU and on a few batches. They fail if a
-    weight is never trained, a module trains in eval mode, a resumed run differs in a single bit, or there is not one
-    prediction for each sample.
+    The tests run the project's commands in separate processes, on the CPU and on a few batches. They fail if a weight
+    is never trained, a module trains in eval mode, a resumed run differs in a single bit, or the number of predictions
+    differs from the number of samples.
 
     Attributes:
         package: the project's package.
-        options: that each command takes, such as ``--data.dataset=small.npz``.
+        options: options for every command, such as ``--data.dataset=small.npz``.
 
     Example:
         >>> class TestProject(ProjectSuite):
@@ -59,7 +59,7 @@ class ProjectSuite:
     def start(self, config: Path, tmp_path: Path) -> Start:
         """Start a command; returns a function that waits for one of its exit codes and returns the runs' folder."""
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two commands run at the same time
-        # On Linux each is a fork of a process that has imported the engine.
+        # On Linux, each is forked from a process that has imported the engine.
         context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         context.set_forkserver_preload(["mnist_lit.engine.cli", __name__, "onnxscript", "torch.onnx"])
 
@@ -82,10 +82,10 @@ class ProjectSuite:
         start("fit", *OVERFIT, WATCH)()
 
     def test_resumes_bit_for_bit(self, start: Start) -> None:
-        """Stopped in the first epoch and killed in the second, a run ends in the state of one that was not."""
+        """A run that is stopped in the first epoch and killed in the second ends as an uninterrupted one."""
         whole = start("fit", *SHORT, folder="whole")
         for epoch, name in enumerate(("SIGTERM", "SIGKILL")):
-            number = getattr(signal, name, signal.SIGTERM)  # Windows has the first alone
+            number = getattr(signal, name, signal.SIGTERM)  # Windows only has the first
             kill = (f"--trainer.callbacks.kill={int(number)}", f"--trainer.callbacks.epoch={epoch}")
             start("fit", *SHORT, "--ckpt_path=last", WATCH, *kill)(number, -number, 128 + number)
         states = []
@@ -99,7 +99,7 @@ class ProjectSuite:
             )
 
     def test_predicts_each_sample_and_exports(self, start: Start) -> None:
-        """A sample alone is predicted as in its batch, and the exported file agrees with the model."""
+        """A sample is predicted alone as in its batch, and the exported file agrees with the model."""
         (best,) = start("fit", *SHORT)().glob("lightning_logs/*/checkpoints/best.ckpt")
         predict = start("predict", f"--ckpt_path={best}", "--trainer.precision=32-true", WATCH)
         pytest.importorskip("onnxruntime", reason="needs the extra [export]")
@@ -108,11 +108,11 @@ class ProjectSuite:
 
 
 class Watch(Callback):
-    """Fail if training or prediction goes wrong without an error, and send a signal in the middle of an epoch.
+    """Fail if training or prediction goes wrong without an error; send a signal in the middle of an epoch.
 
     Args:
-        kill: number of the signal.
-        epoch: of the signal.
+        kill: number of the signal; 0 sends none.
+        epoch: epoch in which to send it.
     """
 
     def __init__(self, kill: int = 0, epoch: int = 0) -> None:
