@@ -185,8 +185,8 @@ class CNN(Classifier):
 def cnn(num_classes: int, channels: int = 1) -> nn.Sequential:
     """Three convolutions, each of which halves height and width, for images of any size.
 
-    The last ReLU is the tutorial's. It cuts off logits below zero, and their gradients: now and then a class dies in the
-    first steps and never comes back.
+    The last ReLU is the tutorial's. It cuts off logits below zero, and their gradients: now and then a class dies in
+    the first steps and never comes back.
     """
     return nn.Sequential(
         nn.Conv2d(channels, 16, kernel_size=3, stride=2, padding=1),  # (B, 16, H/2, W/2)

@@ -226,7 +226,7 @@ def newest_checkpoint(
 ) -> Checkpoint | None:
     """Find the checkpoint to resume from after an interruption.
 
-    Runs are tried from the one that wrote a checkpoint last, and in each run ``last.ckpt`` before others. A warning names
+    Runs are tried from the one that wrote a checkpoint last, and in each run ``last.ckpt`` comes first. A warning names
     every one that is passed over because it is damaged, or its model's class path is another.
 
     Raises:
