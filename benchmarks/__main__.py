@@ -1,133 +1,119 @@
-"""``python -m benchmarks [--quick | --busy]``: times mnist_lit beside what it is compared with.
+"""``python -m benchmarks [--quick | --accuracy]``: times mnist_lit beside what it is compared with.
 
-Every run is a process of its own, the contenders take turns, and what is printed are medians, their spread
-and their ratio to the tutorial's script with one thread. Rows with a star were disturbed by other programs.
-Prints tables and writes ``results.json``.
+Every run is a process of its own, the contenders take turns, with another seed in every round, and what is printed
+are medians, in brackets the least and the most, and ratios to the first row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from benchmarks.measure import BUSY, CLOCK, ROOT, Result, described, machine, medians, start
+from benchmarks.measure import CLOCK, ROOT, Result, described, machine, medians, start
 
-MODELS = "logistic", "cnn"
-NO_DASHBOARD = ("--dashboard.every_n_epochs=0", "--dashboard.gradient_norm=false")
+EQUAL = "--data.batch_size=64", "--trainer.max_epochs=2"  # as the tutorial
+NO_DASHBOARD = "--dashboard.every_n_epochs=0", "--dashboard.gradient_norm=false"
 SPEED = ("--config", str(ROOT / "configs" / "overlays" / "speed.yaml"))
+QUICK = "tutorial", "stock", "mnist_lit"
 
 
-class Contender(NamedTuple):
-    """A script in contenders.py, or mnist_lit with further arguments."""
-
-    script: str | None = None
-    arguments: tuple[str, ...] = ()
-    threads: int | None = None
-    root: Path = ROOT
+def script(name: str, model: str, *options: str) -> list[str]:
+    """A contender in contenders.py."""
+    return ["benchmarks.contenders", name, model, "DATA", "clock.json", "--seed=SEED", *options]
 
 
-BASE = "tutorial, 1 thread"  # as many as the configs of mnist_lit ask for
-CONTENDERS = {
-    BASE: Contender("tutorial", threads=1),
-    "tutorial": Contender("tutorial"),
-    "stock": Contender("stock"),
-    "mnist_lit": Contender(),
-    "mnist_lit, 2 threads": Contender(arguments=("--num_threads=2",)),
-    "mnist_lit, no dashboard": Contender(arguments=NO_DASHBOARD),
-    "mnist_lit speed": Contender(arguments=SPEED),
-    "mnist_lit speed channels_last": Contender(arguments=(*SPEED, "--model.channels_last=true")),  # for convolutions
-    "barebones": Contender("barebones", threads=1),
-    "floor": Contender("floor", threads=1),
+def mnist_lit(config: str, *options: str, root: Path = ROOT) -> list[str]:
+    """A command of mnist_lit's, with the clock as one more callback; checkouts do not share their fast copies."""
+    data = "--data.dataset=DATA", f"--data.data_dir=data/{root.name}", "--seed_everything=SEED"
+    clock = f"--trainer.callbacks+={json.dumps(CLOCK)}"
+    return ["mnist_lit", "fit", "--config", str(root / "configs" / f"{config}.yaml"), *options, *data, clock]
+
+
+def epochs(model: str) -> dict[str, list[str]]:
+    """Two epochs of one of the tutorial's models. The configs of mnist_lit ask for one thread, too."""
+    contenders = {
+        "tutorial": script("tutorial", model, "--threads=1"),
+        "stock": script("stock", model),
+        "mnist_lit": mnist_lit(model, *EQUAL),
+        "mnist_lit, no dashboard": mnist_lit(model, *EQUAL, *NO_DASHBOARD),
+        "mnist_lit speed": mnist_lit(model, *SPEED, *EQUAL),
+    }
+    if model == "cnn":  # a memory format for convolutions
+        contenders["mnist_lit speed channels_last"] = mnist_lit(model, *SPEED, *EQUAL, "--model.channels_last=true")
+    return contenders
+
+
+ACCURACY = {  # to 99 % of the test images
+    "recipe": script("recipe", "cnn", "--epochs=1", "--batch_size=256"),
+    "fast.yaml": mnist_lit("fast", "--test_after_fit=true"),
+    "accurate.yaml": mnist_lit("accurate", "--test_after_fit=true"),
 }
-QUICK = BASE, "stock", "mnist_lit"
-BATCH_SIZE = 64
 
 
-def run(contender: Contender, model: str, data: Path, folder: Path, busy: bool) -> Result:
-    """One training run, measured in seconds, microseconds (``step_us``), bytes (``peak_memory``) and processors."""
-    if contender.script is not None:
-        arguments = ["benchmarks.contenders", contender.script, model, str(data), "clock.json"]
-        arguments += ["--epochs=2", f"--batch_size={BATCH_SIZE}"]
-    else:
-        arguments = ["mnist_lit", "fit", "--config", str(contender.root / "configs" / f"{model}.yaml")]
-        arguments += [*contender.arguments, f"--trainer.callbacks+={json.dumps(CLOCK)}"]
-        arguments += ["--trainer.max_epochs=2", f"--data.dataset={data}", f"--data.batch_size={BATCH_SIZE}"]
-        arguments += [f"--data.data_dir=data/{contender.root.name}"]  # checkouts do not share their fast copies
-    done = start(arguments, folder, root=contender.root, threads=contender.threads, busy=busy)
-    pairs = zip(done.moments["epochs"], done.moments["epochs"][1:], strict=False)
-    epoch = statistics.median(after - before for before, after in pairs)
+def run(command: list[str], root: Path, data: Path, seed: int, folder: Path) -> Result:
+    """One training run: seconds, bytes, and the share of the test images that are right."""
+    words = [word.replace("DATA", str(data)).replace("SEED", str(seed)) for word in command]
+    moments, seconds = start(words, folder, root)
     return {
-        "epoch": epoch,
-        "step_us": epoch / math.ceil(50_000 / BATCH_SIZE) * 1e6,
-        "first_step": done.moments["step"] - done.began,
-        "exit": done.ended - done.began,
-        "peak_memory": done.moments["peak_memory"],
-        "others": max(0.0, done.others - busy),
+        "epoch": statistics.median(after - before for before, after in pairwise(moments["epochs"])),
+        "training": moments["last_step"] - moments["epochs"][0],
+        "exit": seconds,
+        "peak_memory": moments["peak_memory"],
+        "accuracy": moments.get("accuracy", float("nan")),
     }
 
 
-def table(title: str, rows: dict[str, Result], console: Console) -> None:
-    """Prints medians and their spread, with epochs and run times as ratios to the tutorial's."""
-    columns = "s/epoch", "us/step", "ratio", "first step", "s to exit", "ratio", "MB"
+def table(title: str, rows: dict[str, Result]) -> Table:
+    """Medians, their spread, and ratios to the first row."""
+    columns = "s/epoch", "ratio", "s training", "ratio", "s to exit", "ratio", "MB", "test accuracy"
     printed = Table("contender", *(Column(name, justify="right") for name in columns), title=title)
+    base = next(iter(rows.values()))
     for name, row in rows.items():
-        base = rows[BASE]
-        printed.add_row(
-            name + ("*" if row["others"] > BUSY else ""),
-            f"{row['epoch']:.2f} ({row['epoch_from']:.2f} to {row['epoch_to']:.2f})",
-            f"{row['step_us']:.0f}",
-            f"{row['epoch'] / base['epoch']:.2f}",
-            f"{row['first_step']:.1f}",
-            f"{row['exit']:.1f} ({row['exit_from']:.1f} to {row['exit_to']:.1f})",
-            f"{row['exit'] / base['exit']:.2f}",
-            f"{row['peak_memory'] / 1e6:.0f}",
-        )
-    console.print(printed)
+        cells = []
+        for key in ("epoch", "training", "exit"):
+            cells.append(f"{row[key]:.2f} ({row[f'{key}_from']:.2f} to {row[f'{key}_to']:.2f})")
+            cells.append(f"{row[key] / base[key]:.2f}")
+        accuracy = f"{row['accuracy']:.2%} ({row['accuracy_from']:.2%})" if row["accuracy"] > 0 else ""
+        printed.add_row(name, *cells, f"{row['peak_memory'] / 1e6:.0f}", accuracy)
+    return printed
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
-    parser.add_argument("--busy", action="store_true", help="only those, idle and beside a process that spins")
-    parser.add_argument("--archive", default="data/mnist/mnist.pkl.gz", help="the tutorial's archive")
-    parser.add_argument("--before", help="another checkout of mnist_lit, which takes its turns, too")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="beside the tutorial")
+    parser.add_argument("--accuracy", action="store_true", help="seconds to 99 % of the test images")
+    parser.add_argument("--only", nargs="+", help="of the contenders, by name")
+    parser.add_argument("--before", type=Path, help="another checkout of mnist_lit, which takes its turns, too")
+    parser.add_argument("--archive", type=Path, default=Path("data/mnist/mnist.pkl.gz"), help="the tutorial's archive")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", default="benchmarks/results.json", help="the file to write")
     args = parser.parse_args()
-    archive = Path(args.archive).resolve()
+    archive = args.archive.resolve()
     if not archive.exists():
         parser.error(f"{archive}: no such file; name the tutorial's archive with --archive")
-    names = QUICK if args.quick or args.busy else (BASE, *args.only)
-    contenders = {name: contender for name, contender in CONTENDERS.items() if name in names}
-    if args.before:
-        contenders["mnist_lit before"] = Contender(root=Path(args.before).resolve())
-    results: dict[str, Any] = {"machine": machine(), "repeats": args.repeats, "epochs": {}, "busy": {}}
-    console = Console(width=120)
+    about, console = machine(), Console(width=160)
+    panels = {"accuracy": ACCURACY} if args.accuracy else {model: epochs(model) for model in ("logistic", "cnn")}
     with tempfile.TemporaryDirectory() as folder:
-        for model in MODELS:
-            chosen = [name for name in contenders if model == "cnn" or "channels_last" not in name]
-            for busy in (False, True) if args.busy else (False,):
-                each: dict[str, list[Result]] = {name: [] for name in chosen}
-                title = f"{model}, batches of {BATCH_SIZE}, 2 epochs{', beside a process that spins' if busy else ''}"
-                for name in track(chosen * args.repeats, title, console=console, transient=True):
-                    each[name].append(run(contenders[name], model, archive, Path(folder), busy))
-                rows = {name: medians(measured) for name, measured in each.items()}
-                results["busy" if busy else "epochs"][model] = rows
-                table(title, rows, console)
-    Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    console.print(described(results["machine"]))
-    console.print(f"Wrote {args.output}")
+        for title, contenders in panels.items():
+            chosen = QUICK if args.quick else args.only or contenders
+            commands = {name: (command, ROOT) for name, command in contenders.items() if name in chosen}
+            if args.before and not args.accuracy:
+                before = args.before.resolve()
+                commands["mnist_lit before"] = mnist_lit(title, *EQUAL, root=before), before
+            results: dict[str, list[Result]] = {name: [] for name in commands}
+            for seed in range(1, args.repeats + 1):
+                for name in track(commands, f"{title}, seed {seed}", console=console, transient=True):
+                    results[name].append(run(*commands[name], archive, seed, Path(folder)))
+            console.print(table(title, {name: medians(measured) for name, measured in results.items()}))
+    console.print(described(about))
 
 
 if __name__ == "__main__":

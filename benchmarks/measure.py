@@ -4,83 +4,43 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from mnist_lit.engine.threads import available_cpus
 
 ROOT = Path(__file__).parents[1]
-BUSY = 0.1  # processors that others may use before a run counts as disturbed
 CLOCK = {"class_path": "benchmarks.contenders.clock", "init_args": {"path": "clock.json"}}  # a callback of mnist_lit's
 Result = dict[str, float]
 
 
-class Started(NamedTuple):
-    """A process that has ended: the moments that its clock took, its own seconds, and what others did meanwhile."""
-
-    moments: dict[str, Any]
-    began: float  # seconds since 1970
-    ended: float
-    others: float  # processors that other programs kept busy on average
-
-
-def start(
-    arguments: list[str], folder: Path, *, root: Path = ROOT, threads: int | None = None, busy: bool = False
-) -> Started:
-    """Run ``python -m`` with these arguments.
+def start(arguments: list[str], folder: Path, root: Path = ROOT) -> tuple[dict[str, Any], float]:
+    """Run ``python -m`` with these arguments; returns what its clock has taken, and seconds from start to exit.
 
     Args:
         arguments: the module first.
         folder: to run in; the clock leaves ``clock.json`` there.
         root: checkout whose code runs.
-        threads: ``OMP_NUM_THREADS``.
-        busy: beside a process that spins.
 
     Raises:
         SystemExit: with what it printed, when it fails.
     """
-    command = [sys.executable, "-m", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    with _spinning() if busy else nullcontext():
-        before, own, began = _used(), os.times(), time.time()
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        ended, now = time.time(), os.times()
-        used = now.children_user + now.children_system - own.children_user - own.children_system
-        others = max(0.0, (_used() - before - used) / (ended - began))
+    command, environment = [sys.executable, "-m", *arguments], {**os.environ, "PYTHONPATH": str(root)}
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
     if done.returncode:
         sys.exit(f"{shlex.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-    return Started(json.loads((folder / "clock.json").read_text(encoding="utf-8")), began, ended, others)
-
-
-@contextmanager
-def _spinning() -> Iterator[None]:
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _used() -> float:
-    """Processor seconds of all programs since the machine has started, its own parents among them (Linux)."""
-    user, nice, system, _, _, irq, softirq = map(
-        int, Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:8]
-    )
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return json.loads((folder / "clock.json").read_text(encoding="utf-8")), seconds
 
 
 def medians(results: list[Result]) -> Result:
@@ -95,26 +55,18 @@ def medians(results: list[Result]) -> Result:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, versions, commit and load."""
-    names = [
-        line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")
-    ]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "lightning", "numpy")
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.machine(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu and cpu[1],
         "cores": available_cpus(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "commit": commit or None,
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "numpy")),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "load": os.getloadavg()[0],
     }
 
 
 def described(about: dict[str, Any]) -> str:
     """What ``machine`` has found, in a line."""
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    return (
-        f"{about['gpu'] or about['cpu']}, {about['cores']} cores, load {about['load']:.1f} before and "
-        f"{os.getloadavg()[0]:.1f} after; {versions}; commit {about['commit']}"
-    )
+    load = f"load {about['load']:.1f} before and {os.getloadavg()[0]:.1f} after"
+    return f"{about['processor']}, {about['cores']} cores, {load}; {about['versions']}; commit {about['commit']}"
