@@ -22,6 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.name.startswith("test_rung_changes_nothing[mnist"):  # the ladder's last rung is climbed in any case
             item.add_marker(pytest.mark.matrix)
+        if item.nodeid.startswith("tests/project/") and not item.name.endswith("[cnn]"):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("mnist") and not ARCHIVE:
             item.add_marker(pytest.mark.skip(reason="MNIST_LIT_ARCHIVE names no archive"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -50,19 +52,13 @@ def cli_in(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Run:
         arguments, environment = list(map(str, args)), ENVIRONMENT | (env or {})
         if fork:
             output, errors = printed / "output", printed / "errors"
-            output.write_text("")
-            errors.write_text("")
+            for path in (output, errors):
+                path.write_text("")
             forks.start(folder, arguments, environment, output, errors)
             done = subprocess.CompletedProcess(arguments, forks.wait(), output.read_text(), errors.read_text())
         else:
-            done = subprocess.run(
-                [sys.executable, "-m", "mnist_lit", *arguments],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
+            command = [sys.executable, "-m", "mnist_lit", *arguments]
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         assert ok in (None, done.returncode == 0), f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -101,25 +97,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mnist_archive() -> Path:
     """The real archive, for tests marked ``mnist``."""
-    assert ARCHIVE is not None
-    return Path(ARCHIVE).resolve()
+    return Path(ARCHIVE or "").resolve()
 
 
 @pytest.fixture(scope="session")
-def mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mnist_dir(mnist_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with the real archive in its place, decoded once for all tests."""
-    assert ARCHIVE is not None
     folder = tmp_path_factory.mktemp("data")
     (folder / "mnist").mkdir()
-    (folder / "mnist" / "mnist.pkl.gz").symlink_to(Path(ARCHIVE).resolve())
+    (folder / "mnist" / "mnist.pkl.gz").symlink_to(mnist_archive)
     return folder
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the rows that the tests of the ladder have put into their reports."""
-    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-    rows = [row for report in reports for name, row in report.user_properties if name == "rung"]
-    if rows:
-        terminalreporter.section("the ladder")
-        for dataset, model, rung, *rest in sorted(rows, key=lambda row: (row[0], int(row[2]), row[1])):
-            terminalreporter.write_line("{:9} {:9} {:4} {:>7} {:>12}  {}".format(dataset, model, rung, *rest))

@@ -19,7 +19,6 @@ from mnist_lit.engine import UserError
 from mnist_lit.new import new
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MNIST_LIT_ARCHIVE")}
-KINDS = pytest.mark.parametrize("bare", [False, True], ids=["full", "bare"])
 REQUIREMENT = "from mnist_lit.new import requirement; print(requirement())"
 
 
@@ -33,12 +32,6 @@ def shell(command: str, folder: Path, ok: bool = True, **environment: str) -> st
     )
     assert (done.returncode == 0) == ok, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout
-
-
-def texts(folder: Path) -> dict[str, str]:
-    """The files of a project, by path."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and not {".git", "__pycache__"} & set(path.parts)]
-    return {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in paths}
 
 
 @pytest.fixture(autouse=True)
@@ -66,38 +59,25 @@ def checkout(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ what is in it
 
 
-@KINDS
-def test_project_is_small_and_complete(tmp_path: Path, capsys: pytest.CaptureFixture, bare: bool) -> None:
-    project = tmp_path / "made" / "My leaf-id"
+@pytest.mark.parametrize(("name", "bare"), [("x", False), ("A long name-for a project", True)])
+def test_project_is_small_and_complete(tmp_path: Path, capsys: pytest.CaptureFixture, name: str, bare: bool) -> None:
+    project = tmp_path / "made" / name
     new(project, bare=bare)
-    found = texts(project)
-    lines = {name: text.count("\n") for name, text in found.items()}
-    python = sum(count for name, count in lines.items() if name.endswith(".py"))
+    found = {path: (project / path).read_text("utf-8") for path in shell("git ls-files", project).split()}
+    lines = {path: text.count("\n") for path, text in found.items()}
     assert len(found) <= 40
-    assert python <= (140 if bare else 160)
-    assert sum(lines.values()) <= (700 if bare else 720)
-    assert lines["README.md"] <= 70
-    assert lines["my_leaf_id/__main__.py"] <= 10
-    assert not any("project_name" in name + text for name, text in found.items())
+    assert sum(count for path, count in lines.items() if path.endswith(".py")) <= 160
+    assert sum(lines.values()) <= 720
+    assert not any("project_name" in path + text for path, text in found.items())
     assert not any("mnist" in re.sub("mnist_lit", "", text) for text in found.values())
-    for name, text in found.items():
-        if name.endswith(".md"):
-            for link in re.findall(r"\]\(([^):#]+)\)", text):
-                assert (project / name).parent.joinpath(link).exists(), f"{name}: {link}"
-    assert shell("git log --format='%s, by %an'", project) == "Start from mnist_lit, by Someone\n"
-    assert set(shell("git ls-files", project).split()) == found.keys()
+    for path, text in found.items():
+        for link in re.findall(r"\]\(([^):#]+)\)", text) if path.endswith(".md") else ():
+            assert (project / path).parent.joinpath(link).exists(), f"{path}: {link}"
+    assert shell("git status --short && git log --format='%s, by %an'", project) == "Start from mnist_lit, by Someone\n"
     assert (project / ".ci" / "run").stat().st_mode & 0o111
-    printed = capsys.readouterr().out.splitlines()[1:4]
-    install = "pip install -e . && python -m my_leaf_id fit"
-    assert printed == [f"  cd '{project}'", f"  {install}", "  pip install -e '.[test]' && pytest"]
-
-
-@KINDS
-@pytest.mark.parametrize("package", ["x", "my_project", "a_long_name_for_a_project"])
-@pytest.mark.skipif(shutil.which("ruff") is None, reason="needs ruff")
-def test_code_is_formatted_whatever_the_name(tmp_path: Path, package: str, bare: bool) -> None:
-    new(tmp_path / "project", package, bare)
-    shell("ruff check . && ruff format --check .", tmp_path / "project")
+    assert "  pip install -e . && python -m " in capsys.readouterr().out
+    if shutil.which("ruff"):
+        shell("ruff check . && ruff format --check .", project)
 
 
 def test_overlays_do_what_those_of_this_project_do() -> None:
@@ -113,12 +93,9 @@ def test_overlays_do_what_those_of_this_project_do() -> None:
         ("there", None, "there exists already"),
         ("nowhere", None, "nowhere exists already"),  # a link that leads nowhere
         ("numpy", None, "a package numpy already"),
-        ("project", "json", "a package json already"),
-        ("project", "mnist_lit", "a package mnist_lit already"),
         ("project", "tests", "a package tests already"),
         ("project", "my-project", "my-project cannot be the name of a package"),
         ("project", "class", "class cannot be the name"),
-        ("2024", None, "2024 cannot be the name"),
         ("file/derived", None, "cannot write .*file/derived: "),
     ],
 )
@@ -138,10 +115,6 @@ def test_no_repository_in_a_repository_or_without_git(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PATH", "")
     new(tmp_path / "leaf_id")
     assert not list(tmp_path.glob("**/leaf_id/.git"))
-    alone, inside = (texts(folder / "leaf_id") for folder in (tmp_path, tmp_path / "mono"))
-    assert alone.keys() == inside.keys()
-    # Without git, it is not known whether a remote has the engine's commit.
-    assert all(alone[name] == inside[name] for name in alone.keys() - {"pyproject.toml"})
 
 
 # ------------------------------------------------------------------------------------------- what it asks for
@@ -187,59 +160,31 @@ def test_requirement_of_a_checkout_is_its_commit_on_a_remote(checkout: Path, cha
     assert printed.strip() == "@ " + expected.format(parent=checkout.parent, commit=commit)
 
 
-@pytest.fixture
-def venv(tmp_path: Path) -> str:
-    """A PATH with a fresh virtual environment, which finds what this one has installed but for mnist_lit."""
+@pytest.mark.slow
+@pytest.mark.parametrize("bare", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["full", "bare"])
+def test_readme_commands_work_at_once_and_after_an_update(tmp_path: Path, checkout: Path, bare: bool) -> None:
+    """In a fresh virtual environment, which finds what this one has installed but for mnist_lit."""
     shell(f"{sys.executable} -m venv venv", tmp_path)
     (site,) = tmp_path.glob("venv/lib/python*/site-packages")
     (site / "installed.pth").write_text(sysconfig.get_path("purelib"))
     path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
-    return path
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("install", "expected"),
-    [
-        ("git+file://{parent}/origin.git", "git+file://localhost{parent}/origin.git@{commit}"),
-        ("checkout", "git+file://localhost{parent}/origin.git@{commit}"),
-        ("-e checkout", "git+file://localhost{parent}/origin.git@{commit}"),
-        ("wheels/*.whl", "file://{parent}/wheels/mnist_lit-*.whl"),
-    ],
-)
-def test_project_installs_what_made_it(venv: str, checkout: Path, install: str, expected: str) -> None:
-    parent, commit = checkout.parent, shell("git rev-parse HEAD", checkout).strip()
-    if "whl" in install:
-        shell("pip wheel --quiet --no-deps --wheel-dir wheels ./checkout", parent, PATH=venv)
-    shell(f"pip install --quiet {install.format(parent=parent).replace('checkout', './checkout')}", parent, PATH=venv)
-    shell("python -m mnist_lit new leaf_id && pip uninstall --quiet --yes mnist_lit", parent, PATH=venv)
-    wanted = (parent / "leaf_id" / "pyproject.toml").read_text("utf-8")
-    pattern = re.escape(expected.format(parent=parent, commit=commit)).replace(r"\*", "[^/]*")
-    for extra in ("", "[sweep]", "[export]"):
-        assert re.search(rf'"mnist_lit{re.escape(extra)} @ {pattern}"', wanted)
-    shell("pip install --quiet -e './leaf_id[sweep]'", parent, PATH=venv)
-    printed = shell("python -c 'import mnist_lit; print(mnist_lit.__file__)'", parent / "leaf_id", PATH=venv)
-    assert printed.startswith(str(parent / "venv"))
-
-
-@pytest.mark.slow
-@KINDS
-def test_readme_commands_work_at_once_and_after_an_update(venv: str, checkout: Path, bare: bool) -> None:
-    parent = checkout.parent
-    shell("git commit --quiet --allow-empty -m 'On no remote'", checkout)
-    shell("pip install --quiet ./checkout", parent, PATH=venv)
-    said = shell(f"python -m mnist_lit new leaf_id {'--bare' * bare}", parent, PATH=venv)
-    assert said.splitlines()[-1].startswith("It installs on this machine only")
-    project = parent / "leaf_id"
+    shell("pip install --quiet ./checkout", tmp_path, PATH=path)
+    shell(f"python -m mnist_lit new leaf_id {'--bare' * bare}", tmp_path, PATH=path)
+    shell("pip uninstall --quiet --yes mnist_lit", tmp_path, PATH=path)
+    project, commit = tmp_path / "leaf_id", shell("git rev-parse HEAD", checkout).strip()
+    wanted = f"git+file://localhost{tmp_path}/origin.git@{commit}"
+    assert (project / "pyproject.toml").read_text("utf-8").count(wanted) >= 3
     commands = [line for line in (project / "README.md").read_text("utf-8").splitlines() if line.startswith("pip ")]
-    assert "CNN on " in shell(commands[0], project, PATH=venv)
+    assert "CNN on " in shell(commands[0], project, PATH=path)
     assert (project / "lightning_logs" / "version_0" / "checkpoints" / "best.ckpt").exists()
-    assert re.search("3 passed in", shell(commands[1], project, PATH=venv))
+    assert re.search("3 passed in", shell(commands[1], project, PATH=path))
     assert shell("git status --short", project) == ""
 
     shell("echo 'FIXED = True' >> mnist_lit/__init__.py && git commit --quiet -am Fix", checkout)
-    shell("pip install --quiet --upgrade -e .", project, PATH=venv)
-    shell("python -c 'import mnist_lit; assert mnist_lit.FIXED' && pytest", project, PATH=venv)
+    update = shell("git push --quiet origin HEAD:main && git rev-parse HEAD", checkout).strip()
+    shell(f"sed -i s/{commit}/{update}/ pyproject.toml && pip install --quiet --upgrade -e .", project, PATH=path)
+    shell("python -c 'import mnist_lit; assert mnist_lit.FIXED'", project, PATH=path)
 
 
 # --------------------------------------------------------------------------------------------------- its suite
@@ -255,9 +200,7 @@ NET, TRAIN, PREDICT = "return self.net(images)", "preds = self(images)\n", "retu
         (TRAIN, "self.net.eval()\n        " + TRAIN, "overfits", "in eval mode while training: net"),
         (TRAIN, TRAIN[:-1] + " + random.SystemRandom().random() * images.mean()\n", "resumes", "a resumed run differs"),
         (PREDICT, PREDICT + ".squeeze()", "predicts", "do not match"),
-        (PREDICT, PREDICT + ".T", "predicts", "do not match"),
         (PREDICT, PREDICT.replace("(1)", "(0)"), "predicts", "not close"),
-        (PREDICT, PREDICT + ".repeat(2, 1)", "predicts", "do not match"),
     ],
 )
 def test_suite_finds_a_broken_module(tmp_path: Path, old: str, new_: str, test: str, message: str) -> None:

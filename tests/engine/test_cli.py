@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from common import CONFIGS, ENVIRONMENT, RUN, Run, assert_same, assert_same_weights, checkpoint
+from common import CONFIGS, ENVIRONMENT, RUN, Run, assert_same, checkpoint, predictions
 
-from mnist_lit import CNN, MNISTDataModule
+from mnist_lit import CNN
 
 QUICK = ("--trainer.max_epochs=1", "--dashboard.every_n_epochs=0")
 LOGISTIC = ("fit", "--config", CONFIGS / "logistic.yaml")
@@ -48,14 +48,10 @@ def test_fit_leaves_a_run_that_can_be_tested_predicted_and_reproduced(cli: Run, 
     assert " 3/3 " in tested.stdout  # the progress bar, drawn to its end
 
     cli("predict", "--config", run / "config.yaml", "--ckpt_path", best)
-    with (run_of(tmp_path, 2) / "predictions.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = predictions(run_of(tmp_path, 2))
     model = CNN.load_from_checkpoint(best, weights_only=True).eval()
-    data = MNISTDataModule(str(small), data_dir=str(tmp_path / "data"))
-    data.prepare_data()
-    data.setup("predict")
-    with torch.no_grad():
-        predicted = model(data.source.datasets["test"].tensors[0] / 256).softmax(1)  # (300, 10)
+    with np.load(small) as arrays, torch.no_grad():
+        predicted = model(torch.from_numpy(arrays["x_test"])[:, None] / 256).softmax(1)  # (300, 10)
     assert [int(row["index"]) for row in rows] == list(range(300))
     assert [int(row["class"]) for row in rows] == predicted.argmax(1).tolist()
     found = torch.tensor([[float(row[f"p_{digit}"]) for digit in range(10)] for row in rows])
@@ -63,7 +59,7 @@ def test_fit_leaves_a_run_that_can_be_tested_predicted_and_reproduced(cli: Run, 
 
     cli("fit", "--config", run / "config.yaml")
     again = checkpoint(run_of(tmp_path, 3) / "checkpoints" / "last.ckpt")
-    assert_same_weights(checkpoint(last)["state_dict"], again["state_dict"])
+    assert_same(checkpoint(last)["state_dict"], again["state_dict"])
 
 
 def test_last_is_the_last_and_best_the_best_also_in_the_table(cli: Run, small: Path, tmp_path: Path) -> None:
@@ -76,25 +72,6 @@ def test_last_is_the_last_and_best_the_best_also_in_the_table(cli: Run, small: P
     last, best = map(float, re.findall(r"val/loss +│ +([\d.]+) +│ +([\d.]+)", done.stdout)[0])
     assert best < last
     assert f"The run is in {RUN}" in done.stdout
-
-
-@slow
-def test_settings_can_be_overridden(cli: Run, small: Path, tmp_path: Path) -> None:
-    overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("trainer:\n  max_epochs: 3\ndata:\n  batch_size: 100\n")
-    done = cli(
-        *("fit", "--config", CONFIGS / "cnn.yaml", "--config", overlay, "--data.dataset", small),
-        *("--model=Logistic", "--optimizer=Adam", "--optimizer.lr=2e-3", "--trainer.limit_val_batches=1"),
-    )
-    assert "smaller than the logging interval" in done.stderr  # real warnings stay
-    saved = checkpoint(run_of(tmp_path) / "checkpoints" / "last.ckpt")
-    assert (saved["epoch"], saved["global_step"]) == (2, 3 * 10)
-    assert saved["state_dict"]["net.1.weight"].shape == (10, 784)
-    (optimizer,) = saved["optimizer_states"]
-    assert optimizer["param_groups"][0]["lr"] == 2e-3
-    assert "exp_avg_sq" in optimizer["state"][0]  # Adam's, not SGD's
-    config = yaml.safe_load((run_of(tmp_path) / "config.yaml").read_text())
-    assert config["trainer"]["limit_val_batches"] == 1
 
 
 @slow
@@ -115,10 +92,7 @@ def test_dataset_really_used_is_on_record_and_another_one_is_refused(
     assert "trained on digits" in cli(*longer, ok=False).stderr
 
 
-def test_help_may_come_first(cli: Run) -> None:
-    assert "More commands, each with a --help: sweep" in cli("--help", "fit").stdout
-
-
+@slow
 def test_evaluation_without_a_checkpoint_warns(cli: Run, small: Path) -> None:
     done = cli("validate", "--config", CONFIGS / "cnn.yaml", "--data.dataset", small)
     assert "the model's weights are random" in done.stderr
@@ -130,11 +104,9 @@ CHOSEN = '{"class_path": "MNISTDataModule", "init_args": {"dataset": "digits"}}'
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (f"--trainer.max_epochs=7 --model.lr=0.5 --config {CONFIGS}/cnn.yaml", (7, 0.5, "auto", 64)),
-        (f"--model.lr=0.5 -c={CONFIGS}/cnn.yaml --trainer.max_epochs=7", (7, 0.5, "auto", 64)),
-        (f"--model.lr=0.5 --config={CONFIGS}/cnn.yaml -c more.yaml", (9, 0.5, "auto", 64)),
-        (f"--config={CONFIGS}/cnn.yaml --data='{CHOSEN}'", (2, 0.1, "digits", 64)),
-        (f"--config={CONFIGS}/cnn.yaml --model=FastCNN", (2, 0.02, "auto", 64)),  # not the options of another class
+        (f"--model.lr=0.5 -c={CONFIGS}/cnn.yaml -c more.yaml --data='{CHOSEN}'", (9, 0.5, "digits")),
+        # Not the options of another class.
+        pytest.param(f"--model=FastCNN -c={CONFIGS}/cnn.yaml", (2, 0.02, "auto"), marks=slow),
     ],
 )
 def test_command_line_wins_wherever_it_stands(cli: Run, tmp_path: Path, arguments: str, expected: tuple) -> None:
@@ -142,13 +114,13 @@ def test_command_line_wins_wherever_it_stands(cli: Run, tmp_path: Path, argument
     (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 9}\n")
     printed = cli("fit", *shlex.split(arguments), "--print_config").stdout
     config = yaml.safe_load(printed)
-    data = config["data"]["init_args"]
-    options = (config["trainer"]["max_epochs"], config["model"]["init_args"]["lr"], data["dataset"], data["batch_size"])
-    assert options == expected
+    model, data = (config[part]["init_args"] for part in ("model", "data"))
+    assert (config["trainer"]["max_epochs"], model["lr"], data["dataset"]) == expected
     (tmp_path / "printed.yaml").write_text(printed)
     assert cli("fit", "--config", "printed.yaml", "--print_config").stdout == printed
 
 
+@slow
 def test_home_is_found_everywhere(cli: Run, small: Path, tmp_path: Path) -> None:
     """In a config, after an equals sign, and within quotes."""
     home = {"HOME": str(tmp_path)}
@@ -160,10 +132,9 @@ def test_home_is_found_everywhere(cli: Run, small: Path, tmp_path: Path) -> None
     assert (tmp_path / best).is_file()
     tested = cli("test", "--ckpt_path", f"~/{best}", "--data.dataset", "~/small.npz", env=home)
     assert "Using the run's config" in tested.stderr
-    missing = cli("test", "--ckpt_path=~/nowhere.ckpt", env=home, ok=False)
-    assert f"{tmp_path}/nowhere.ckpt: no such checkpoint" in missing.stderr
 
 
+@slow
 def test_fit_alone_trains_the_default_config(cli: Run, small: Path, tmp_path: Path) -> None:
     assert "Traceback" not in cli("fit", "--data.dataset", small, ok=False).stderr
     (tmp_path / "configs").mkdir()
@@ -171,45 +142,15 @@ def test_fit_alone_trains_the_default_config(cli: Run, small: Path, tmp_path: Pa
     done = cli("fit", "--data.dataset", small, *QUICK)
     assert "Using the default config: configs/cnn.yaml" in done.stderr
     assert "CNN on" in done.stdout
-    other = cli("fit", "--model=Logistic", "--data.dataset", small, *QUICK)
-    assert "default config" not in other.stderr
-    assert "Logistic on" in other.stdout
+    assert "default config" not in cli("fit", "--model=Logistic", "--data.dataset", small, *QUICK).stderr
 
 
 @slow
-def test_terminal_of_another_encoding(small: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mnist_lit", *map(str, LOGISTIC), *QUICK, "--data.dataset", small]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode("ascii")
-    assert "val/loss" in done.stdout.decode("ascii")
-
-
-@slow
-def test_script_finds_your_modules(small: Path, tmp_path: Path) -> None:
+def test_script_finds_your_modules_and_prints_what_the_terminal_can_show(small: Path, tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("mnist-lit")
     if not script.exists():
         pytest.skip("the package is not installed")
     (tmp_path / "mine.py").write_text("from mnist_lit import CNN\nclass Mine(CNN):\n    pass\n")
     command = [script, "fit", "--model=mine.Mine", "--data.dataset", small, *QUICK]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert "Mine on" in done.stdout, done.stderr
-
-
-@slow
-def test_without_checkpoints(cli: Run, small: Path, tmp_path: Path) -> None:
-    done = cli(*LOGISTIC, *QUICK, "--trainer.enable_checkpointing=false", "--data.dataset", small)
-    assert "val/loss" in done.stdout
-    assert not list(tmp_path.glob("**/*.ckpt"))
-
-
-@slow
-def test_other_ways_to_start_processes_end_in_the_same_weights(cli: Run, small: Path, tmp_path: Path) -> None:
-    weights = []
-    for strategy in ("ddp", "ddp_spawn", "ddp_fork"):
-        two = ("--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy={strategy}")
-        command = ("fit", "--config", CONFIGS / "cnn.yaml", *QUICK, *two, "--data.dataset", small)
-        assert "What comes next" in cli(*command, f"--run_name={strategy}", fork=False).stdout
-        best = tmp_path / "lightning_logs" / strategy / "checkpoints" / "best.ckpt"
-        weights.append(checkpoint(best)["state_dict"])
-    assert_same(weights[0], weights[1])
-    assert_same(weights[0], weights[2])
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert "Mine on" in done.stdout.decode("ascii"), done.stderr

@@ -7,10 +7,8 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
-import subprocess
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from mnist_lit.engine.checkpoint import Checkpoint
 from mnist_lit.engine.errors import UserError
 
 LAST = RUN / "checkpoints" / "last.ckpt"
+slow = pytest.mark.slow
 LOGISTIC = ("--config", CONFIGS / "logistic.yaml", "--trainer.log_every_n_steps=4")
 
 
@@ -57,15 +56,6 @@ def as_checkpoint(content: object) -> bytes:
     return file.getvalue()
 
 
-def with_pickle(whole: bytes, pickled: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """The checkpoint with another pickle in it."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(file, "w", compression) as new:
-        for member in old.infolist():
-            new.writestr(member.filename, pickled if member.filename.endswith("data.pkl") else old.read(member))
-    return file.getvalue()
-
-
 def hostile_checkpoints(whole: bytes, marker: Path) -> dict[str, bytes]:
     touch = Calls(os.system, f"touch {marker}")
     good = torch.load(io.BytesIO(whole), weights_only=True)
@@ -80,41 +70,30 @@ def hostile_checkpoints(whole: bytes, marker: Path) -> dict[str, bytes]:
     }
     return {
         **{name: as_checkpoint(good | changed) for name, changed in changes.items()},
-        **{f"the pickle {name}": with_pickle(whole, data) for name, data in hostile(marker).items()},
-        "a bomb": with_pickle(whole, bytes(1 << 28), zipfile.ZIP_DEFLATED),
+        **hostile(marker),
         "the old format": pickle.dumps(0x1950A86A20F9469CFC6C) + pickle.dumps(touch),
-        "other things": as_checkpoint({"weights": torch.zeros(3)}),
         "a list": as_checkpoint([1, 2, 3]),
-        "a text": b"no checkpoint",
         "nothing": b"",
     }
 
 
-def peak_memory() -> int:
-    """In KiB, since the last reset."""
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does")
+@slow
 def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Path) -> None:
     """200 of them: cut, flipped, spliced, and made to harm. Memory grows by less than 64 MiB."""
     whole, chance = saved.read_bytes(), random.Random(1)
     original, marker, path = checkpoint(saved), tmp_path / "executed", tmp_path / "bad.ckpt"
     bad = hostile_checkpoints(whole, marker)
-    while len(bad) < 200:
+    for number in range(165):
         place, source, damaged = chance.randrange(len(whole)), chance.randrange(len(whole)), bytearray(whole)
-        kind = chance.choice(["cut", "flipped", "spliced"])
-        if kind == "cut":
-            damaged = damaged[:place]
-        elif kind == "flipped":
+        if number % 3 == 0:
+            del damaged[place:]
+        elif number % 3 == 1:
             damaged[place] ^= 1 << chance.randrange(8)
         else:
             damaged[place : place + 100] = whole[source : source + 100]
-        bad[f"{kind} {len(bad)}"] = bytes(damaged)
+        bad[f"{number}"] = bytes(damaged)
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory is from now on
-    before, messages = peak_memory(), []
+    before, messages = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     for name, data in bad.items():
         path.write_bytes(data)
         try:
@@ -122,7 +101,7 @@ def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Pa
             assert_same(Checkpoint.read(path).content, original, name)
         except UserError as error:
             messages.append(str(error))
-    assert peak_memory() - before < 64 * 1024
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
     assert not marker.exists()
     assert len(messages) >= 150
     named = "cannot be used as a checkpoint|is not a checkpoint of Lightning|holds .* --weights_only=false"
@@ -135,40 +114,33 @@ def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("another model", "bad.ckpt is not of this model: net.0.bias has the shape None there"),
-        ("other classes", "net.1.bias has the shape (7,) there and (10,) in Logistic"),
-        ("truncated", "bad.ckpt cannot be used as a checkpoint"),
-        ("hostile", "bad.ckpt holds"),
+        pytest.param("other classes", "net.1.bias has the shape (7,) there and (10,) in Logistic", marks=slow),
         ("another dataset", "the checkpoint was trained on digits, this run has"),
     ],
 )
 def test_foreign_checkpoint_is_one_clear_message(
     cli: Run, saved: Path, small: Path, tmp_path: Path, case: str, message: str
 ) -> None:
-    path, content = tmp_path / "bad.ckpt", checkpoint(saved)
+    """``test_mistakes.py`` has more of them."""
+    content = checkpoint(saved)
     if case == "other classes":
         content["state_dict"] = {name: w[:7] for name, w in content["state_dict"].items()}
-    if case == "another dataset":
+    else:
         content["MNISTDataModule"] |= {"dataset": "digits", "digest": "another"}
-    if case == "hostile":
-        content["callbacks"] = Calls(os.system, f"touch {tmp_path}/ran")
-    path.write_bytes(as_checkpoint(content)[: 5000 if case == "truncated" else None])
-    config = CONFIGS / ("cnn.yaml" if case == "another model" else "logistic.yaml")
-    fit = ("fit", "--config", config, "--data.dataset", small, "--trainer.max_epochs=3")
-    assert_one_message(cli(*fit, "--ckpt_path", path, ok=False), message)
-    assert not (tmp_path / "ran").exists()
+    torch.save(content, tmp_path / "bad.ckpt")
+    fit = ("fit", *LOGISTIC, "--data.dataset", small, "--trainer.max_epochs=3")
+    assert_one_message(cli(*fit, "--ckpt_path=bad.ckpt", ok=False), message)
 
 
+@slow
 def test_config_and_not_the_checkpoint_says_what_is_built(cli: Run, saved: Path, small: Path, tmp_path: Path) -> None:
     """Class names out of a stranger's file would be imported."""
-    content = checkpoint(saved)
-    content["hyper_parameters"] = {"_class_path": "torch.nn.Module", "_instantiator": "os.system"}
-    torch.save(content, tmp_path / "foreign.ckpt")
-    done = cli("test", *LOGISTIC, "--data.dataset", small, "--ckpt_path=foreign.ckpt")
-    assert "test/acc" in done.stdout
+    stranger = {"hyper_parameters": {"_class_path": "torch.nn.Module", "_instantiator": "os.system"}}
+    torch.save(checkpoint(saved) | stranger, tmp_path / "foreign.ckpt")
+    assert "test/acc" in cli("test", *LOGISTIC, "--data.dataset", small, "--ckpt_path=foreign.ckpt").stdout
 
 
-@pytest.mark.parametrize("foreign", ["machine", "edited", "link"])
+@pytest.mark.parametrize("foreign", ["machine", *(pytest.param(kind, marks=slow) for kind in ("edited", "link"))])
 def test_config_that_was_not_written_here_is_not_taken_unasked(
     cli: Run, saved: Path, tmp_path: Path, foreign: str
 ) -> None:
@@ -197,6 +169,7 @@ def test_no_config_switches_off_safe_loading(cli: Run, saved: Path, tmp_path: Pa
     assert not (tmp_path / "ran").exists()
 
 
+@slow
 def test_last_passes_over_what_is_broken(cli: Run, saved: Path, small: Path, tmp_path: Path) -> None:
     """And takes the one before; with none that loads it does not start from scratch."""
     old, new = (tmp_path / f"lightning_logs/version_{version}/checkpoints" for version in range(2))
@@ -205,7 +178,6 @@ def test_last_passes_over_what_is_broken(cli: Run, saved: Path, small: Path, tmp
         for path in folder.iterdir():
             os.utime(path, (path.stat().st_mtime - age,) * 2)
     resume = ("fit", *LOGISTIC, "--data.dataset", small, "--ckpt_path=last")
-    assert f"{new.relative_to(tmp_path)}/last.ckpt is of a finished run" in cli(*resume).stderr
     (new / "last.ckpt").write_bytes(b"broken")
     assert f"{new.relative_to(tmp_path)}/best.ckpt is of a finished run" in cli(*resume).stderr
     (new / "best.ckpt").write_bytes(b"broken")
@@ -219,55 +191,29 @@ def test_last_passes_over_what_is_broken(cli: Run, saved: Path, small: Path, tmp
     for path in old.iterdir():
         path.write_bytes(as_checkpoint(content))
     assert_one_message(cli(*resume, ok=False), "last.ckpt holds pathlib", "--weights_only=false")
-    assert "is of a finished run" in cli(*resume, "--weights_only=false").stderr
 
 
-# -------------------------------------------------------------------------------------- disk trouble
+# ------------------------------------------------------------------------------------------- trouble in a run
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("not allowed to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_full_disk_loses_no_checkpoint(cli: Run, saved: Path, small: Path, tiny_disk: Path) -> None:
-    """The checkpoint to resume from stays whole when the next one does not fit."""
-    folder = tiny_disk / LAST.parent
-    shutil.copytree(saved.parent, folder)
-    before = (folder / "last.ckpt").read_bytes()
-    # Room for config and curves. Pictures would not fit, and a thread writes them: the first file to fail would vary.
-    (tiny_disk / "filler").write_bytes(bytes(shutil.disk_usage(tiny_disk).free - 16384 - 4096))
-    resume = ("fit", *LOGISTIC, "--data.dataset", small, f"--trainer.default_root_dir={tiny_disk}", "--ckpt_path=last")
-    resume = (*resume, "--trainer.max_epochs=3", "--dashboard.every_n_epochs=0")
-    done = cli(*resume, ok=False)
-    assert_one_message(done, "cannot write the checkpoint", "No space left on device", "--ckpt_path=last")
-    assert (folder / "last.ckpt").read_bytes() == before
-    assert not [path for path in folder.iterdir() if "part" in path.name]
-
-    (tiny_disk / "filler").unlink()
+def test_full_disk_loses_no_checkpoint(cli: Run, saved: Path, small: Path, tmp_path: Path) -> None:
+    """The checkpoint to resume from stays whole when the next one does not fit: no file may exceed 32 KiB."""
+    folder = tmp_path / LAST.parent
+    shutil.copytree(saved.parents[1], tmp_path / RUN)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    resume = ("fit", *LOGISTIC, "--data.dataset", small, "--ckpt_path=last", "--trainer.max_epochs=3")
+    resume = (*resume, "--dashboard.every_n_epochs=0")  # whose pictures would not fit, either
+    done = cli(*resume, "--trainer.callbacks+=interrupt.FileSizeLimit", ok=False)
+    assert_one_message(done, "cannot write the checkpoint", "File too large", "--ckpt_path=last")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     cli(*resume)
     assert checkpoint(folder / "last.ckpt")["epoch"] == 2
 
 
-def test_file_size_limit_during_a_checkpoint(cli: Run, small: Path, tmp_path: Path) -> None:
-    """The same without a file system of its own: no file may be longer than 32 KiB."""
-    limit = "--trainer.callbacks+=interrupt.FileSizeLimit"
-    done = cli("fit", *LOGISTIC, "--data.dataset", small, limit, ok=False)
-    assert_one_message(done, "cannot write the checkpoint", "File too large")
-    assert not list(tmp_path.rglob("*.ckpt*"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+@slow
+@pytest.mark.parametrize(("hook", "step"), [("on_train_batch_end", 20), ("on_validation_end", 32)])
 def test_error_in_training_keeps_the_weights_and_shows_its_traceback(
-    cli: Run, small: Path, tmp_path: Path, hook: str
+    cli: Run, small: Path, tmp_path: Path, hook: str, step: int
 ) -> None:
     """Weights to start a new run from, and none to resume from."""
     fit = ("fit", *LOGISTIC, "--data.dataset", small)
@@ -275,14 +221,8 @@ def test_error_in_training_keeps_the_weights_and_shows_its_traceback(
     assert "Traceback" in failed.stderr
     assert "ZeroDivisionError: a mistake of mine" in failed.stderr
     exception = RUN / "checkpoints" / "exception.ckpt"
-    assert checkpoint(tmp_path / exception)["global_step"] == {"on_train_batch_end": 20, "on_validation_end": 32}[hook]
+    assert checkpoint(tmp_path / exception)["global_step"] == step
     refused = cli(*fit, f"--ckpt_path={exception}", ok=False)
     assert_one_message(refused, "a step failed", f"--init_from={exception}")
     assert f"resuming from {LAST}" in cli(*fit, "--ckpt_path=last").stderr
     cli(*fit, f"--init_from={exception}")
-
-
-def test_place_of_runs_that_cannot_be_written(cli: Run, small: Path, tmp_path: Path) -> None:
-    (tmp_path / "lightning_logs").write_text("a file")
-    done = cli("fit", *LOGISTIC, "--data.dataset", small, ok=False)
-    assert_one_message(done, "cannot write in lightning_logs", "--trainer.default_root_dir")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,13 +25,10 @@ def test_name_is_documented(name: str) -> None:
     assert not public.__name__.startswith("_")
 
 
-ABOVE = [path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "engine")]
-
-
-@pytest.mark.parametrize("path", ABOVE, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_public_names_are_imported_from_above(path: Path) -> None:
+def test_only_public_names_are_imported_from_above() -> None:
     allowed = {*engine.__all__, "serve", "testing", "ProjectSuite"}  # modules with one job each, see the README
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    above = (path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "engine"))
+    for node in (node for path in above for node in ast.walk(ast.parse(path.read_text("utf-8")))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mnist_lit.engine"):
             assert node.module in ("mnist_lit.engine", "mnist_lit.engine.testing"), node.module
             assert {alias.name for alias in node.names} <= allowed
@@ -38,10 +36,9 @@ def test_only_public_names_are_imported_from_above(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(OVERLAYS.parent.rglob("*.yaml")), ids=lambda path: path.name)
 def test_configs_name_public_classes(path: Path) -> None:
-    for line in path.read_text("utf-8").splitlines():
-        _, found, name = line.partition("mnist_lit.engine.")
-        if found and not line.lstrip().startswith("#"):
-            assert name.strip(" ,}") in engine.__all__
+    assert set(re.findall(r"^[^#]*mnist_lit\.engine\.(\w+)", path.read_text("utf-8"), re.MULTILINE)) <= {
+        *engine.__all__
+    }
 
 
 def test_names_are_imported_when_they_are_asked_for() -> None:

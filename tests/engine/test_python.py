@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from common import ENVIRONMENT, RUN, assert_same, checkpoint
 
+TABLE = ("CNN on", "best: epoch", "val/acc")
 SCRIPT = """
 import sys
 from lightning.pytorch import Trainer, seed_everything
@@ -36,8 +37,7 @@ def test_script_has_what_the_command_line_has(small: Path, tmp_path: Path) -> No
         return done
 
     whole = run("")
-    for shown in ("Epoch 2/2", "CNN on", "best: epoch", "val/acc", "tensorboard --logdir lightning_logs"):
-        assert shown in whole.stdout
+    assert all(shown in whole.stdout for shown in ("Epoch 2/2", *TABLE, "tensorboard --logdir lightning_logs"))
     assert "python -m" not in whole.stdout  # no command line started it
     assert {path.name for path in (tmp_path / RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert (tmp_path / RUN / "provenance.json").is_file()
@@ -55,16 +55,12 @@ def test_script_has_what_the_command_line_has(small: Path, tmp_path: Path) -> No
 def test_notebook_has_what_the_command_line_has(small: Path, tmp_path: Path) -> None:
     """The same in cells: an interrupted one ends with an error, and the next one resumes."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    last = "lightning_logs/version_0/checkpoints/last.ckpt"
-    cells = [
-        SCRIPT.replace("= sys.argv[1:]", f"= {arguments!r}")
-        for arguments in ([str(small), "SIGINT"], [str(small), "", last])
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    starts = [str(small), "SIGINT"], [str(small), "", f"{RUN}/checkpoints/last.ckpt"]
+    cells = [nbformat.v4.new_code_cell(SCRIPT.replace("= sys.argv[1:]", f"= {start!r}")) for start in starts]
+    notebook = nbformat.v4.new_notebook(cells=cells)
     resources = {"metadata": {"path": tmp_path}}
     nbclient.NotebookClient(notebook, timeout=600, allow_errors=True, resources=resources).execute(env=ENVIRONMENT)
     stopped, resumed = ("".join(map(str, cell.outputs)) for cell in notebook.cells)
     assert "Stopped at step 20 by SIGINT" in stopped
-    for shown in ("CNN on", "best: epoch", "val/acc"):
-        assert shown in resumed
+    assert all(shown in resumed for shown in TABLE)
     assert checkpoint(tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 32

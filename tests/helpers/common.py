@@ -38,12 +38,6 @@ def predictions(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: per tag the steps and values."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()

@@ -16,6 +16,8 @@ from typing import Any
 
 from watch import watch
 
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+
 
 def serve() -> None:
     """Per line of stdin: forks a run, prints its pid and then its exit code. Returns in the forks only."""
@@ -40,11 +42,7 @@ def serve() -> None:
 
 def become(folder: str, arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
     """What a shell does for a new process."""
-    for number, path, flags in (
-        (0, os.devnull, os.O_RDONLY),
-        (1, output, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
-        (2, errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
-    ):
+    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, APPEND), (2, errors, APPEND)):
         os.dup2(os.open(path, flags), number)
     os.chdir(folder)
     os.environ.clear()
@@ -72,17 +70,15 @@ class Forks:
     def __init__(self) -> None:
         # Whatever is installed, the runs are of this checkout.
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        self.server = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        self.server: Any = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
         self.pid = 0
 
     def start(self, folder: Path, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> int:
         """The pid of a run that appends what it prints to two files."""
         wait_for_the_next_second(folder)
-        run: dict[str, Any] = {"folder": str(folder), "arguments": arguments, "environment": environment}
+        run = {"folder": str(folder), "arguments": arguments, "environment": environment}
         run |= {"output": str(output), "errors": str(errors)}
-        assert self.server.stdin is not None
         self.server.stdin.write(json.dumps(run).encode() + b"\n")
         self.pid = self._answer()
         return self.pid
@@ -94,11 +90,9 @@ class Forks:
         return self._answer()
 
     def _answer(self) -> int:
-        assert self.server.stdout is not None
         return int(self.server.stdout.readline())
 
     def close(self) -> None:
-        assert self.server.stdin is not None
         self.server.stdin.close()
         self.server.wait()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import plain
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,23 +30,11 @@ class Data(LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader = train_dataloader
 
 
-class Model(LightningModule):
+class Model(plain.Model):
     def __init__(self) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(1))
+        self.net = nn.ParameterList([torch.zeros(1)])
 
     def forward(self, images: Tensor) -> Tensor:
         label, confidence = (images[:, 0, 0, 0] * 10).round().long(), 2 + images[:, 0, 0, 1]
-        return F.one_hot(label.clamp(min=1), 3) * confidence[:, None] + 0 * self.bias
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
-        preds = self(batch[0])
-        return {"loss": F.cross_entropy(preds, batch[1]), "preds": preds, "target": batch[1]}
-
-    validation_step = test_step = training_step
-
-    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self(batch[0]).softmax(1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.1)
+        return F.one_hot(label.clamp(min=1), 3) * confidence[:, None] + 0 * self.net[0]

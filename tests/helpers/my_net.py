@@ -13,18 +13,11 @@ from mnist_lit import Classifier
 
 class Net(nn.Sequential):
     def __init__(self, width: int = 8, num_classes: int = 10) -> None:
-        super().__init__(
-            nn.Conv2d(1, width, 3, 2, 1),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(width, num_classes),
-        )
+        conv = nn.Conv2d(1, width, 3, 2, 1)
+        super().__init__(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 
 class Smooth(Classifier):
-    """Another loss."""
-
     def loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(scores, labels, label_smoothing=0.5)
 
@@ -34,28 +27,19 @@ class Stripes(LightningDataModule):
 
     num_classes = 3
 
-    def __init__(self, n: int = 300) -> None:
-        super().__init__()
-        labels = torch.arange(n) % 3
-        images = torch.rand(n, 1, 12, 16) + labels[:, None, None, None]
-        self.data = TensorDataset(images, labels)
+    def train_dataloader(self) -> DataLoader:
+        labels = torch.arange(300) % 3
+        images = torch.rand(300, 1, 12, 16) + labels[:, None, None, None]
+        return DataLoader(TensorDataset(images, labels), batch_size=10)
 
-    def train_dataloader(self):
-        return DataLoader(self.data, batch_size=10, shuffle=True)
-
-    def val_dataloader(self):
-        return DataLoader(self.data, batch_size=10)
-
-    test_dataloader = predict_dataloader = val_dataloader
+    val_dataloader = test_dataloader = train_dataloader
 
 
 class SlowSGD(torch.optim.SGD):
-    """Another optimizer."""
+    pass
 
 
 class Halving(torch.optim.lr_scheduler.StepLR):
-    """Another schedule."""
-
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer, step_size=1, gamma=0.5)
 

@@ -12,11 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Own(LightningModule):
-    """Loads its own data, logs ``val_loss`` and has no ``predict_step``.
-
-    Args:
-        num_classes: number of outputs.
-    """
+    """Loads its own data, logs ``val_loss`` and has no ``predict_step``."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()

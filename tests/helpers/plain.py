@@ -13,11 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Model(LightningModule):
-    """Images (B, 1, 8, 8) of three classes, SGD with momentum; steps return what ``outputs`` makes of a batch.
-
-    Args:
-        lr: learning rate.
-    """
+    """Images (B, 1, 8, 8) of three classes, SGD with momentum; steps return what ``outputs`` makes of a batch."""
 
     def __init__(self, lr: float = 0.1) -> None:
         super().__init__()
@@ -39,6 +35,8 @@ class Model(LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         return self.outputs(batch)
+
+    test_step = validation_step
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self(batch[0]).softmax(1)
@@ -67,9 +65,9 @@ class Weights(Callback):
 
 def fit(model: LightningModule, folder: Path, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Trainer:
     """Train two epochs of four steps in a folder, with nothing but these callbacks."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    chosen: dict[str, Any] = {**quiet, "max_epochs": 2, "log_every_n_steps": 2, "accelerator": "cpu", **options}
-    chosen.setdefault("enable_checkpointing", False)
+    off = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger")
+    chosen: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 2, "accelerator": "cpu"}
+    chosen |= dict.fromkeys(off, False) | options
     trainer = Trainer(default_root_dir=folder, callbacks=list(callbacks), **chosen)
     trainer.fit(model, data(), data(), ckpt_path=ckpt_path, weights_only=True)
     return trainer

@@ -26,9 +26,7 @@ def watch(folder: str, secrets: str, log: str) -> None:
     def outside(path: Any, follow: bool = False) -> bool:
         if not isinstance(path, (str, bytes)):
             return False
-        folder, name = os.path.split(
-            os.fsdecode(path)
-        )  # a link itself is renamed and removed, and not what it leads to
+        folder, name = os.path.split(os.fsdecode(path))  # a link is renamed and removed, and not what it leads to
         place = os.path.realpath(os.fsdecode(path)) if follow else os.path.join(os.path.realpath(folder), name)
         return not place.startswith(allowed)
 

@@ -16,8 +16,11 @@ import torch
 import tutorial
 from common import CONFIGS, Run
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 from recorder import Recorder
+from test_resume import TWO_PROCESSES
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tutorial import Outcome, Problem, Weights
 
 from mnist_lit import CNN, Classifier, Logistic, MNISTDataModule
@@ -34,21 +37,10 @@ def data_module(dataset: str, data_dir: Path, batch_size: int = 64) -> MNISTData
 def train(model: LightningModule, data: MNISTDataModule, *callbacks: Callback, **settings) -> Recorder:
     """``Trainer.fit`` for two epochs, with nothing switched off but what writes files."""
     recorder = Recorder()
-    settings = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1} | settings
-    trainer = Trainer(
-        **settings,
-        callbacks=[*callbacks, recorder],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, datamodule=data)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1} | quiet | settings
+    Trainer(**settings, callbacks=[*callbacks, recorder]).fit(model, datamodule=data)
     return recorder
-
-
-def label(data: MNISTDataModule) -> str:
-    return Path(data.dataset_used).stem
 
 
 def problem_of(data: MNISTDataModule, recorder: Recorder, lr: float, momentum: float = 0.0, **other) -> Problem:
@@ -60,6 +52,12 @@ def problem_of(data: MNISTDataModule, recorder: Recorder, lr: float, momentum: f
 
 def start_of(recorder: Recorder) -> Weights:
     return {name.rsplit(".", 1)[-1] if len(recorder.start) == 2 else name: w for name, w in recorder.start.items()}
+
+
+def trained(model: CNN, data: MNISTDataModule, **settings) -> tuple[Recorder, Problem, Weights]:
+    """A CNN after two epochs, and what the oracle has to train from."""
+    recorder = train(model, data, **settings)
+    return recorder, problem_of(data, recorder, 0.1, 0.9), start_of(recorder)
 
 
 def in_float64(problem: Problem, start: Weights) -> tuple[Problem, Weights]:
@@ -144,69 +142,58 @@ FIRST = (tutorial.rung_1, tutorial.rung_10)
 
 
 @pytest.mark.parametrize(("model", "rung"), RUNGS, ids=lambda value: getattr(value, "__name__", value))
-def test_rung_changes_nothing(ladders, data: MNISTDataModule, model: str, rung, record_property) -> None:
+def test_rung_changes_nothing(ladders, model: str, rung) -> None:
     ladder: Ladder = ladders(model)
     outcome = ladder.outcome(rung)
-    name = rung.__name__.removeprefix("rung_")
     if rung in FIRST:
         # The first rung of a model has none below it; it must have learnt something.
         assert sum(outcome.losses[-10:]) < sum(outcome.losses[:10])
-        record_property("rung", (label(data), model, name, "", "", rung.__doc__))
         return
     rungs = [below for of, below in RUNGS if of == model]
-    below = ladder.outcome(rungs[rungs.index(rung) - 1])
-    far = distance(outcome, below)
+    below_it = rungs[rungs.index(rung) - 1]
+    below = ladder.outcome(below_it)
     if rung in ROUNDED:
         # Both rungs round one and the same real computation, and training amplifies what rounding does to
         # the first step, for the CNN until nothing is left to compare. In float64 there is: it rounds by
         # 2**-29 of what float32 does. How far rounding takes a run is what the rung below shows in float32
         # against itself in float64. Two roundings are at most two such distances apart, and a factor of
         # 4 allows for one of them being lucky.
-        wide, wide_below = ladder.in_float64(rung), ladder.in_float64(rungs[rungs.index(rung) - 1])
-        far, tolerance = distance(wide, wide_below), 8 * 2**-29 * distance(below, wide_below)
-        record_property("rung", (label(data), model, name, f"{far:.0e}", f"<{tolerance:.0e}", rung.__doc__))
-        assert 0 < far <= tolerance
+        wide, wide_below = ladder.in_float64(rung), ladder.in_float64(below_it)
+        assert 0 < distance(wide, wide_below) <= 8 * 2**-29 * distance(below, wide_below)
         assert wide.losses == pytest.approx(wide_below.losses, rel=1e-6)
     else:
-        record_property("rung", (label(data), model, name, f"{far:.0e}", "bit for bit", rung.__doc__))
         assert same_bits(outcome, below)
-    if len(below.valid_losses) and rung not in ROUNDED and rung is not tutorial.rung_9:
-        assert outcome.valid_losses == below.valid_losses
+        if below.valid_losses and rung is not tutorial.rung_9:
+            assert outcome.valid_losses == below.valid_losses
 
 
 @pytest.mark.parametrize(("model", "oracle"), [("logistic", tutorial.rung_9), ("cnn", tutorial.rung_13)])
-def test_rung_14_lightning_is_the_tutorial_bit_for_bit(
-    ladders, data: MNISTDataModule, model: str, oracle, record_property
-) -> None:
-    ladder: Ladder = ladders(model)
-    outcome = ladder.outcome(oracle)
-    far = distance(ladder.lightning.outcome, outcome)
-    record_property("rung", (label(data), model, "14", f"{far:.0e}", "bit for bit", "mnist_lit under Trainer.fit."))
-    assert_parity(ladder.lightning, outcome)
+def test_rung_14_lightning_is_the_tutorial_bit_for_bit(ladders, model: str, oracle) -> None:
+    assert_parity(ladders(model).lightning, ladders(model).outcome(oracle))
 
 
-def test_shuffling_loader_is_the_replayed_order(data: MNISTDataModule) -> None:
+def test_shuffling_loader_is_the_replayed_order() -> None:
     """A test of the oracle: its sampler stands for what the tutorial writes as ``shuffle=True``."""
-    rows = torch.utils.data.TensorDataset(torch.arange(100))
     torch.manual_seed(3)
-    shuffled = [[batch.tolist() for (batch,) in loader] for loader in [torch.utils.data.DataLoader(rows, 8, True)]]
-    order = [[i for batch in shuffled[0] for i in batch]]
-    replayed = torch.utils.data.DataLoader(rows, 8, sampler=tutorial.Shuffled(order))
-    assert [batch.tolist() for (batch,) in replayed] == shuffled[0]
-    assert sorted(order[0]) == list(range(100)) != order[0]
+    shuffled = [batch.tolist() for batch in DataLoader(range(100), 8, shuffle=True)]
+    order = sum(shuffled, [])
+    replayed = DataLoader(range(100), 8, sampler=tutorial.Shuffled([order]))
+    assert [batch.tolist() for batch in replayed] == shuffled
+    assert sorted(order) == list(range(100)) != order
 
 
 # ------------------------------------------------------------------------------ through the command line
 
+RECORD = ("--trainer.callbacks+=recorder.Recorder", "--trainer.callbacks.path=recorded.pt")
 
-@pytest.mark.parametrize(("model", "oracle"), [("logistic", tutorial.rung_9), ("cnn", tutorial.rung_12)])
+
+@pytest.mark.parametrize(
+    ("model", "oracle"),
+    [pytest.param("logistic", tutorial.rung_9, marks=pytest.mark.slow), ("cnn", tutorial.rung_12)],
+)
 def test_command_line_is_the_tutorial_bit_for_bit(cli: Run, small: Path, tmp_path: Path, model: str, oracle) -> None:
     """The config as it is shipped, in a process of its own, compared by its checkpoint."""
-    overlay = tmp_path / "record.yaml"
-    overlay.write_text(
-        "trainer:\n  callbacks:\n    - class_path: recorder.Recorder\n      init_args: {path: recorded.pt}\n"
-    )
-    cli("fit", "--config", CONFIGS / f"{model}.yaml", "--config", overlay, "--data.dataset", small)
+    cli("fit", "--config", CONFIGS / f"{model}.yaml", *RECORD, "--data.dataset", small)
     recorder = Recorder.load(tmp_path / "recorded.pt")
     data = data_module(str(small), tmp_path / "data")
     data.setup("fit")
@@ -220,41 +207,10 @@ def test_command_line_is_the_tutorial_bit_for_bit(cli: Run, small: Path, tmp_pat
 # ------------------------------------------------------------------------------------ tests of the test
 
 
-class CountedDropout(nn.Module):
-    """Dropout whose masks depend on the step alone, so that two loops can be compared."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.steps += 1
-            torch.manual_seed(self.steps)
-        return nn.functional.dropout(x, 0.5, self.training)
-
-
 def moody_net() -> nn.Sequential:
     """A network that behaves differently in training and evaluation."""
     torch.manual_seed(5)
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, 2, 1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        CountedDropout(),
-        nn.Flatten(),
-        nn.Linear(1568, 10),
-    )
-
-
-class EvalInTraining(Callback):
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.eval()
-
-
-class TrainInValidation(Callback):
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.train()
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(1568, 10))
 
 
 class UnweightedValidation(Classifier):
@@ -265,8 +221,10 @@ class UnweightedValidation(Classifier):
 
 FAULTS = {
     "none": {},
-    "eval mode in training": {"callbacks": [EvalInTraining()]},
-    "train mode in validation": {"callbacks": [TrainInValidation()]},
+    "eval mode in training": {"callback": LambdaCallback(on_train_epoch_start=lambda trainer, module: module.eval())},
+    "train mode in validation": {
+        "callback": LambdaCallback(on_validation_epoch_start=lambda trainer, module: module.train())
+    },
     "a batch skipped": {"limit_train_batches": 15},
     "a learning rate off by 1e-6": {"lr": 0.1 + 1e-6},
     "a validation mean that is not weighted": {"module": UnweightedValidation},
@@ -275,10 +233,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_parity_goes_red_for(small: Path, tmp_path: Path, fault: str) -> None:
-    settings = dict(FAULTS[fault])
-    make, lr = settings.pop("module", Classifier), settings.pop("lr", 0.1)
+    settings = {"module": Classifier, "lr": 0.1, "callback": Callback()} | FAULTS[fault]
+    make, lr, callback = (settings.pop(name) for name in ("module", "lr", "callback"))
     module = data_module(str(small), tmp_path)
-    recorder = train(make(moody_net(), lr, 0.9), module, *settings.pop("callbacks", []), **settings)
+    recorder = train(make(moody_net(), lr, 0.9), module, callback, **settings)
 
     problem = problem_of(module, recorder, 0.1, 0.9)
     outcome = tutorial.fit_images(problem, tutorial.set_parameters(moody_net(), recorder.start))
@@ -289,10 +247,10 @@ def test_parity_goes_red_for(small: Path, tmp_path: Path, fault: str) -> None:
             assert_parity(recorder, outcome)
 
 
-# ---------------------------------------------------------------------------------- sizes and setups
+# ------------------------------------------------------------------------------------------------- setups
 
 
-def npz_of(small: Path, path: Path, n: int, size: tuple[int, int]) -> str:
+def npz_of(small: Path, path: Path, n: int, size: tuple[int, int] = (28, 28)) -> str:
     """The small dataset's first n training images (and 300 others) in another size."""
     with np.load(small) as arrays:
         resized = {name: torch.from_numpy(arrays[name][:n]) for name in arrays}
@@ -303,20 +261,31 @@ def npz_of(small: Path, path: Path, n: int, size: tuple[int, int]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("size", [(20, 20), (40, 36)])
-def test_cnn_of_other_sizes_is_the_tutorial_bit_for_bit(small: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((20, 20), {}),
+        ((40, 36), {}),
+        ((28, 28), {"steps_per_execution": 8}),
+        ((28, 28), {"channels_last": True}),
+    ],
+    ids=str,
+)
+def test_cnn_is_the_tutorial_bit_for_bit(small: Path, tmp_path: Path, size: tuple[int, int], options: dict) -> None:
+    """With images of other sizes, several steps in one, and the tutorial's network in another memory format."""
     module = data_module(npz_of(small, tmp_path / "sized.npz", 1000, size), tmp_path)
-    seed_everything(1)
-    recorder = train(CNN(), module)
-    problem = problem_of(module, recorder, 0.1, 0.9)
+    recorder, problem, start = trained(CNN(**options), module)
     assert problem.size == size
-    assert_parity(recorder, tutorial.rung_12(problem, start_of(recorder)))
+    network = tutorial.set_parameters(tutorial.cnn_layers(nn.AdaptiveAvgPool2d(1)), start)
+    if "channels_last" in options:
+        network.to(memory_format=torch.channels_last)
+    assert_parity(recorder, tutorial.fit_images(problem, network))
 
 
 @pytest.fixture
 def even(small: Path, tmp_path: Path) -> str:
     """960 images: 15 whole batches of 64. A last batch of 32 + 8 would weigh the 8 like the 32."""
-    return npz_of(small, tmp_path / "even.npz", 960, (28, 28))
+    return npz_of(small, tmp_path / "even.npz", 960)
 
 
 def rounding_of(problem: Problem, start: Weights) -> tuple[Outcome, float]:
@@ -328,25 +297,43 @@ def rounding_of(problem: Problem, start: Weights) -> tuple[Outcome, float]:
     return outcome, 8 * distance(outcome, tutorial.rung_12(*in_float64(problem, start)))
 
 
-def test_accumulating_two_half_batches_is_one_batch(even: str, tmp_path: Path) -> None:
-    """Tolerance: the rounding of float32 sums in another order."""
-    module = data_module(even, tmp_path, batch_size=32)
-    seed_everything(1)
-    recorder = train(CNN(), module, accumulate_grad_batches=2)
-    outcome, tolerance = rounding_of(problem_of(module, recorder, 0.1, 0.9), start_of(recorder))
-    assert 0 < distance(recorder.outcome, outcome) <= tolerance
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "two half batches",
+        pytest.param("compiled", marks=[pytest.mark.slow, pytest.mark.matrix, needs_compiler]),
+        pytest.param("GPU", marks=pytest.mark.gpu),
+    ],
+)
+def test_cnn_is_the_tutorial_up_to_rounding(
+    even: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: str
+) -> None:
+    """Tolerance: the rounding of float32 sums in another order; TF32 is switched off."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    settings = {"two half batches": {"accumulate_grad_batches": 2}, "GPU": {"accelerator": "gpu"}}.get(setup, {})
+    module = data_module(even, tmp_path, batch_size=32 if setup == "two half batches" else 64)
+    model = CNN()
+    if setup == "compiled":
+        model.compile()  # the net by itself, layers of torch only, is passed over
+    recorder, problem, start = trained(model, module, **settings)
+    if setup == "compiled":
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    outcome, tolerance = rounding_of(problem, start)
+    assert distance(recorder.outcome, outcome) <= tolerance
+    if setup == "two half batches":
+        assert distance(recorder.outcome, outcome) > 0
+    if setup == "GPU":
+        assert distance(recorder.outcome, tutorial.rung_13(problem._replace(device="cuda"), start)) <= tolerance
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(cli: Run, even: str, tmp_path: Path) -> None:
     """DDP on gloo, 2 x 32 images a step. Tolerance: the rounding of float32 sums in another order."""
-    overlay = tmp_path / "ddp.yaml"
-    overlay.write_text(
-        "trainer:\n  accelerator: cpu\n  devices: 2\n  strategy: ddp\n  log_every_n_steps: 5\n"
-        "  callbacks:\n    - class_path: recorder.Recorder\n      init_args: {path: recorded.pt}\n"
-    )
-    settings = ("--data.dataset", even, "--data.batch_size=32")
-    cli("fit", "--config", CONFIGS / "cnn.yaml", "--config", overlay, *settings, fork=False)
+    settings = ("--data.dataset", even, "--data.batch_size=32", "--trainer.log_every_n_steps=5", *RECORD)
+    cli("fit", "--config", CONFIGS / "cnn.yaml", *TWO_PROCESSES, *settings, fork=False)
     recorder, other = (Recorder.load(tmp_path / f"recorded.pt{rank}") for rank in ("", ".1"))
     assert same_bits(recorder.outcome, other.outcome._replace(losses=recorder.outcome.losses))
     for epoch, (ours, theirs) in enumerate(zip(recorder.order, other.order, strict=True)):
@@ -360,103 +347,12 @@ def test_two_processes_are_one(cli: Run, even: str, tmp_path: Path) -> None:
     assert recorder.outcome.valid_losses == pytest.approx(outcome.valid_losses, rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.matrix
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_network_is_the_same(even: str, tmp_path: Path) -> None:
-    """Tolerance: the rounding of float32 sums in another order."""
-    module = data_module(even, tmp_path)
-    seed_everything(1)
-    model = CNN()
-    model.compile()  # the net by itself, layers of torch only, is passed over
-    torch._dynamo.utils.counters.clear()
-    recorder = train(model, module)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # something was compiled
-    outcome, tolerance = rounding_of(problem_of(module, recorder, 0.1, 0.9), start_of(recorder))
-    assert distance(recorder.outcome, outcome) <= tolerance
-
-
 def test_bf16_mixed_follows_within_its_precision(even: str, tmp_path: Path) -> None:
     """Tolerance: a bfloat16 keeps 8 bits, so each of the 8 layers rounds by up to 2**-9 of a value. The first
     loss may be off by 8 * 2**-9 of itself; later ones drift, and the validation loss stays within 5 %.
     """
-    module = data_module(even, tmp_path)
-    seed_everything(1)
-    recorder = train(CNN(), module, precision="bf16-mixed")
-    outcome = tutorial.rung_12(problem_of(module, recorder, 0.1, 0.9), start_of(recorder))
+    recorder, problem, start = trained(CNN(), data_module(even, tmp_path), precision="bf16-mixed")
+    outcome = tutorial.rung_12(problem, start)
     assert recorder.outcome.losses != outcome.losses
     assert recorder.outcome.losses[0] == pytest.approx(outcome.losses[0], rel=8 * 2**-9)
     assert recorder.outcome.valid_losses == pytest.approx(outcome.valid_losses, rel=0.05)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("oracle", [tutorial.rung_12, tutorial.rung_13], ids=["cpu", "same gpu"])
-def test_gpu_is_the_tutorial(even: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oracle) -> None:
-    """Tolerance: the rounding of float32 sums in another order, on both sides; TF32 is switched off."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    module = data_module(even, tmp_path)
-    seed_everything(1)
-    recorder = train(CNN(), module, accelerator="gpu")
-    problem, start = problem_of(module, recorder, 0.1, 0.9, device="cuda"), start_of(recorder)
-    _, tolerance = rounding_of(problem, start)
-    assert distance(recorder.outcome, oracle(problem, start)) <= tolerance
-
-
-# --------------------------------------------------------------------- what makes a run faster changes nothing
-
-
-def test_eight_steps_in_one_are_the_tutorial(small: Path, tmp_path: Path) -> None:
-    module = data_module(str(small), tmp_path)
-    torch.manual_seed(1)
-    recorder = train(CNN(steps_per_execution=8), module)
-    assert_parity(recorder, tutorial.rung_12(problem_of(module, recorder, 0.1, 0.9), start_of(recorder)))
-
-
-def test_channels_last_is_the_tutorial_in_that_format(small: Path, tmp_path: Path) -> None:
-    module = data_module(str(small), tmp_path)
-    torch.manual_seed(1)
-    recorder = train(CNN(channels_last=True), module)
-    problem, start = problem_of(module, recorder, 0.1, 0.9), start_of(recorder)
-    model = tutorial.set_parameters(tutorial.cnn_layers(torch.nn.AdaptiveAvgPool2d(1)), start)
-    assert_parity(recorder, tutorial.fit_images(problem, model.to(memory_format=torch.channels_last)))
-
-
-# ------------------------------------------------------------------------------------------ metrics of a run
-
-
-class OwnStep(Classifier):
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
-
-
-def test_step_of_ones_own_logs_nothing_false(small: Path, tmp_path: Path) -> None:
-    class Metrics(Callback):
-        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.names = set(trainer.callback_metrics)
-
-    metrics = Metrics()
-    train(
-        OwnStep(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))),
-        data_module(str(small), tmp_path),
-        metrics,
-    )
-    assert metrics.names == {"val/loss", "val/acc"}
-
-
-def test_new_run_from_old_weights_begins_its_means_anew(small: Path, tmp_path: Path) -> None:
-    class Keep(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-            if trainer.global_step == 5:
-                trainer.save_checkpoint(tmp_path / "middle.ckpt")
-
-    class Metrics(Callback):
-        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-
-    data, metrics = data_module(str(small), tmp_path), Metrics()
-    train(CNN(), data, Keep(), max_epochs=1)
-    model = CNN.load_from_checkpoint(tmp_path / "middle.ckpt", weights_only=True)
-    recorder = train(model, data, metrics, max_epochs=1)
-    sizes = torch.tensor([64] * 15 + [40])
-    mean = (torch.tensor(recorder.outcome.losses) * sizes).sum() / 1000
-    assert metrics.metrics["train/loss_epoch"] == pytest.approx(mean.item(), rel=1e-6)

@@ -7,7 +7,7 @@ here knows of Lightning or of mnist_lit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+Batches = Iterable[tuple[Tensor, Tensor]]
 Weights = dict[str, Tensor]
 
 
@@ -46,6 +47,10 @@ class Outcome(NamedTuple):
     valid_losses: list[float]
 
 
+def outcome_of(model: nn.Module, losses: list[float], valid_losses: Iterable[float] = ()) -> Outcome:
+    return Outcome([p.detach().cpu() for p in model.parameters()], losses, list(valid_losses))
+
+
 # ------------------------------------------------- rungs 1 to 7: the logistic model, without validation
 
 
@@ -57,11 +62,7 @@ def nll(log_probabilities: Tensor, target: Tensor) -> Tensor:
     return -log_probabilities[range(len(target)), target].mean()
 
 
-def accuracy(scores: Tensor, target: Tensor) -> Tensor:
-    return (scores.argmax(1) == target).float().mean()
-
-
-def slices(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
+def slices(problem: Problem) -> Batches:
     """All batches of all epochs, cut out by hand."""
     for order in problem.order:
         x, y = problem.x_train[order], problem.y_train[order]
@@ -106,18 +107,25 @@ class LogisticByHand(nn.Module):
         return xb @ self.weights + self.bias
 
 
-class LogisticLinear(nn.Module):
-    def __init__(self, start: Weights) -> None:
+class Logistic(nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        self.lin = nn.Linear(start["weight"].shape[1], start["weight"].shape[0])
-        self.lin.load_state_dict(start)
-        self.lin.to(start["weight"].dtype)
+        self.lin = nn.Linear(784, 10)
 
     def forward(self, xb: Tensor) -> Tensor:
         return self.lin(xb)
 
 
-def over_parameters(problem: Problem, model: nn.Module) -> list[float]:
+def set_parameters(model: nn.Module, start: Weights) -> nn.Module:
+    """Starts a model from the weights of another one with the same parameters in the same order."""
+    model.to(next(iter(start.values())).dtype)
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), start.values(), strict=True):
+            parameter.copy_(value)
+    return model
+
+
+def over_parameters(problem: Problem, model: nn.Module) -> Outcome:
     losses = []
     for xb, yb in slices(problem):
         loss = F.cross_entropy(model(xb), yb)
@@ -127,57 +135,54 @@ def over_parameters(problem: Problem, model: nn.Module) -> list[float]:
             for p in model.parameters():
                 p -= p.grad * problem.lr
             model.zero_grad()
-    return losses
+    return outcome_of(model, losses)
 
 
 def rung_3(problem: Problem, start: Weights) -> Outcome:
     """nn.Module and nn.Parameter; the update runs over parameters()."""
-    model = LogisticByHand(start)
-    losses = over_parameters(problem, model)
-    return Outcome([model.weights.detach().t(), model.bias.detach()], losses, [])
+    outcome = over_parameters(problem, LogisticByHand(start))
+    return outcome._replace(weights=[outcome.weights[0].t(), outcome.weights[1]])
 
 
 def rung_4(problem: Problem, start: Weights) -> Outcome:
     """nn.Linear."""
-    model = LogisticLinear(start)
-    losses = over_parameters(problem, model)
-    return Outcome(parameters(model), losses, [])
-
-
-def parameters(model: nn.Module) -> list[Tensor]:
-    return [p.detach().cpu() for p in model.parameters()]
-
-
-def step(model: nn.Module, opt: optim.Optimizer, xb: Tensor, yb: Tensor) -> float:
-    loss = F.cross_entropy(model(xb), yb)
-    loss.backward()
-    opt.step()
-    opt.zero_grad()
-    return loss.item()
+    return over_parameters(problem, set_parameters(Logistic(), start))
 
 
 def get_model(problem: Problem, start: Weights) -> tuple[nn.Module, optim.Optimizer]:
-    model = LogisticLinear(start)
+    model = set_parameters(Logistic(), start)
     return model, optim.SGD(model.parameters(), lr=problem.lr)
+
+
+def loss_batch(
+    model: nn.Module, loss_func: Callable, xb: Tensor, yb: Tensor, opt: optim.Optimizer | None = None
+) -> tuple[float, int]:
+    loss = loss_func(model(xb), yb)
+    if opt is not None:
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    return loss.item(), len(xb)
+
+
+def over_batches(problem: Problem, start: Weights, batches: Batches) -> Outcome:
+    model, opt = get_model(problem, start)
+    losses = [loss_batch(model, F.cross_entropy, xb, yb, opt)[0] for xb, yb in batches]
+    return outcome_of(model, losses)
 
 
 def rung_5(problem: Problem, start: Weights) -> Outcome:
     """optim.SGD."""
-    model, opt = get_model(problem, start)
-    losses = [step(model, opt, xb, yb) for xb, yb in slices(problem)]
-    return Outcome(parameters(model), losses, [])
+    return over_batches(problem, start, slices(problem))
 
 
 def rung_6(problem: Problem, start: Weights) -> Outcome:
     """TensorDataset: images and labels are cut out together."""
-    model, opt = get_model(problem, start)
     train_ds = TensorDataset(problem.x_train, problem.y_train)
-    losses = []
-    for order in problem.order:
-        for i in range((len(train_ds) - 1) // problem.bs + 1):
-            xb, yb = train_ds[order[i * problem.bs : (i + 1) * problem.bs]]
-            losses.append(step(model, opt, xb, yb))
-    return Outcome(parameters(model), losses, [])
+    starts = range(0, len(train_ds), problem.bs)
+    return over_batches(
+        problem, start, (train_ds[order[i : i + problem.bs]] for order in problem.order for i in starts)
+    )
 
 
 class Shuffled(Sampler[int]):
@@ -194,15 +199,19 @@ class Shuffled(Sampler[int]):
         return iter(self.order[self.epoch - 1])
 
 
+def get_data(problem: Problem) -> tuple[DataLoader, DataLoader]:
+    train_ds = TensorDataset(problem.x_train, problem.y_train)
+    valid_ds = TensorDataset(problem.x_valid, problem.y_valid)
+    return (
+        DataLoader(train_ds, batch_size=problem.bs, sampler=Shuffled(problem.order)),
+        DataLoader(valid_ds, batch_size=problem.bs * 2),
+    )
+
+
 def rung_7(problem: Problem, start: Weights) -> Outcome:
     """DataLoader: batches come by themselves."""
-    model, opt = get_model(problem, start)
-    train_ds = TensorDataset(problem.x_train, problem.y_train)
-    losses = []
-    for order in problem.order:
-        for xb, yb in DataLoader(train_ds, batch_size=problem.bs, sampler=order):
-            losses.append(step(model, opt, xb, yb))
-    return Outcome(parameters(model), losses, [])
+    train_dl, _ = get_data(problem)
+    return over_batches(problem, start, (batch for _ in problem.order for batch in train_dl))
 
 
 # ---------------------------------------------------------------- rungs 8 to 13: validation and the CNN
@@ -211,30 +220,22 @@ def rung_7(problem: Problem, start: Weights) -> Outcome:
 def rung_8(problem: Problem, start: Weights) -> Outcome:
     """Shuffled training batches; validation in batches of twice the size, between train() and eval()."""
     model, opt = get_model(problem, start)
-    train_ds = TensorDataset(problem.x_train, problem.y_train)
-    train_dl = DataLoader(train_ds, batch_size=problem.bs, sampler=Shuffled(problem.order))
-    valid_dl = DataLoader(TensorDataset(problem.x_valid, problem.y_valid), batch_size=problem.bs * 2)
+    train_dl, valid_dl = get_data(problem)
     losses, valid_losses = [], []
     for _ in problem.order:
         model.train()
-        losses += [step(model, opt, xb, yb) for xb, yb in train_dl]
+        for xb, yb in train_dl:
+            loss = F.cross_entropy(model(xb), yb)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            losses.append(loss.item())
         model.eval()
         with torch.no_grad():
             # The mean of the batches' means, as the tutorial has it at this rung; the next one weighs them.
             valid_loss = sum(F.cross_entropy(model(xb), yb) for xb, yb in valid_dl)
         valid_losses.append(float(valid_loss) / len(valid_dl))
-    return Outcome(parameters(model), losses, valid_losses)
-
-
-def loss_batch(
-    model: nn.Module, loss_func: Callable, xb: Tensor, yb: Tensor, opt: optim.Optimizer | None = None
-) -> tuple[float, int]:
-    loss = loss_func(model(xb), yb)
-    if opt is not None:
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-    return loss.item(), len(xb)
+    return outcome_of(model, losses, valid_losses)
 
 
 def fit(
@@ -249,16 +250,7 @@ def fit(
         with torch.no_grad():
             each, nums = zip(*[loss_batch(model, loss_func, xb, yb) for xb, yb in valid_dl], strict=True)
         valid_losses.append(float(np.sum(np.multiply(each, nums)) / np.sum(nums)))
-    return Outcome(parameters(model), losses, valid_losses)
-
-
-def get_data(problem: Problem) -> tuple[DataLoader, DataLoader]:
-    train_ds = TensorDataset(problem.x_train, problem.y_train)
-    valid_ds = TensorDataset(problem.x_valid, problem.y_valid)
-    return (
-        DataLoader(train_ds, batch_size=problem.bs, sampler=Shuffled(problem.order)),
-        DataLoader(valid_ds, batch_size=problem.bs * 2),
-    )
+    return outcome_of(model, losses, valid_losses)
 
 
 def rung_9(problem: Problem, start: Weights) -> Outcome:
@@ -309,15 +301,6 @@ def cnn_layers(pool: nn.Module, *first: nn.Module) -> nn.Sequential:
     )
 
 
-def set_parameters(model: nn.Module, start: Weights) -> nn.Module:
-    """Starts a model from the weights of another one with the same parameters in the same order."""
-    model.to(next(iter(start.values())).dtype)
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), start.values(), strict=True):
-            parameter.copy_(value)
-    return model
-
-
 class WrappedDataLoader:
     """A data loader whose batches pass through a function."""
 
@@ -361,8 +344,7 @@ def fit_images(problem: Problem, model: nn.Module) -> Outcome:
 
 def rung_12(problem: Problem, start: Weights) -> Outcome:
     """Images of any size: the reshape moves into the data loader, AdaptiveAvgPool2d takes any grid."""
-    model = set_parameters(cnn_layers(nn.AdaptiveAvgPool2d(1)), start)
-    return fit_images(problem._replace(device="cpu"), model)
+    return rung_13(problem._replace(device="cpu"), start)
 
 
 def rung_13(problem: Problem, start: Weights) -> Outcome:
