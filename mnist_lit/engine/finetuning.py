@@ -1,18 +1,15 @@
-"""Transfer learning: a network for other images and classes, old weights for it, and a start with the head alone."""
+"""Transfer learning: a network for other images and classes, old weights for it, and the head first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils.hooks import RemovableHandle
 
 from mnist_lit.engine.errors import UserError
 
@@ -20,15 +17,15 @@ Layer = nn.Linear | nn.Conv2d
 
 
 def adapt(net: nn.Module, channels: int, num_classes: int) -> list[str]:
-    """Make a network take images of ``channels`` and tell ``num_classes`` apart, in place.
+    """Make a network take ``channels`` and return ``num_classes`` outputs, in place.
 
     The first ``Conv2d`` keeps its weights, see ``to_channels``. The head, which is the last ``Linear`` or ``Conv2d``,
-    gets fresh ones. Layers that are still lazy adapt by themselves. What fits already is not touched.
+    gets fresh ones. Lazy layers adapt by themselves. Layers that fit are not touched.
 
     Args:
-        net: images (B, C, H, W) to logits (B, num_classes).
+        net: maps images (B, C, H, W) to logits (B, num_classes).
         channels: C of the images.
-        num_classes: outputs of the network.
+        num_classes: number of outputs.
 
     Returns:
         what was adapted, in words.
@@ -58,8 +55,8 @@ def adapt(net: nn.Module, channels: int, num_classes: int) -> list[str]:
 def to_channels(weight: Tensor, channels: int) -> Tensor:
     """The weights of a first convolution for another number of input channels.
 
-    Every new channel gets the sum over the old ones, divided by the number of new ones. So an image that is alike in
-    all channels, as a grey one is, gets the response that it got before.
+    Every new channel gets the sum over the old ones, divided by the number of new ones. So an image whose channels are
+    equal, such as a grey one, gets the same response as before.
 
     Args:
         weight: (out, in / groups, height, width).
@@ -90,9 +87,9 @@ def _layers(module: nn.Module) -> list[tuple[str, Layer]]:
 
 
 def rename(theirs: Mapping[str, Tensor], ours: Iterable[str]) -> dict[str, Tensor]:
-    """Bring the names of weights into the form of a model's, with or without a first part such as ``net.`` in them.
+    """Match the names of weights with a model's, with or without a prefix such as ``net.``.
 
-    Names that are not the model's stay as they are.
+    Names that the model does not have stay as they are.
 
     Example:
         >>> list(rename({"conv1.weight": weight}, ["net.conv1.weight"]))
@@ -107,43 +104,34 @@ def rename(theirs: Mapping[str, Tensor], ours: Iterable[str]) -> dict[str, Tenso
         other = new + name.removeprefix(old)
         return other if name.startswith(old) and other in known else name
 
-    # Of equally good ways the first counts, which is to change nothing.
+    # The first of equally good ways wins, which is to change nothing.
     ways = [(old, new) for old in prefixes(theirs) for new in prefixes(sorted(known))]
     old, new = max(ways, key=lambda way: sum(renamed(name, *way) in known for name in theirs))
     return {renamed(name, old, new): weight for name, weight in theirs.items()}
 
 
 class FineTuning(Callback):
-    """Train the head alone for some epochs, then everything, the rest with a lower learning rate than the head.
+    """Train the head alone for some epochs, then everything.
 
     It works with any optimizer and schedule. Frozen weights need no gradients, and layers with running statistics
     normalize as in validation. Weights that the module has frozen itself stay frozen. DDP needs
     ``find_unused_parameters``.
 
-    The lower learning rate is a part of each step: after the optimizer's step the weights go back most of the way. That
-    is the same as a lower learning rate for every optimizer whose step is proportional to it, and leaves groups of
-    parameters and schedules alone. It needs memory for one more copy of the weights.
-
     Args:
-        unfreeze_at_epoch: number of epochs in which the head is trained alone.
-        lr_factor: learning rate of everything but the head, as a factor of the head's.
+        unfreeze_at_epoch: number of epochs in which only the head is trained.
         head: name of the head; by default the last ``Linear`` or ``Conv2d`` that the module registers.
 
     Raises:
         UserError: if there is no head.
 
     Example:
-        >>> Trainer(callbacks=[FineTuning(unfreeze_at_epoch=1, lr_factor=0.1)])
+        >>> Trainer(callbacks=[FineTuning(unfreeze_at_epoch=1)])
     """
 
-    def __init__(
-        self, unfreeze_at_epoch: NonNegativeInt = 1, lr_factor: PositiveFloat = 0.1, head: str | None = None
-    ) -> None:
-        self.unfreeze_at_epoch, self.lr_factor, self.head = int(unfreeze_at_epoch), float(lr_factor), head
-        self._rest: list[nn.Parameter] = []  # everything but the head that is trained
-        self._norms: list[nn.Module] = []  # layers with running statistics in it
-        self._before: list[Tensor] = []  # its values before the step
-        self._hooks: list[RemovableHandle] = []
+    def __init__(self, unfreeze_at_epoch: int = 1, head: str | None = None) -> None:
+        self.unfreeze_at_epoch, self.head = unfreeze_at_epoch, head
+        self._rest: list[nn.Parameter] = []  # trained parameters outside of the head
+        self._norms: list[nn.Module] = []  # layers with running statistics outside of the head
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (name := self.head or find_head(pl_module)[0]):
@@ -153,29 +141,19 @@ class FineTuning(Callback):
         self._rest = [weight for weight in pl_module.parameters() if weight.requires_grad and weight not in ours]
         outside = [module for module in pl_module.modules() if module not in inside]
         self._norms = [module for module in outside if module.training and hasattr(module, "track_running_stats")]
-        for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_pre_hook(self._remember))
-            self._hooks.append(optimizer.register_step_post_hook(self._go_back))
-        rank_zero_info(
-            f"FineTuning: {name} alone until epoch {self.unfreeze_at_epoch}, "
-            f"then everything, the rest with {self.lr_factor:g} of its learning rate"
-        )
+        rank_zero_info(f"FineTuning: {name} alone until epoch {self.unfreeze_at_epoch}, then everything")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze, in a run that is resumed within an epoch as well."""
-        if trainer.current_epoch < self.unfreeze_at_epoch:
-            self._train_rest(False)
+        """Freeze, also in a run that is resumed within an epoch."""
+        self._train_rest(trainer.current_epoch >= self.unfreeze_at_epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == self.unfreeze_at_epoch:
-            self._train_rest(True)
+        self._train_rest(trainer.current_epoch >= self.unfreeze_at_epoch)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave module and optimizers as they were."""
+        """Leave the module as it was."""
         if stage == "fit":
             self._train_rest(True)
-        while self._hooks:
-            self._hooks.pop().remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Have Lightning warn when a run is resumed without this callback."""
@@ -186,12 +164,3 @@ class FineTuning(Callback):
             weight.requires_grad_(train)
         for module in self._norms:
             module.train(train)
-
-    def _remember(self, *_: Any) -> None:
-        self._before = [weight.detach().clone() for weight in self._rest if weight.requires_grad]
-
-    def _go_back(self, *_: Any) -> None:
-        with torch.no_grad():
-            for weight, before in zip(self._rest, self._before, strict=False):
-                weight.lerp_(before, 1 - self.lr_factor)
-        self._before = []

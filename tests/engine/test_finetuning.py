@@ -141,35 +141,6 @@ def test_file_that_asks_for_code_is_refused(cli: Run, small: Path, tmp_path: Pat
 # --------------------------------------------------------------------------------------------------- training
 
 
-class Groups(Model):
-    """With one group of parameters, or two that have learning rates of their own, as the callback stands for."""
-
-    def __init__(self, kind: str, factor: float = 1) -> None:
-        super().__init__()
-        self.kind, self.factor = kind, factor
-
-    def configure_optimizers(self):
-        head = set(self.net[-1].parameters())
-        rest = [weight for weight in self.parameters() if weight not in head]
-        groups, rates = [{"params": list(head)}, {"params": rest}], [0.02, 0.02 * self.factor]
-        options = {"momentum": 0.9, "weight_decay": 0.01} if self.kind == "SGD" else {}
-        optimizer = getattr(torch.optim, self.kind)(groups, lr=0.02, **options)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=8, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-@pytest.mark.parametrize("factor", [0.3, 2.0])
-@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
-def test_rest_is_trained_as_with_a_learning_rate_of_its_own(tmp_path: Path, kind: str, factor: float) -> None:
-    tuned, groups, plain = Groups(kind), Groups(kind, factor), Groups(kind)
-    fit(tuned, tmp_path, FineTuning(0, factor))
-    fit(groups, tmp_path)
-    fit(plain, tmp_path)
-    for name, value in groups.state_dict().items():
-        torch.testing.assert_close(tuned.state_dict()[name], value, rtol=1e-3, atol=1e-5)
-    assert (plain.net[0].weight - groups.net[0].weight).abs().max() > 1e-3
-
-
 def test_head_is_trained_alone_at_first(tmp_path: Path) -> None:
     model, weights, before = Model(), Weights(), dict(Model().state_dict())
     model.net[1].bias.requires_grad_(False)
