@@ -5,43 +5,89 @@ from __future__ import annotations
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from common import CONFIGS, ENVIRONMENT, OVERLAYS, RUN, Run, assert_one_message, assert_same, checkpoint, curves
 from forks import Forks
 from interrupt import signal_at
+from test_execution import assert_same_training
 
 from mnist_lit.engine import Run as RunFolder
 
-# 16 steps to an epoch; saved every 5, logged every 4. Everything that may go wrong is switched on.
-SETTINGS = """
+# Random numbers from every generator, and a scheduler.
+CHANCE = """
 seed_everything: 7
 model:
   class_path: Classifier
   init_args: {net: {class_path: interrupt.Chance}}
 optimizer: {class_path: SGD, init_args: {lr: 0.02, momentum: 0.9}}
 lr_scheduler: {class_path: StepLR, init_args: {step_size: 1, gamma: 0.7}}
-trainer: {max_epochs: 3, log_every_n_steps: 4, enable_progress_bar: false}
-last_checkpoint: {every_n_train_steps: 5}
 """
+COMMON = (  # 16 steps to an epoch; saved every 5, logged every 4
+    *("--trainer.max_epochs=3", "--trainer.log_every_n_steps=4", "--trainer.enable_progress_bar=false"),
+    *("--last_checkpoint.every_n_train_steps=5", "--data.batch_size=64", "--dashboard.confusion_matrix=false"),
+    *("--dashboard.mistakes=0", "--dashboard.samples=0"),
+)
+MODELS = {
+    "chance": ("--config", "chance.yaml"),
+    **{path.stem: ("--config", path) for path in CONFIGS.glob("*.yaml") if path.stem != "sweep"},
+    **{
+        overlay: ("--config", CONFIGS / "cnn.yaml", "--config", OVERLAYS / f"{overlay}.yaml")
+        for overlay in ("warmup", "ema")
+    },
+    "finetune": ("--config", CONFIGS / "fast.yaml", "--config", OVERLAYS / "finetune.yaml"),  # unfreezes at step 16
+    **{
+        schedule: ("--model=schedules.Scheduled", f"--model.schedule={schedule}")
+        for schedule in ("one_cycle", "cosine", "cyclic", "plateau", "warmup_cosine")
+    },
+}
+# Over an epoch, and on both sides of its borders.
+POINTS = [
+    *("on_train_batch_end 8", "on_train_batch_start 0", "on_train_batch_end 5", "on_train_batch_start 9"),
+    *("on_train_batch_end 15", "on_validation_batch_start 16", "on_train_epoch_end 16", "on_train_epoch_start 16"),
+    *("on_train_batch_end 17", "on_train_batch_start 40", "on_train_batch_end 46"),
+]
+TWO_PROCESSES = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
+SETTINGS = {
+    "SIGKILL on_train_batch_end 21": ("--data.num_workers=2",),
+    "SIGTERM on_train_batch_end 3": ("--trainer.accumulate_grad_batches=3",),  # of 6 steps to an epoch
+    "SIGTERM on_train_batch_end 3 0": TWO_PROCESSES,  # one of the two is asked to stop, which stops both
+    "SIGKILL on_train_batch_end 11": TWO_PROCESSES,
+    "SIGINT on_train_batch_end 12": ("--trainer.log_every_n_steps=1",),
+    "SIGTERM on_train_batch_end 8": ("--trainer.val_check_interval=5",),
+    "SIGTERM on_train_batch_end 20": ("--trainer.max_steps=40",),
+}
 CODES = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130, "SIGTERM": 143}
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "processes", "metrics", "global_step", "epoch")
 slow, matrix = pytest.mark.slow, pytest.mark.matrix
 
 
-def fit(cli: Run, folder: Path, small: Path, *arguments: object, ok: bool = True):
-    (folder / "settings.yaml").write_text(SETTINGS)
-    settings = ("fit", "--config", "settings.yaml", "--data.dataset", small, *arguments)
-    starts_anew = "--trainer.strategy=ddp" in arguments  # each of its processes, with a command of its own
-    return cli(*settings, ok=ok, fork=not starts_anew)
+def cases() -> list:
+    """Every model with every point and signal, and with every setting; most of them in the full matrix alone."""
+    stops = [f"{signum} {point}" for point, signum in product(POINTS, ("SIGKILL", "SIGTERM"))]
+    points = [(model, stop, ()) for model, stop in product(MODELS, stops)]
+    # Two processes would need find_unused_parameters to freeze.
+    settings = [(model, *setting) for model, setting in product(MODELS, SETTINGS.items()) if model != "finetune"]
+    marked = [
+        pytest.param(*case, marks=[slow] if index % 13 == 0 else [slow, matrix], id=" ".join([*case[:2], *case[2]]))
+        for index, case in enumerate([*points[1:], *settings])
+    ]
+    return [points[0], *marked]
+
+
+def fit(cli_in: Run, folder: Path, small: Path, *settings: object, ok: bool = True) -> CompletedProcess[str]:
+    (folder / "chance.yaml").write_text(CHANCE)
+    ddp = "--trainer.strategy=ddp" in settings  # each of its processes, with a command of its own
+    return cli_in(folder, "fit", *COMMON, "--data.dataset", small, *settings, ok=ok, fork=not ddp)
 
 
 def assert_same_run(interrupted: Path, whole: Path) -> None:
@@ -58,97 +104,60 @@ def assert_same_run(interrupted: Path, whole: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole_runs() -> dict[str, Path]:
-    return {}
-
-
-@pytest.fixture
-def whole(cli: Run, small: Path, tmp_path_factory: pytest.TempPathFactory, whole_runs: dict[str, Path]):
+def whole(cli_in: Run, small: Path, tmp_path_factory: pytest.TempPathFactory):
     """Makes the uninterrupted run of some settings, once."""
+    made: dict[tuple, Path] = {}
 
-    def run(*settings: str) -> Path:
-        name = shlex.join(settings)
-        if name not in whole_runs:
+    def run(*settings: object) -> Path:
+        if settings not in made:
             folder = tmp_path_factory.mktemp("whole")
-            fit(cli, folder, small, *settings, f"--trainer.default_root_dir={folder}")
-            whole_runs[name] = folder / RUN
-        return whole_runs[name]
+            fit(cli_in, folder, small, *settings)
+            made[settings] = folder / RUN
+        return made[settings]
 
     return run
 
 
-WORKERS = "--data.num_workers=2"
-PLATEAU = (
-    "--lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau --lr_scheduler.monitor=val/loss "
-    "--lr_scheduler.patience=0 --lr_scheduler.threshold=0.5"
-)
-TWO_PROCESSES = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
-STOPS = [
-    pytest.param(stop, settings.split(), id=f"{stop} {settings}", marks=marks)
-    for marks, stop, settings in [
-        ((), "SIGKILL on_train_batch_end 8", ""),
-        (slow, "SIGTERM on_train_batch_start 9", WORKERS),
-        (slow, "SIGKILL on_train_batch_start 24", WORKERS),
-        # One of the two alone is asked to stop, which stops both with a checkpoint.
-        (slow, "SIGTERM on_train_batch_end 3 0", " ".join(TWO_PROCESSES)),
-        *(
-            ((slow, matrix), stop, settings)
-            for stop, settings in [
-                ("SIGTERM on_train_batch_start 20", ""),
-                ("SIGINT on_validation_batch_start 16", ""),
-                ("SIGKILL on_validation_batch_start 32", ""),
-                ("SIGKILL on_train_batch_end 2", ""),
-                ("SIGKILL on_train_batch_end 5", ""),
-                ("SIGKILL on_train_batch_start 5", ""),
-                ("SIGKILL on_train_batch_end 16", ""),
-                ("SIGKILL on_validation_end 16", ""),
-                ("SIGKILL on_train_epoch_end 16", ""),
-                ("SIGKILL on_train_epoch_start 16", ""),
-                ("SIGKILL on_train_batch_end 17", ""),
-                ("SIGKILL on_train_epoch_end 48", ""),
-                ("SIGTERM on_train_epoch_start 32", ""),
-                ("SIGTERM on_train_batch_end 47", ""),
-                ("SIGTERM on_train_batch_end 31", ""),
-                ("SIGINT on_train_batch_end 12", "--trainer.log_every_n_steps=1"),
-                ("SIGKILL on_train_epoch_start 16", WORKERS),
-                ("SIGKILL on_train_batch_end 18", PLATEAU),
-                ("SIGKILL on_train_batch_end 43", PLATEAU),
-                ("SIGKILL on_train_batch_end 18", "--trainer.log_every_n_steps=5"),
-                ("SIGTERM on_train_batch_end 8", "--trainer.val_check_interval=5"),
-                ("SIGKILL on_train_batch_end 12", "--trainer.val_check_interval=4"),
-                ("SIGTERM on_train_batch_end 3", "--trainer.accumulate_grad_batches=3"),
-                ("SIGKILL on_train_batch_end 8", "--trainer.accumulate_grad_batches=3"),
-                ("SIGTERM on_train_batch_end 21", "--trainer.max_steps=40"),
-                ("SIGKILL on_train_batch_end 18", "--trainer.max_steps=40"),
-                ("SIGKILL on_train_batch_end 11", " ".join(TWO_PROCESSES)),
-            ]
-        ),
-    ]
-]
-
-
-@pytest.mark.parametrize(("stop", "settings"), STOPS)
+@pytest.mark.parametrize(("model", "stop", "options"), cases())
 def test_resumed_run_is_the_uninterrupted_one(
-    cli: Run, small: Path, tmp_path: Path, whole, stop: str, settings: list[str]
+    cli_in: Run, small: Path, tmp_path: Path, whole, model: str, stop: str, options: tuple[str, ...]
 ) -> None:
     signum, hook, *place = stop.split()
-    stopped = fit(cli, tmp_path, small, *settings, *signal_at(signum, hook, *map(int, place)), ok=False)
+    settings = (*MODELS[model], *options)
+    stopped = fit(cli_in, tmp_path, small, *settings, *signal_at(signum, hook, *map(int, place)), ok=False)
     assert stopped.returncode == CODES[signum]
     if signum != "SIGKILL":
-        assert "Traceback" not in stopped.stderr or settings == [*TWO_PROCESSES]
+        assert "Traceback" not in stopped.stderr or options == TWO_PROCESSES
         (said,) = (line for line in stopped.stderr.splitlines() if line.startswith("Stopped at step"))
         assert re.search(rf"by {signum}. To go on: .*--ckpt_path {RUN}/checkpoints/last.ckpt", said)
     saved = (tmp_path / RUN / "checkpoints" / "last.ckpt").exists()
-    resumed = fit(cli, tmp_path, small, *settings, "--ckpt_path=last")
+    resumed = fit(cli_in, tmp_path, small, *settings, "--ckpt_path=last")
     assert saved == (f"resuming from {RUN}/checkpoints/last.ckpt" in resumed.stderr)
-    runs = sorted((tmp_path / "lightning_logs").iterdir())
-    assert_same_run(runs[-1], whole(*settings))
+    assert_same_run(sorted((tmp_path / "lightning_logs").iterdir())[-1], whole(*settings))
 
 
-def test_second_ctrl_c_stops_at_once(cli: Run, small: Path, tmp_path: Path) -> None:
+@slow
+@pytest.mark.parametrize("workers", [(0, 2), pytest.param((1, 2), marks=matrix)], ids=str)
+def test_another_number_of_workers(cli_in: Run, small: Path, tmp_path: Path, whole, workers: tuple[int, int]) -> None:
+    model, stop = MODELS["one_cycle"], signal_at("SIGTERM", "on_train_batch_end", 21)
+    fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[0]}", *stop, ok=False)
+    fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[1]}", "--ckpt_path=last")
+    assert_same_training(tmp_path / RUN, whole(*model))
+
+
+@slow
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=matrix)])
+def test_workers_that_are_no_forks(cli_in: Run, small: Path, tmp_path: Path, whole, method: str) -> None:
+    """As macOS and Windows start them."""
+    options = (f"--trainer.callbacks.method={method}", "--data.num_workers=2")
+    fit(cli_in, tmp_path, small, *MODELS["cnn"], "--trainer.callbacks+=start_method.StartMethod", *options)
+    assert_same_training(tmp_path / RUN, whole(*MODELS["cnn"]))
+
+
+def test_second_ctrl_c_stops_at_once(cli_in: Run, small: Path, tmp_path: Path) -> None:
     """Two in the same step: the checkpoint that the first asks for is never made."""
     twice = 2 * signal_at("SIGINT", "on_train_batch_start", 8)
-    stopped = fit(cli, tmp_path, small, *twice, ok=False)
+    stopped = fit(cli_in, tmp_path, small, *MODELS["chance"], *twice, ok=False)
     assert stopped.returncode == -signal.SIGINT
     assert checkpoint(tmp_path / RUN / "checkpoints" / "last.ckpt")["global_step"] == 5
 
@@ -160,11 +169,11 @@ def test_eight_starts_at_once_make_eight_folders(tmp_path: Path) -> None:
 
 
 @slow
-def test_run_that_is_being_trained_is_not_resumed(cli: Run, forks: Forks, small: Path, tmp_path: Path) -> None:
+def test_run_that_is_being_trained_is_not_resumed(cli_in: Run, forks: Forks, small: Path, tmp_path: Path) -> None:
     """Another process waits for it a while, and then leaves it alone."""
-    fit(cli, tmp_path, small, *signal_at("SIGTERM", "on_train_batch_end", 20), ok=False)
+    fit(cli_in, tmp_path, small, *MODELS["chance"], *signal_at("SIGTERM", "on_train_batch_end", 20), ok=False)
     wait = ("--trainer.callbacks+=interrupt.WaitFor", f"--trainer.callbacks.path={tmp_path / 'go'}")
-    resume = ["fit", "--config=settings.yaml", f"--data.dataset={small}", "--ckpt_path=last"]
+    resume = ["fit", "--config=chance.yaml", *COMMON, f"--data.dataset={small}", "--ckpt_path=last"]
     output, other = tmp_path / "output", Forks()
     try:
         other.start(tmp_path, [*resume, *wait], ENVIRONMENT, output, output)
@@ -172,7 +181,7 @@ def test_run_that_is_being_trained_is_not_resumed(cli: Run, forks: Forks, small:
         while not (tmp_path / "go.waits").exists():
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.01)
-        assert_one_message(cli(*resume, ok=False), f"{RUN} is being trained by another process")
+        assert_one_message(cli_in(tmp_path, *resume, ok=False), f"{RUN} is being trained by another process")
         (tmp_path / "go").touch()
         assert other.wait() == 0, output.read_text()
     finally:
@@ -181,12 +190,9 @@ def test_run_that_is_being_trained_is_not_resumed(cli: Run, forks: Forks, small:
 
 
 KILLED = {
-    "chance": ("--config", "settings.yaml"),
-    "one cycle": (
-        *("--config", CONFIGS / "fast.yaml", "--data.batch_size=64", "--trainer.max_epochs=3"),
-        "--trainer.log_every_n_steps=4",
-    ),
-    "TensorBoard and W&B": ("--config", "settings.yaml", "--config", OVERLAYS / "wandb.yaml"),
+    "chance": ("--config", "chance.yaml"),
+    "one cycle": ("--config", CONFIGS / "fast.yaml"),
+    "TensorBoard and W&B": ("--config", "chance.yaml", "--config", OVERLAYS / "wandb.yaml"),
 }
 DATASETS = {
     "digits": ("--data.dataset=digits", "--trainer.limit_train_batches=16", "--trainer.limit_val_batches=3"),
@@ -206,9 +212,9 @@ def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Pat
 
     def start(folder: Path, name: str, *arguments: object) -> int:
         folder.mkdir(exist_ok=True)
-        (folder / "settings.yaml").write_text(SETTINGS)
+        (folder / "chance.yaml").write_text(CHANCE)
         data = DATASETS[name] or ("--data.dataset", small)
-        settings = ["fit", *map(str, KILLED[kind] + data + arguments)]
+        settings = ["fit", *COMMON, *map(str, KILLED[kind] + data + arguments)]
         settings += ["--last_checkpoint.every_n_train_steps=3", "--trainer.callbacks+=interrupt.Phase"]
         return forks.start(folder, settings, environment, folder / "output", folder / "output")
 
