@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,7 +26,7 @@ BATCH = 64
 def make(folder: Path, number: int) -> None:
     """Photos-like images of 80 to 320 pixels, half of them JPEG and half PNG."""
     random = np.random.default_rng(0)
-    for index in track(range(number), "Making images", transient=True):
+    for index in range(number):
         height, width = (int(side) for side in random.integers(80, 320, 2))
         coarse = random.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
         path = folder / str(index % CLASSES) / f"{index}.{'jpg' if index % 2 else 'png'}"
@@ -38,8 +37,8 @@ def make(folder: Path, number: int) -> None:
 class Plain(Dataset):
     """What one would write."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.rglob("*.*"))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,15 +71,13 @@ def main() -> None:
         make(folder, options.images)
         for repeat in range(options.repeats):
             started = time.perf_counter()
-            plain = Plain(sorted(folder.rglob("*.*")))
-            epoch(DataLoader(plain, BATCH, shuffle=True, num_workers=options.workers), times, "plain", started)
-            for name, limit in (("from files", 1e-9), ("in memory", 2.0)):
-                kwargs = {"image_size": SIDE, "batch_size": BATCH, "memory_limit": limit, "valid_fraction": 0.0}
-                kwargs |= {"test_fraction": 0.0, "data_dir": f"{temporary}/{name}{repeat}"}
+            epoch(DataLoader(Plain(folder), BATCH, shuffle=True, num_workers=options.workers), times, "plain", started)
+            for name, limit, workers in (("from files", 1e-9, options.workers), ("in memory", 2.0, 0)):
+                kwargs = {"image_size": SIDE, "batch_size": BATCH, "memory_limit": limit, "num_workers": workers}
+                kwargs |= {"valid_fraction": 0.0, "test_fraction": 0.0, "data_dir": f"{temporary}/{name}{repeat}"}
                 for start in ("first start", "later start"):
-                    workers = options.workers if name == "from files" else 0
                     started = time.perf_counter()
-                    data = ImageDataModule(str(folder), num_workers=workers, **kwargs)
+                    data = ImageDataModule(str(folder), **kwargs)
                     data.prepare_data()
                     epoch(data.train_dataloader(), times, f"mnist_lit {name}, {start}", started)
     table = Table("", *(Column(name, justify="right") for name in ("seconds", "from", "to", "of plain")))

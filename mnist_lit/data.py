@@ -14,9 +14,9 @@ from rich.text import Text
 from torch import Tensor
 
 from mnist_lit.datasets.digits import VERSION, make_digits
-from mnist_lit.datasets.mnist import ARCHIVE, URLS, DownloadError, download_mnist, find_mnist, read_mnist
+from mnist_lit.datasets.mnist import ARCHIVE, URLS, DownloadError, download_mnist, read_mnist
 from mnist_lit.datasets.pickles import read_pickle
-from mnist_lit.datasets.pictures import find_digit_form, fit_pictures
+from mnist_lit.datasets.pictures import are_single_digits, fit_pictures
 from mnist_lit.engine import ImageDataModule, UserError, read_dataset
 
 NOT_MNIST = """\
@@ -36,70 +36,65 @@ class MNISTDataModule(ImageDataModule):
     Args:
         dataset: ``mnist``; ``digits`` (embedded, needs no network); ``auto``: MNIST if it is on disk or can
             be downloaded, else the digits; or a path: of a pickle as the tutorial's, or as in ``ImageDataModule``.
-        url: where to download MNIST: the tutorial's archive, or a folder of IDX files, which ends with a slash. Of a
-            list the first that has it.
-        digit_form: how single digits lie in the images, as in ``DigitForm``: those to predict are brought into this
-            form. By default it is found out from the training images.
+        url: where to download the tutorial's archive of MNIST. Of a list the first that has it.
+        single_digits: whether the images are of single digits as MNIST's are: pictures to predict are then brought
+            into this form. By default it is found out from the training images.
         options: as in ``ImageDataModule``.
 
     Example:
         >>> Trainer(max_epochs=2).fit(CNN(), datamodule=MNISTDataModule("digits", batch_size=128))
     """
 
-    from_checkpoint = (*ImageDataModule.from_checkpoint, "digit_form")
+    from_checkpoint = (*ImageDataModule.from_checkpoint, "single_digits")
 
     def __init__(
         self,
         dataset: str = "auto",
         url: str | list[str] = list(URLS),  # noqa: B006, jsonargparse shows it
-        digit_form: dict[str, Any] | None = None,
+        single_digits: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
-        self.urls, self.digit_form = [url] if isinstance(url, str) else url, digit_form
-        self.folder = self.data_dir / "mnist"
+        self.urls, self.single_digits = [url] if isinstance(url, str) else url, single_digits
+        self.archive = self.data_dir / "mnist" / ARCHIVE
 
     def prepare_data(self) -> None:
         """Once per node: download MNIST unless it is there; where that fails, ``auto`` falls back to the digits."""
         needed = self.dataset in ("auto", "mnist") and not self.predicts_files and not self.dataset_used
-        if needed and not find_mnist(self.folder):
-            archive = self.folder / ARCHIVE
+        if needed and not self.archive.exists():
             try:
-                download_mnist(self.urls, self.folder)
+                download_mnist(self.urls, self.archive)
             except DownloadError as error:
                 if self.dataset == "mnist":
-                    raise UserError(
-                        f"{error}; put the file at {archive}, or name another server: --data.url"
-                    ) from error
-                text = Text(NOT_MNIST.format(reason=error, archive=archive))
+                    way_out = f"put the file at {self.archive}, or name another server: --data.url"
+                    raise UserError(f"{error}; {way_out}") from error
+                text = Text(NOT_MNIST.format(reason=error, archive=self.archive))
                 Console(stderr=True).print(Panel(text, title="NOT MNIST", style="bold yellow"))
         super().prepare_data()
 
     def setup(self, stage: str) -> None:
-        """In every process: open what is on disk, and find out how single digits lie in the images."""
+        """In every process: open what is on disk, and find out whether the images are of single digits."""
         super().setup(stage)
         if self.dataset_used:
-            self.digit_form = self.digit_form or find_digit_form(self.source.splits["train"][0])
-            self.save_hyperparameters({"digit_form": self.digit_form})
+            if self.single_digits is None:
+                self.single_digits = are_single_digits(self.source.splits["train"][0])
+            self.save_hyperparameters({"single_digits": self.single_digits})
 
     def find(self) -> tuple[str, Path | str]:
         """Name the dataset and its file; the digits have a version instead."""
-        archive = find_mnist(self.folder)
-        if self.dataset == "digits" or (self.dataset == "auto" and not archive):
+        if self.dataset == "digits" or (self.dataset == "auto" and not self.archive.exists()):
             return "digits", VERSION
-        if self.dataset in ("auto", "mnist"):
-            return "mnist", archive or self.folder / ARCHIVE
-        return super().find()
+        return ("mnist", self.archive) if self.dataset in ("auto", "mnist") else super().find()
 
     def read(self, path: Path | str) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
         """Read the arrays of each split: MNIST, the digits, a pickle as the tutorial's, or what the engine reads."""
         if isinstance(path, str):
             return make_digits()
-        return read_dataset(path, read_pickle) if self.find()[0] != "mnist" else read_mnist(path)
+        return read_mnist(path) if self.find()[0] == "mnist" else read_dataset(path, read_pickle)
 
     def fit_pictures(self) -> Any:
         """What brings pictures of digits into the form of the training images; None if those are of something else."""
-        return fit_pictures({"image_size": self.form.size, "digit_form": self.digit_form})
+        return fit_pictures({"image_size": self.image_size, "single_digits": self.single_digits})
 
     def preprocess(self, images: Tensor) -> Tensor:
         """The tutorial's ``preprocess``: bytes (B, C, H, W) to float32, exactly its k/256; on the device."""

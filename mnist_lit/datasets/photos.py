@@ -1,26 +1,18 @@
-"""The digit in a photo, by OpenCV: without the light on the paper, and without what else is on the paper."""
+"""The digit in a photo, by OpenCV: without the light on the paper, and without what else is on the paper.
+
+Lengths are pixels of a picture whose longer side has 400 of them.
+"""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 
-SIDE = 400  # pixels, longer side of the picture that is worked on; lengths below are in these pixels
-DARKNESS = 0.05  # of full brightness, added before taking the logarithm: a camera's black is noise
-SHADE = 0.25  # of the shorter side; what is darker and narrower than that is ink, and no shade on the paper
-FAINTEST = 0.05  # contrast; fainter ink than that is not told from an empty paper's texture
+SIDE = 400
 INK = 0.45  # of the ink's contrast; smudges and shades have less
-RIM = 0.15  # of the ink's contrast; the rims of strokes have more, noise has less
-PALE = 0.12  # of the ink's contrast; lines and boxes have more
-LINE = 13  # pixels; lines are thinner
-COVERED = 0.7  # of the picture's width belongs to a line
-BLUR = 5  # pixels around what is taken away
+FAINTEST = 0.05  # contrast; fainter ink than that is not told from an empty paper's texture
 SMALLEST = 0.1  # of the picture's shorter side; what is smaller is a speck
-SPECK = 0.17  # of the digit's size; parts that came off, as the bar of a 5, are larger
-NEAR = 0.1  # of the digit's size: a gap in a broken stroke
-SECOND = 0.35  # of the digit's size: what is larger and not near is another digit
-FLAT = 0.03  # of full brightness; paper in a photo varies by more from edge to edge
-EVEN = 0.94  # of the variance is between paper and ink: light falls evenly
+BLUR = 5  # around what is taken away
 
 
 def find_digit(grey: np.ndarray, even: np.ndarray) -> tuple[np.ndarray, str]:
@@ -35,17 +27,15 @@ def find_digit(grey: np.ndarray, even: np.ndarray) -> tuple[np.ndarray, str]:
     """
     scale = SIDE / max(grey.shape)
     grey, even = (cv2.blur(cv2.resize(values, None, fx=scale, fy=scale), (3, 3)) for values in (grey, even))  # (h, w)
-    if _is_drawing(grey, even) or _is_crop(even):
+    if _needs_no_light(grey, even):
         return _digit(even)
     contrast = _contrast(grey)
     noise = 2 * float(np.median(np.abs(np.diff(contrast))))
-    faintest = max(PALE * _full(contrast), 3 * noise)
+    faintest = max(0.12 * _full(contrast), 3 * noise)  # of lines and boxes
     contrast = _without(contrast, _boxes(_mask(contrast, faintest)))
     for _ in ("level lines", "upright lines"):
         contrast = np.ascontiguousarray(_without_lines(contrast, faintest).T)
-    for _ in range(3):  # what is left may be fainter than a frame or a table
-        mask = _mask(contrast, INK * _full(contrast))
-        contrast = _without(contrast, _boxes(mask) | _cut_off(mask))
+    contrast = _without(contrast, _cut_off(_mask(contrast, INK * _full(contrast))))
     return _digit(contrast if _full(contrast) > max(FAINTEST, 7 * noise) else np.zeros_like(contrast))
 
 
@@ -57,50 +47,37 @@ def _digit(contrast: np.ndarray) -> tuple[np.ndarray, str]:
     stats[0] = 0  # the paper
     longest = stats[:, 2:4].max(1)
     size = longest[(stats[:, 4] * (longest >= SMALLEST * min(mask.shape))).argmax()]
-    parts = np.isin(labels, np.flatnonzero(longest >= max(SPECK * size, 1)))
-    _, groups, extents, _ = cv2.connectedComponentsWithStats(_grown(parts, NEAR * size / 2))
-    digits = 1 + np.flatnonzero(extents[1:, 2:4].max(1) >= (SECOND + NEAR) * size)
+    parts = np.isin(labels, np.flatnonzero(longest >= max(0.17 * size, 1)))  # the bar of a 5 is larger, a speck is not
+    _, groups, extents, _ = cv2.connectedComponentsWithStats(_grown(parts, 0.05 * size))  # a stroke may have gaps
+    digits = 1 + np.flatnonzero(extents[1:, 2:4].max(1) >= 0.45 * size)
     digit = parts & np.isin(groups, digits)
     _, _, width, height = cv2.boundingRect(digit.astype(np.uint8))
     warning = "holds more than one digit" if len(digits) > 1 or width > 1.8 * height else ""
     if digits.size and mask.sum() > 2 * digit.sum():
         warning = "paper and digit are hard to tell apart"
     ink = np.minimum(contrast / max(full, FAINTEST), 1)
-    return ink * (ink > RIM) * _grown(digit, 0.05 * size), warning
+    return ink * (ink > 0.15) * _grown(digit, 0.05 * size), warning  # paler than the rims of strokes is noise
 
 
-def _is_drawing(grey: np.ndarray, even: np.ndarray) -> bool:
-    """Whether the background is of one brightness up to the edge, as of a screen, and there is no frame."""
-    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    mask = _mask(even, INK * _full(even))
-    return bool(np.ptp(edge) < FLAT and mask.mean() < 0.4) and not _boxes(mask).any()
-
-
-def _is_crop(even: np.ndarray) -> bool:
-    """Whether a digit was cut out along its box, so that too little of the paper is left to estimate its light."""
+def _needs_no_light(grey: np.ndarray, even: np.ndarray) -> bool:
+    """Whether a digit was drawn on a screen, or cut out so tightly that too little paper is left to tell its light."""
     mask = _mask(even, INK * _full(even))
     _, _, stats, _ = cv2.connectedComponentsWithStats(mask)
-    height, width = mask.shape
     _, _, across, down, area = max(stats[1:].tolist(), key=lambda part: part[4], default=(0, 0, 0, 0, 0))
-    thick = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((110, 110), np.uint8))
-    return (
-        _evenness(even) > EVEN
-        and across > 0.7 * width
-        and down > 0.7 * height
-        and area > 0.8 * mask.sum()
-        and np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean() < 0.4
-        and not (thick.any() or _boxes(mask).any())
-    )
+    shades, edge = (np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]]) for x in (grey, mask))
+    drawn = np.ptp(shades) < 0.03 and not _boxes(mask).any()  # paper varies by more from edge to edge
+    fills = across > 0.7 * mask.shape[1] and down > 0.7 * mask.shape[0] and area > 0.8 * mask.sum()
+    return mask.mean() < 0.5 and bool(drawn or (fills and edge.mean() < 0.4 and _evenness(even) > 0.94))
 
 
 def _contrast(grey: np.ndarray) -> np.ndarray:
     """Share float32 (h, w) of the paper's light that the ink takes, the same in the sun and in the shade."""
-    dark = np.log(grey + DARKNESS)
+    dark = np.log(grey + 0.05)  # a camera's black is noise
     (ink, cost), (chalk, cost_of_chalk) = _read(dark), _read(-dark)
     if cost <= cost_of_chalk:
         return ink
     # A negative of a photo, or chalk on a board. The right one of both has ink of the same contrast everywhere.
-    return max(_read(np.log(1 - grey + DARKNESS))[0], chalk, key=_evenness)
+    return max(_read(np.log(1 - grey + 0.05))[0], chalk, key=_evenness)
 
 
 def _read(values: np.ndarray) -> tuple[np.ndarray, float]:
@@ -108,7 +85,7 @@ def _read(values: np.ndarray) -> tuple[np.ndarray, float]:
 
     With light and dark confused, strokes are paper, which then has edges, and what they enclose is ink.
     """
-    side = round(SHADE * min(values.shape))
+    side = round(0.25 * min(values.shape))  # what is darker and narrower is ink, and no shade on the paper
     paper = cv2.morphologyEx(values, cv2.MORPH_CLOSE, np.ones((side, side), np.uint8))
     edges = sum(float(np.abs(np.diff(paper, axis=axis)).mean()) for axis in (0, 1))
     share = 1 - np.exp(values - paper)
@@ -162,7 +139,7 @@ def _without_lines(contrast: np.ndarray, faintest: float) -> np.ndarray:
     """The ink float32 (h, w) without level lines of ruled paper. Where strokes cross a line, they stay whole."""
     mask = _mask(contrast, faintest)
     width = mask.shape[1]
-    found = cv2.HoughLines(mask, 1, np.pi / 360, round(COVERED * width), min_theta=1.45, max_theta=1.69)  # 7 degrees
+    found = cv2.HoughLines(mask, 1, np.pi / 360, round(0.7 * width), min_theta=1.45, max_theta=1.69)  # 7 degrees
     lines = np.zeros_like(mask)
     for rho, theta in [] if found is None else found.reshape(-1, 2).tolist():
         start, end = ((x, round((rho - x * np.cos(theta)) / np.sin(theta))) for x in (0, width))
@@ -171,7 +148,7 @@ def _without_lines(contrast: np.ndarray, faintest: float) -> np.ndarray:
     if not (lines & thin).any():
         return contrast
     strokes = contrast > 1.8 * np.median(contrast[(lines & thin) > 0])
-    upright = cv2.morphologyEx(contrast, cv2.MORPH_OPEN, np.ones((LINE, 1), np.uint8))
+    upright = cv2.morphologyEx(contrast, cv2.MORPH_OPEN, np.ones((13, 1), np.uint8))  # lines are thinner
     return np.where((lines > 0) & ~strokes, upright, contrast)
 
 

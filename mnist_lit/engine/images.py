@@ -16,7 +16,6 @@ from mnist_lit.engine.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")  # of Pillow's others, EPS starts a program
-MAX_PIXELS = 100_000_000  # of one image; more is a bomb
 
 Size = tuple[int, int]  # height, width
 File = str | os.PathLike[str] | IO[bytes]
@@ -31,19 +30,16 @@ def open_image(file: File) -> Iterator[Image.Image]:
     Raises:
         UserError: if it cannot be read as an image, then or within the context.
     """
-    path = os.fspath(file) if isinstance(file, (str, os.PathLike)) else ""
+    path = f"{file}: " if isinstance(file, (str, os.PathLike)) else ""
     try:
-        if path and not os.path.isfile(path):
+        if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
             raise ValueError("a device, a pipe, or a link to nothing")
         with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             yield image
+    except Image.UnidentifiedImageError as error:  # which would name an object in memory
+        raise UserError(f"{path}not a readable image") from error
     except Exception as error:  # a damaged file can make Pillow's decoders raise just about anything
-        # Pillow would name an object in memory.
-        unknown = "cannot identify image file" if isinstance(error, Image.UnidentifiedImageError) else ""
-        reason = f"not a readable image ({unknown or error or type(error).__name__})"
-        raise UserError(f"{path}: {reason}" if path else reason) from error
+        raise UserError(f"{path}not a readable image ({error or type(error).__name__})") from error
 
 
 def read_image(file: File, channels: int, size: Size | None = None) -> np.ndarray:
@@ -56,9 +52,6 @@ def read_image(file: File, channels: int, size: Size | None = None) -> np.ndarra
 
     Returns:
         uint8 (C, H, W). Transparent pixels are white.
-
-    Raises:
-        UserError: if it cannot be read as an image.
     """
     with open_image(file) as opened:
         if size and opened.format == "JPEG":
@@ -84,29 +77,30 @@ def read_picture(file: File, channels: int, size: Size | None, fit: Fit | None) 
     return fit(read_image(file, channels)) if fit else (read_image(file, channels, size), "")
 
 
-def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
+def find_images(patterns: Iterable[str]) -> list[Path]:
     """Find image files by file, folder or pattern such as ``digits/*.png``, sorted within each.
 
     A folder stands for all images in it and in its subfolders. What exists is taken literally, whatever characters are
     in its name. Names that start with a dot are ignored.
 
-    Returns:
-        the images, and the files of folders that were passed over because they have another suffix.
-
     Raises:
         UserError: naming the pattern that matches nothing.
     """
     found: list[Path] = []
-    passed_over: list[Path] = []
     for pattern in patterns:
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        files = [Path(match) for match in matches if not Path(match).is_dir()]
-        for folder in filter(os.path.isdir, matches):
-            inside = sorted(path for path in Path(folder).rglob("*") if not path.is_dir())
-            inside = [path for path in inside if not any(part[0] == "." for part in path.relative_to(folder).parts)]
-            files += [path for path in inside if path.suffix.lower() in SUFFIXES]
-            passed_over += [path for path in inside if path.suffix.lower() not in SUFFIXES]
+        files: list[Path] = []
+        for match in [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True)):
+            files += map(Path, images_in(match) if os.path.isdir(match) else [match])
         if not files:
             raise UserError(f"--data.images={pattern}: no such image; expected a file, a folder or a pattern of files")
         found += files
-    return list(dict.fromkeys(found)), list(dict.fromkeys(passed_over))
+    return list(dict.fromkeys(found))
+
+
+def images_in(folder: str | Path) -> list[str]:
+    """All image files below a folder, sorted by path. Links to other folders are not followed: they may be circles."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [os.path.join(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
+    return sorted(found)

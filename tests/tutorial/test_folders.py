@@ -67,14 +67,14 @@ def test_classes_are_split_by_fraction_and_seed(tmp_path: Path, limit: float) ->
     assert counts == {"train": [42] * 3, "valid": [12] * 3, "test": [6] * 3}
     assert one.digest == same.digest != other.digest
     first, second, third = (
-        [image.numpy().tobytes() for data in m.source.datasets.values() for image, _ in data]
+        [data[index][0].numpy().tobytes() for data in m.source.datasets.values() for index in range(len(data))]
         for m in (one, same, other)
     )
     assert first == second != third
     assert sorted(first) == sorted(read_image(path, 3).tobytes() for path in root.rglob("*.*")) == sorted(third)
 
 
-@pytest.mark.parametrize("valid", ["valid", "val", "Validation", None])
+@pytest.mark.parametrize("valid", ["valid", "Validation", None])
 def test_folders_of_splits_are_kept(tmp_path: Path, valid: str | None) -> None:
     """Where there is no folder to validate on, that is chosen from the training images; the test images stay."""
     for split, n in (("train", 20), (valid, 10), ("test", 5)):
@@ -84,12 +84,6 @@ def test_folders_of_splits_are_kept(tmp_path: Path, valid: str | None) -> None:
     expected = {"train": 60 if valid else 54, "valid": 30 if valid else 6, "test": 15}
     assert {split: len(paths) for split, (paths, _) in splits.items()} == expected
     assert all(b"/test/" in path for path in splits["test"][0])
-
-
-def unknown_class(root: Path) -> None:
-    for split in ("train", "test"):
-        make_pets(root / split, 3, (20, 20))
-    (root / "test" / "red disc").rename(root / "test" / "purple")
 
 
 def one_class(root: Path) -> None:
@@ -102,22 +96,19 @@ def with_pets(change: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda root: change(make_pets(root, 4, (20, 20)) / "red disc")
 
 
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 MISTAKES = {
     "nothing": (lambda root: None, "no such dataset"),
     "a pipe": (os.mkfifo, "no such dataset; .* and no device or pipe"),
-    "an empty folder": (lambda root: (root / "cats").mkdir(parents=True), "no images .* in folders of their own"),
-    "another class": (unknown_class, "test: purple is not a class of .*train"),
+    "an empty folder": (lambda root: (root / "cats").mkdir(parents=True), "no images in folders of their own"),
     "one class": (one_class, "has one class, expected two"),
     "several sizes": (lambda root: make_pets(root, 4), "images of 12 sizes, .*choose one with --data.image_size"),
-    "a text": (with_pets(lambda pets: (pets / "1.png").write_text("no")), r"1\.png: not a readable image"),
     "half an image": (with_pets(lambda pets: half(pets / "0000.png")), r"0000\.png: not a readable image"),
-    "a pipe as an image": (with_pets(lambda pets: os.mkfifo(pets / "1.png")), r"1\.png: .*\(a device, a pipe, or"),
     "a device as an image": (with_pets(lambda pets: (pets / "1.png").symlink_to("/dev/zero")), "a link to nothing"),
 }
-
-
-def half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -125,24 +116,23 @@ def test_what_cannot_be_used_is_named_at_once(tmp_path: Path, case: str) -> None
     make, message = MISTAKES[case]
     make(tmp_path / "pets")
     with pytest.raises(UserError, match=message):
-        ImageDataModule(str(tmp_path / "pets"), data_dir=str(tmp_path / "data")).prepare_data()
+        opened(tmp_path / "pets", tmp_path / "data")
 
 
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-def test_one_size_decodes_exactly_and_grey_stays_grey(tmp_path: Path) -> None:
+def test_grey_stays_grey_and_links_are_no_circles(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 30), dtype=np.uint8)
     for index, image in enumerate(pixels):
         path = tmp_path / "grey" / "ab"[index % 2] / f"{index:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    (tmp_path / "grey" / "a" / "circle").symlink_to(tmp_path / "grey")  # not followed
-    for limit in (2.0, 1e-9):
-        data = opened(tmp_path / "grey", tmp_path / "data", memory_limit=limit)
-        assert (data.channels, data.num_pixels) == (1, 600)
-        found = [part[index][0] for part in data.source.datasets.values() for index in range(len(part))]
-        assert sorted(image.numpy().tobytes() for image in found) == sorted(image.tobytes() for image in pixels)
+    (tmp_path / "grey" / "a" / "circle").symlink_to(tmp_path / "grey")
+    data = opened(tmp_path / "grey", tmp_path / "data")
+    assert (data.channels, data.num_pixels) == (1, 600)
+    found = [image.numpy().tobytes() for images, _ in data.source.splits.values() for image in images]
+    assert sorted(found) == sorted(image.tobytes() for image in pixels)
     assert opened(tmp_path / "grey", tmp_path / "data", channels=3).channels == 3
 
 
@@ -168,21 +158,19 @@ def test_every_mode_becomes_what_a_viewer_shows(tmp_path: Path) -> None:
     assert read_image(tmp_path / "rgb.png", 3, (8, 8)).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_image_that_breaks_off_is_named_where_files_are_read(cli: Run, tmp_path: Path, workers: int) -> None:
-    folder = make_pets(tmp_path / "pets", 6, (32, 32))
-    whole = (folder / "red disc" / "0000.png").read_bytes()
-    for path in (folder / "red disc").iterdir():
-        path.unlink()
-        path.with_suffix(".png").write_bytes(whole[: len(whole) // 2])
-    lazy = ("--data.memory_limit=1e-9", f"--data.num_workers={workers}")
+def test_image_that_breaks_off_is_named_by_a_worker(cli: Run, tmp_path: Path) -> None:
+    folder = make_pets(tmp_path / "pets", 6, (32, 32)) / "red disc"
+    half(folder / "0000.png")
+    for path in folder.iterdir():
+        path.with_suffix(".png").write_bytes((folder / "0000.png").read_bytes())
+    lazy = ("--data.memory_limit=1e-9", "--data.num_workers=2")
     assert_one_message(cli(*FIT, *lazy, ok=False), "red disc/000", ".png: not a readable image")
 
 
 def test_fast_copy_follows_names_sizes_and_times(tmp_path: Path) -> None:
     folder, data = make_pets(tmp_path / "pets", 6, (20, 20)), tmp_path / "data"
     before = opened(folder, data).digest
-    (copy,) = (path for path in (data / "copies").glob("*.pt") if ".form." not in path.name)
+    (copy,) = (data / "copies").glob("*.pt")
     made = copy.stat().st_mtime_ns
     assert opened(folder, data).digest == before
     assert copy.stat().st_mtime_ns == made
@@ -227,31 +215,12 @@ def test_colour_from_training_to_prediction(cli: Run, tmp_path: Path) -> None:
     folder.mkdir()
     for name in (b"[d].png", b"a\xff.png", b".hidden.png", b"notes.txt"):
         shutil.copy(tmp_path / "pets" / "blue bar" / "0000.png", os.path.join(os.fsencode(folder), name))
-    shutil.copy(tmp_path / "pets" / "blue bar" / "0000.png", tmp_path / "*.png")
-    images = ("some [1]", "*.png", "pets/blue bar/0001.jpg", "pets/green*/*.bmp")
-    done = cli("predict", "--ckpt_path", BEST, "--data.images", *images)
-    assert "passed over, by their names no images: some [1]/notes.txt" in done.stderr
+    done = cli("predict", "--ckpt_path", BEST, "--data.images", "some [1]", "pets/blue bar/0001.jpg", "pets/g*/*.bmp")
     rows = predictions(tmp_path / "lightning_logs" / "version_2")
-    assert [row["file"] for row in rows[:4]] == [
-        "some [1]/[d].png",
-        "some [1]/a\\xff.png",
-        "*.png",
-        "pets/blue bar/0001.jpg",
-    ]
+    first = ["some [1]/[d].png", "some [1]/a\\xff.png", "pets/blue bar/0001.jpg", "pets/green box/0002.bmp"]
+    assert [row["file"] for row in rows[:4]] == first
     assert list(rows[0]) == ["file", "class", "confidence", "warning", *(f"p_{name}" for name in CLASSES)]
     assert "accuracy" not in done.stdout  # not every folder is named like a class
-    assert_one_message(cli("predict", "--ckpt_path", BEST, "--data.images", os.fsdecode(b"a\xff.png"), ok=False))
-
-
-@pytest.mark.slow
-def test_two_processes_print_the_accuracy_of_their_own_files(cli: Run, tmp_path: Path) -> None:
-    make_pets(tmp_path / "pets", 12, (32, 32))
-    cli(*FIT, "--trainer.max_epochs=1", "--data.valid_fraction=0.3")
-    two = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
-    done = cli("predict", "--ckpt_path", BEST, "--data.images=pets", *two, fork=False)
-    rows = predictions(tmp_path / "lightning_logs" / "version_1")
-    right = sum(Path(row["file"]).parent.name == row["class"] for row in rows)
-    assert f"Right: {right} of {len(rows)}," in done.stdout
 
 
 PETS = ("--data.dataset=pets", "--data.image_size=32", "--data.batch_size=16")
@@ -292,14 +261,11 @@ def test_resumed_run_equals_the_whole_one(cli: Run, small: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_normalization_is_part_of_prediction_and_export(cli: Run, small: Path, tmp_path: Path) -> None:
-    normal = ("--data.mean=[0.2]", "--data.std=[0.3]")
+def test_normalization_is_part_of_prediction(cli: Run, small: Path, tmp_path: Path) -> None:
     config = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.max_epochs=1")
-    cli("fit", *config, *normal)
+    cli("fit", *config, "--data.mean=[0.2]", "--data.std=[0.3]")
     tables = []
-    for version, options in ((1, ()), (2, normal)):  # the checkpoint knows
+    for options in ((), ("--data.mean=[0.2]", "--data.std=[0.3]"), ("--data.mean=[0.0]", "--data.std=[1.0]")):
         cli("predict", *config, *options, "--ckpt_path", BEST)
-        tables.append((tmp_path / "lightning_logs" / f"version_{version}" / "predictions.csv").read_text())
-    assert tables[0] == tables[1]
-    cli("predict", *config, "--data.mean=[0.0]", "--data.std=[1.0]", "--ckpt_path", BEST)
-    assert (tmp_path / "lightning_logs" / "version_3" / "predictions.csv").read_text() != tables[0]
+        tables.append((tmp_path / "lightning_logs" / f"version_{len(tables) + 1}" / "predictions.csv").read_text())
+    assert tables[0] == tables[1] != tables[2]  # the checkpoint knows

@@ -1,10 +1,8 @@
-"""Dataset files, read without trusting them: no code runs out of a file, and memory is bounded."""
+"""Dataset files, read without trusting them, and their fast copies."""
 
 from __future__ import annotations
 
 import gzip
-import math
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,20 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnist_lit.engine.data import idx
 from mnist_lit.engine.data.arrays import Pair
+from mnist_lit.engine.data.sources import Source
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.storage import atomic_save, locked_directory
 
-MAX_DECODED_BYTES = 4 * 2**30
-
 
 def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None = None) -> Mapping[str, Pair]:
-    """Read a dataset file, or the folder of one. Its kind is told by its content.
+    """Read a dataset file. No code runs out of it.
 
     Args:
-        path: an ``.npz`` with ``x_train, y_train`` and optionally ``x_valid, y_valid, x_test, y_test`` (Keras' has no
-            ``valid``); or MNIST's four IDX files, by the first of them or by their folder (torchvision's).
+        path: an ``.npz`` with ``x_train, y_train`` and optionally ``x_valid, y_valid, x_test, y_test``, as Keras' has.
         other: makes the same out of the bytes of any other file, gzipped or not.
 
     Returns:
@@ -39,15 +34,12 @@ def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None
         >>> x, y = read_dataset(Path("leaves.npz"))["train"]
     """
     try:
-        if found := idx.find_idx(path):
-            if len(found) > 1:
-                raise ValueError(f"several datasets, choose one: {', '.join(map(str, found))}")
-            return idx.read_idx(found[0], read_bytes)
         if zipfile.is_zipfile(path):
             return _read_npz(path)
         if other is None:
-            raise ValueError("neither an .npz nor an IDX file")
-        return other(read_bytes(path))
+            raise ValueError("not an .npz")
+        content = path.read_bytes()
+        return other(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
     except Exception as error:  # hostile bytes can make gzip, zipfile and pickle raise just about anything
         raise UserError(
             f"{path}: damaged, or not a dataset ({error or type(error).__name__}); "
@@ -56,67 +48,35 @@ def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None
 
 
 def _read_npz(path: Path) -> dict[str, Pair]:
-    with zipfile.ZipFile(path) as archive:
-        check_size(sum(member.file_size for member in archive.infolist()))
-        for name in archive.namelist():  # numpy allocates what the header says before it reads
-            with archive.open(name) as file:
-                read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
-                check_size(math.prod(shape) * dtype.itemsize)
     with np.load(path, allow_pickle=False) as arrays:
-        splits = [s for s in ("train", "valid", "test") if f"x_{s}" in arrays or f"y_{s}" in arrays or s == "train"]
-        expected = [f"{axis}_{name}" for name in splits for axis in "xy"]
+        splits = [split for split in ("train", "valid", "test") if split == "train" or f"x_{split}" in arrays]
+        expected = [f"{axis}_{split}" for split in splits for axis in "xy"]
         if set(arrays) != set(expected):
             raise ValueError(f"arrays {sorted(expected)} expected, found {sorted(arrays)}")
-        return {name: (arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in splits}
+        return {split: (arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in splits}
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a file, decompressed if it is gzipped.
-
-    Raises:
-        ValueError: if it is too large.
-    """
-    with path.open("rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if zipped else path.open("rb") as file:
-        content = file.read(MAX_DECODED_BYTES + 1)
-    check_size(len(content))
-    return content
-
-
-def check_size(size: int) -> None:
-    """Refuse what would take too much memory."""
-    if size > MAX_DECODED_BYTES:
-        raise ValueError(f"it decodes to more than {MAX_DECODED_BYTES:,} bytes")
-
-
-def cached(copy: Path, source: str, make: Callable[[], Any]) -> Any:
-    """Open what was made of a dataset, and make it first if it is not there.
+def cached(copy: Path, fingerprint: str, make: Callable[[], Source]) -> Source:
+    """Open the fast copy of a dataset, and make it first if it is not there.
 
     Args:
         copy: a file of tensors that opens in milliseconds, memory-mapped, so that processes share it.
-        source: identifies what it was made of; a copy of anything else is replaced.
-        make: returns tensors and plain values in tuples, lists and dicts.
+        fingerprint: identifies what it is made of; a copy of anything else is replaced.
+        make: reads the dataset.
     """
-    found = _load(copy, source)
-    if found is None:
+    content = _load(copy, fingerprint)
+    if content is None:
         with locked_directory(copy.parent):
-            found = _load(copy, source)  # another process may have made it in the meantime
-            if found is None:
-                atomic_save({"source": source, "content": make()}, copy)
-                found = _load(copy, source)
-    if found is None:
-        raise UserError(f"{copy} was written and cannot be read back; check the disk")
-    return found["content"]
+            content = _load(copy, fingerprint)  # another process may have made it in the meantime
+            if content is None:
+                atomic_save({"source": fingerprint, "content": tuple(make())}, copy)  # plain, so that it loads safely
+                content = _load(copy, fingerprint)
+    return Source(*content)
 
 
-def _load(copy: Path, source: str) -> dict[str, Any] | None:
-    if not copy.exists():
-        return None
+def _load(copy: Path, fingerprint: str) -> Any:
     try:
         saved = torch.load(copy, mmap=True, weights_only=True)
-        return saved if saved["source"] == source else None
-    except Exception as error:  # a damaged file can make torch.load raise just about anything
-        warnings.warn(f"{copy} is damaged and will be made again: {error}", stacklevel=2)
+        return saved["content"] if saved["source"] == fingerprint else None
+    except Exception:  # there is none, or a damaged one, which can make torch.load raise just about anything
         return None

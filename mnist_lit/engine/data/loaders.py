@@ -76,8 +76,7 @@ def train_dataloader(
         num_workers: of the loader.
 
     Returns:
-        a loader of batches. For a model with ``steps_per_execution`` each holds the batches of that many
-        steps.
+        a loader of batches; for a model with ``steps_per_execution`` each holds those of that many steps.
     """
     # For one process, too: its order depends on seed and epoch alone, which Lightning sets.
     world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)

@@ -12,43 +12,36 @@ from typing import Any
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mnist_lit.engine.data import idx
-from mnist_lit.engine.data.arrays import Arrays, Pair, Task, make_arrays
-from mnist_lit.engine.data.files import read_dataset
-from mnist_lit.engine.data.folders import Format
+from mnist_lit.engine.data.arrays import Pair, make_arrays
+from mnist_lit.engine.data.files import cached, read_dataset
+from mnist_lit.engine.data.folders import open_folder
 from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
-from mnist_lit.engine.data.sources import Source, file_fingerprint, open_arrays, open_folder
+from mnist_lit.engine.data.sources import Source, Task
 from mnist_lit.engine.errors import UserError, explain_damage
 from mnist_lit.engine.images import Fit, find_images, read_picture
 from mnist_lit.engine.outputs import class_names
-from mnist_lit.engine.storage import printable
 from mnist_lit.engine.threads import available_cpus
 
 Batch = tuple[Tensor, Tensor]
-OTHER_DTYPES = "bf16-true", "16-true", "64-true"  # Lightning's precisions of a model that is not in float32
-RANGES = (0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)  # that float images usually have
 
 
 class ImageDataModule(LightningDataModule):
     """Images and their targets from arrays in a file, or from a folder of image files.
 
-    Batches leave the loaders as images (B, C, H, W) in their own dtype, uint8 where they are bytes, and targets. They
-    reach the model as float32 images, bytes in 0..1, and the same targets.
-
-    Subclass it for arrays of another kind, and override ``read``.
+    The loaders give images (B, C, H, W) in their own dtype, uint8 where they are bytes, and targets; the model gets
+    float32 images, bytes in 0..1. Subclass it for arrays of another kind, and override ``read``.
 
     Args:
         dataset: path of a dataset file (see ``read_dataset``), or of a folder with a folder of images for each class,
             or with ``train``, ``valid`` and ``test`` above them.
         data_dir: folder of the fast copies.
         batch_size: training images per step and device; evaluation takes twice as many.
-        num_workers: processes that load batches; by default none for data in memory, which is fastest, and one for
-            each processor for images that are read from files.
+        num_workers: processes that load batches; by default one per processor where images are read from files.
         image_size: height and width to which image files are scaled and cut, or one number for both.
         channels: 1 for grey, 3 for colour; by default that of the images.
         valid_fraction: of each class, for a folder without ``valid``.
@@ -57,13 +50,11 @@ class ImageDataModule(LightningDataModule):
         folds: number of folds of the training and validation images for cross-validation.
         fold: the one to validate on, from 0; the others are trained on.
         memory_limit: GiB of decoded images; those of a larger folder are read from their files in every epoch.
-        train_transform: images float32 (B, C, H, W) on the device to images, for training only. What it draws at
-            random from torch follows from seed, epoch and batch alone.
-        mix: such images and one-hot classes (B, K) to the same, for training only, such as ``MixUp`` of torchvision.
+        train_transform: training images float32 (B, C, H, W) on the device to images.
+        mix: training images and one-hot classes (B, K) to the same, such as ``MixUp`` of torchvision.
         mean: of each channel, subtracted from the images; for training, prediction and export.
         std: of each channel, by which they are divided after that.
-        pixel_range: lowest and highest value of float images, to which image files to predict are brought; by default
-            that of the training images.
+        pixel_range: lowest and highest value of float images, to which image files to predict are brought.
         task: what the targets are; by default as they are found.
         num_classes: number of outputs of the model; by default that of the classes, labels or values.
         class_names: names of the classes; by default those of the folders or the targets.
@@ -72,19 +63,15 @@ class ImageDataModule(LightningDataModule):
 
     Example:
         >>> class LeafData(ImageDataModule):
-        ...     def __init__(self, dataset: str = "leaves.mat", **options: Any) -> None:
-        ...         super().__init__(dataset, **options)
-        ...
         ...     def read(self, path: Path | str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         ...         leaves = scipy.io.loadmat(path)
         ...         return {"train": (leaves["images"], leaves["species"])}
     """
 
     # Options that a command takes from its checkpoint, unless they are given.
-    from_checkpoint: tuple[str, ...] = tuple(
-        "task num_classes class_names image_size channels mean std pixel_range".split()
+    from_checkpoint: tuple[str, ...] = (
+        *("task", "num_classes", "class_names", "image_size", "channels", "mean", "std", "pixel_range"),
     )
-
     source: Source
 
     def __init__(
@@ -117,12 +104,13 @@ class ImageDataModule(LightningDataModule):
         # Plain numbers: jsonargparse's types would not load safely from a checkpoint.
         self.batch_size, self.num_workers = int(batch_size), num_workers and int(num_workers)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (0, 0)
-        self.form = Format(channels and int(channels), (int(height), int(width)) if height else None)
+        self.image_size = (int(height), int(width)) if height else None
         self.held_out, self.memory_limit = (valid_fraction, test_fraction, split_seed), memory_limit
         self.folds, self.fold = int(folds), int(fold)
         self.train_transform, self.mix, self.mean, self.std = train_transform, mix, mean, std
         self.pixel_range, self.class_names = pixel_range, class_names
         self._task, self._num_classes = task, num_classes and int(num_classes)
+        self._channels = channels and int(channels)
         self.images = [images] if isinstance(images, str) else images or []
         self.files: list[Path] = []  # that are predicted, in order
         self.warnings: list[str] = []  # of each of them, "" if there is none
@@ -131,15 +119,13 @@ class ImageDataModule(LightningDataModule):
         self.dataset_used = self.digest = ""
         self.seed = torch.initial_seed()
 
-    # ------------------------------------------------------------------------------------------- for subclasses
-
     def find(self) -> tuple[str, Path | str]:
         """Name the dataset and its file or folder; or a version of what ``read`` makes without a file."""
         return self.dataset, Path(self.dataset)
 
     def read(self, path: Path | str) -> Mapping[str, Pair]:
-        """Read what ``find`` has found into numpy arrays, images and targets of ``train`` and maybe ``valid`` and
-        ``test``, of any form that ``engine/data/README.md`` lists. A fast copy is kept until the file changes.
+        """Read numpy arrays, images and targets of ``train`` and maybe ``valid`` and ``test``, from what ``find``
+        names, in any form that ``engine/data/README.md`` lists.
         """
         return read_dataset(Path(path))
 
@@ -155,84 +141,68 @@ class ImageDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Once per node: whatever takes time, so that ``setup`` finds it on disk."""
-        if not self.predicts_files and not self.dataset_used:
+        if not self.predicts_files:
             self._open()
 
     def setup(self, stage: str) -> None:
         """In every process: open the dataset that ``prepare_data`` left on disk, or read ``images``."""
         if self.predicts_files:
             self._read_files()
-        elif not self.dataset_used:
+        else:
             self._open()
 
     def _open(self) -> None:
+        if self.dataset_used:
+            return
         name, place = self.find()
+        source = self._numbered(self._found(name, place), name)
+        if self.folds > 1:
+            source = source.fold(self.fold, self.folds, self.held_out[2])
+        images, _ = source.splits["train"]
+        if isinstance(images, Tensor) and images.is_floating_point():
+            low, high = images.min().item(), images.max().item()
+            usual = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (low, high))
+            self.pixel_range = self.pixel_range or next(r for r in usual if r[0] <= low and high <= r[1])
+            rank_zero_info(f"{name}: float images from {low:.4g} to {high:.4g}; --data.mean and --data.std change that")
+        self.source, self.dataset_used, self.digest = source, name, source.digest
+        known = {option: getattr(self, option) for option in ("class_names", "mean", "std", "pixel_range")}
+        channels, *size = source.shape
+        self.save_hyperparameters({"dataset_used": name, "channels": channels, "image_size": size, **known})
+
+    def _found(self, name: str, place: Path | str) -> Source:
         path = place.resolve() if isinstance(place, Path) else place
         key = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
         copy = self.data_dir / "copies" / f"{Path(name).name}-{key}.pt"
+        if isinstance(path, str):  # its content may differ by a rounding between machines
+            return cached(copy, path, lambda: make_arrays(self.read(path)))._replace(digest=path)
+        if path.is_dir():
+            return open_folder(path, copy, self._channels, self.image_size, self.held_out, self.memory_limit)
+        if not path.is_file():
+            raise UserError(f"{path}: no such dataset; expected a file or a folder, and no device or pipe")
+        status = path.stat()
+        return cached(copy, f"{path} {status.st_size} {status.st_mtime_ns}", lambda: make_arrays(self.read(path)))
 
-        def make() -> Arrays:
-            try:
-                return make_arrays(self.read(path))
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from error
-
-        if isinstance(path, str):
-            # Its content may differ by a rounding from machine to machine.
-            source = open_arrays(copy, path, make)._replace(digest=path)
-        elif path.is_dir() and not idx.find_idx(path):
-            source = open_folder(path, copy, self.form, self.held_out, self.memory_limit)
-        else:
-            source = open_arrays(copy, file_fingerprint(path), make)
-        if self.folds > 1:
-            if self.fold >= self.folds:
-                raise UserError(f"--data.fold={self.fold}: folds count from 0 to {self.folds - 1}")
-            source = source.fold(self.fold, self.folds, self.held_out[2])
-        self.source = self._fitted_to_model(source, name)
-        self.dataset_used, self.digest = name, source.digest
-        images, _ = source.splits["train"]
-        if isinstance(images, Tensor) and images.is_floating_point():
-            self._describe_floats(images)
-        known = {option: getattr(self, option) for option in ("class_names", "mean", "std", "pixel_range")}
-        channels, size = source.form
-        self.save_hyperparameters({"dataset_used": name, "channels": channels, "image_size": list(size), **known})
-
-    def _fitted_to_model(self, source: Source, name: str) -> Source:
-        """Refuse a dataset that the model cannot take; number its classes as the model does."""
+    def _numbered(self, source: Source, name: str) -> Source:
+        """Number the classes as the model does, and refuse a dataset that it cannot take."""
         if self._task not in (None, source.task):
             raise UserError(f"{name} has targets for {source.task}, the model is for {self._task}")
-        if self.form.channels not in (None, source.form.channels):
-            raise UserError(
-                f"{name} has images of {source.form.channels} channels, the model takes {self.form.channels}"
-            )
+        if self._channels not in (None, source.shape[0]):
+            raise UserError(f"{name} has images of {source.shape[0]} channels, the model takes {self._channels}")
+        found, wanted = source.num_classes, self._num_classes or len(self.class_names or ())
         if source.task == "multiclass":
-            ours = source.class_names or list(map(str, range(source.num_classes)))
-            names = self.class_names or list(map(str, range(self._num_classes or 0)))
-            if set(ours) <= set(names):
+            ours = set(source.class_names or map(str, range(found)))
+            names = self.class_names or list(map(str, range(wanted)))
+            if ours <= set(names):
                 source = source.numbered(names)
-            elif unknown := set(ours) & set(names) and set(ours) - set(names):
-                raise UserError(f"{name} has the class {min(unknown)}, which is not one of {', '.join(names)}")
-            elif self.class_names and len(names) < len(ours):
-                raise UserError(f"{name} has {len(ours)} classes, --data.class_names has {len(names)} names")
+            elif ours & set(names):
+                unknown = min(ours - set(names))
+                raise UserError(f"{name} has the class {unknown}, which is not one of {', '.join(names)}")
             self.class_names = self.class_names or source.class_names
-        found, wanted = source.num_classes, self._num_classes
-        if wanted is not None and found > wanted:
+            if max(found, wanted) < 2:
+                raise UserError(f"{name} has one class, expected two at least")
+        if wanted and found > wanted:
             raise UserError(f"{name} has {found} classes, but the model has {wanted} outputs")
-        if source.task == "multiclass" and max(found, wanted or 0) < 2:
-            raise UserError(f"{name} has one class, expected two at least")
         return source
-
-    def _describe_floats(self, images: Tensor) -> None:
-        low, high = images.min().item(), images.max().item()
-        if self.pixel_range is None:
-            self.pixel_range = next((r for r in RANGES if r[0] <= low and high <= r[1]), (low, high))
-        if self.mean is None:
-            both = torch.std_mean(images.float(), (0, 2, 3))
-            std, mean = (",".join(f"{value:.4g}" for value in values.tolist()) for values in both)
-            rank_zero_info(
-                f"{self.dataset_used}: {str(images.dtype)[6:]} images from {low:.4g} to {high:.4g}, taken as they are; "
-                f"--data.mean=[{mean}] --data.std=[{std}] would normalize them"
-            )
 
     # What the model takes from the data on the command line. Each opens the dataset unless it was given.
 
@@ -249,23 +219,27 @@ class ImageDataModule(LightningDataModule):
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        return (self.form if self.images else self._opened.form).channels or 1
+        return self._shape[0]
 
     @property
     def num_pixels(self) -> int:
         """C * H * W of the images."""
-        return self.channels * math.prod((self.form if self.images else self._opened.form).size or (0,))
-
-    @property
-    def _opened(self) -> Source:
-        self.prepare_data()
-        return self.source
+        return math.prod(self._shape)
 
     @property
     def class_weights(self) -> Tensor:
         """Weight of each class (K,), inversely proportional to its share of the training images."""
         _, targets = self.source.splits["train"]
         return len(targets) / (self.num_classes * targets.bincount(minlength=self.num_classes).clamp(min=1))
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (self._channels or 1, *(self.image_size or (0, 0))) if self.images else self._opened.shape
+
+    @property
+    def _opened(self) -> Source:
+        self.prepare_data()
+        return self.source
 
     # ------------------------------------------------------------------------------------------- image files
 
@@ -275,16 +249,13 @@ class ImageDataModule(LightningDataModule):
         return bool(self.images) and self.trainer is not None and self.trainer.state.fn == "predict"
 
     def _read_files(self) -> None:
-        paths, passed_over = find_images(self.images)
-        if passed_over:
-            rank_zero_warn(f"passed over, by their names no images: {', '.join(map(printable, passed_over))}")
-        fit = self.fit_pictures()
-        if fit is None and (self.form.channels not in (1, 3) or not self.form.size):
+        paths, fit = find_images(self.images), self.fit_pictures()
+        if fit is None and (self._channels not in (1, 3) or not self.image_size):
             raise UserError("--data.images: image files need a --ckpt_path of a model for grey or colour images")
         pictures, self.files, self.warnings, self.broken = [], [], [], {}
         for path in track(paths, "Reading images", disable=len(paths) < 100, transient=True):
             try:
-                picture, warning = read_picture(path, self.form.channels or 1, self.form.size, fit)
+                picture, warning = read_picture(path, self.channels, self.image_size, fit)
             except UserError as error:
                 self.broken[path] = str(error).removeprefix(f"{path}: ")
                 continue
@@ -310,19 +281,21 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Validation batches."""
-        return self._eval_dataloader(self._split("valid"), self.trainer)
+        return self._eval_dataloader("valid", self.trainer)
 
     def test_dataloader(self) -> DataLoader:
         """Test batches."""
-        return self._eval_dataloader(self._split("test"), self.trainer)
+        return self._eval_dataloader("test", self.trainer)
 
     def predict_dataloader(self) -> DataLoader:
         """``images``, or else the test split."""
-        data = self.pictures if self.predicts_files else self._split("test")
         # Lightning shares the samples of a prediction, because it has to know their indices.
-        return self._eval_dataloader(data, None)
+        return self._eval_dataloader("test", None)
 
-    def _eval_dataloader(self, data: Dataset, trainer: Any) -> DataLoader:
+    def _eval_dataloader(self, split: str, trainer: Any) -> DataLoader:
+        data: Any = self.pictures if self.predicts_files else self.source.datasets[split]
+        if not len(data):
+            raise UserError(f"{self.dataset_used}: no {split} split, such as arrays x_{split} and y_{split}")
         # Twice the batch size, as in the tutorial: without gradients there is room for it.
         return eval_dataloader(data, 2 * self.batch_size, trainer=trainer, num_workers=self._workers(data))
 
@@ -332,18 +305,8 @@ class ImageDataModule(LightningDataModule):
         processes = self.trainer.num_devices if self.trainer else 1
         return 0 if isinstance(data, BatchTensorDataset) else available_cpus(processes)
 
-    def _split(self, name: str) -> Dataset:
-        if not len(self.source.splits[name][1]):
-            raise UserError(
-                f"{self.dataset_used}: no {name} split, expected arrays x_{name} and y_{name}, or a folder {name}"
-            )
-        return self.source.datasets[name]
-
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Preprocess, augment and normalize on the device, so that bytes are copied there and not floats.
-
-        The images become float32 (B, C, H, W), or of the model's dtype with ``trainer.precision=bf16-true`` and such.
-        """
+        """Preprocess, augment and normalize on the device, so that bytes are copied there and not floats."""
         (images, target), pixel_range = batch, self.pixel_range if batch[0].dtype == torch.uint8 else None
         images = self.preprocess(images)
         if pixel_range:  # an image file, and a model that was trained on floats
@@ -358,9 +321,8 @@ class ImageDataModule(LightningDataModule):
             images = images - images.new_tensor(self.mean).view(-1, 1, 1)
         if self.std is not None:
             images = images / images.new_tensor(self.std).view(-1, 1, 1)
-        if self.trainer is not None and self.trainer.precision in OTHER_DTYPES:
-            images, target = self.trainer.precision_plugin.convert_input((images, target))
-        return images, target
+        # With precision=bf16-true and such, images have the model's dtype.
+        return self.trainer.precision_plugin.convert_input((images, target)) if self.trainer else (images, target)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

@@ -1,31 +1,35 @@
-"""An open dataset: from its fast copy, or from image files that are read as they are needed."""
+"""An open dataset: its splits, its folds, the names of its classes."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+import os
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mnist_lit.engine.data.arrays import Arrays, Splits, Task, are_classes
-from mnist_lit.engine.data.files import cached
-from mnist_lit.engine.data.folders import Format, ImageFiles, decode_folder, find_folder, find_format
 from mnist_lit.engine.data.loaders import BatchTensorDataset
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.images import read_image
+
+Splits = dict[str, tuple[Any, Tensor]]  # by "train", "valid" and "test"; one that is missing has no samples
+Task = Literal["multiclass", "multilabel", "regression"]
+Shape = tuple[int, int, int]  # channels, height, width
 
 
 class Source(NamedTuple):
-    """An open dataset."""
+    """An open dataset.
+
+    Images are (n, C, H, W), uint8 where they are bytes, else floats; or paths of image files as bytes (n,). Targets
+    are, by ``task``: classes from 0, int64 (n,) or masks (n, H, W); several labels, float32 (n, K) of 0 and 1; or
+    values to regress on, float32 (n,) or (n, K).
+    """
 
     digest: str  # identifies its content
-    splits: Splits  # images (n, C, H, W) or paths of image files (n,), and targets as in Arrays
-    form: Format  # channels, height and width of the images
+    splits: Splits
+    shape: Shape  # of the images
     task: Task = "multiclass"
     class_names: list[str] | None = None  # of classes that are not 0, 1, ...
 
@@ -33,7 +37,7 @@ class Source(NamedTuple):
     def datasets(self) -> dict[str, Dataset]:
         """The splits as ``BatchTensorDataset``, or as ``ImageFiles``."""
         return {
-            split: BatchTensorDataset(x, y) if isinstance(x, Tensor) else ImageFiles(x, y, self.form)
+            split: BatchTensorDataset(x, y) if isinstance(x, Tensor) else ImageFiles(x, y, self.shape)
             for split, (x, y) in self.splits.items()
         }
 
@@ -54,57 +58,40 @@ class Source(NamedTuple):
         """Validate on one of several folds of the training and validation images, each class evenly."""
         images, targets = zip(self.splits["train"], self.splits["valid"], strict=True)
         x, y = torch.cat(images) if isinstance(images[0], Tensor) else np.concatenate(images), torch.cat(targets)
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-        if are_classes(y):
-            order = order[y[order].argsort(stable=True)]
-        held_out = torch.zeros(len(y), dtype=torch.bool)
-        held_out[order[fold::folds]] = True
-        splits = {**self.splits, "train": (x[~held_out], y[~held_out]), "valid": (x[held_out], y[held_out])}
+        splits = {**self.splits, **split_off("valid", x, y, by_class(y, seed)[fold::folds])}
         return self._replace(splits=splits, digest=f"{self.digest} fold {fold} of {folds} by seed {seed}")
 
 
-def open_arrays(copy: Path, fingerprint: str, make: Callable[[], Arrays]) -> Source:
-    """Open a dataset in memory from its fast copy, and make the copy first if there is none of this fingerprint."""
+class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
+    """Image files, by paths as bytes (n,) and labels int64 (n,), that a data loader's workers decode."""
 
-    def content() -> tuple[str, tuple[Any, ...]]:
-        arrays = make()
-        return _content_digest(arrays.splits), tuple(arrays)  # a plain tuple, which loads safely
+    def __init__(self, paths: np.ndarray, labels: Tensor, shape: Shape) -> None:
+        self.paths, self.labels, self.shape = paths, labels, shape
 
-    digest, (splits, task, class_names) = cached(copy, fingerprint, content)
-    _, channels, height, width = splits["train"][0].shape
-    return Source(digest, splits, Format(channels, (height, width)), task, class_names)
+    def __len__(self) -> int:
+        return len(self.paths)
 
-
-def _content_digest(splits: Splits) -> str:
-    """SHA-256 over all images, then all targets, classes as uint8."""
-    digest = hashlib.sha256()
-    for split in ("train", "valid", "test"):
-        digest.update(splits[split][0].contiguous().numpy().data)
-    for split in ("train", "valid", "test"):
-        targets = splits[split][1]
-        compact = targets if targets.is_floating_point() else targets.to(torch.uint8)
-        digest.update(compact.contiguous().numpy().data)
-    return digest.hexdigest()
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image uint8 (C, H, W) and label ()."""
+        image = read_image(os.fsdecode(self.paths[index]), self.shape[0], self.shape[1:])
+        return torch.from_numpy(image), self.labels[index]
 
 
-def file_fingerprint(path: Path) -> str:
-    """Identify the content of a file, or of all files in a folder, by path, size and time of change."""
-    if not path.is_file() and not path.is_dir():
-        raise UserError(f"{path}: no such dataset; expected a file or a folder, and no device or pipe")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+def by_class(targets: Tensor, seed: int = 0) -> Tensor:
+    """A random order of the samples (n,); if each is of one class, one class after the other."""
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    classes = targets.ndim == 1 and not targets.is_floating_point()
+    return order[targets[order].argsort(stable=True)] if classes else order
 
 
-def open_folder(
-    root: Path, copy: Path, form: Format, held_out: tuple[float, float, int], memory_limit: float
-) -> Source:
-    """Open a folder of image files, which stay in their files if they would take more than ``memory_limit`` GiB."""
-    folder = find_folder(root, *held_out)
-    channels, size = cached(  # for which every file has to be looked at
-        copy.with_suffix(".form.pt"), f"{folder.fingerprint} {form}", lambda: tuple(find_format(folder, form))
-    )
-    form, digest = Format(channels, size), f"{folder.digest} {channels} {size}"
-    if len(folder.paths) * channels * math.prod(size) > memory_limit * 2**30:
-        return Source(digest, folder.splits, form, "multiclass", folder.class_names)
-    make = lambda: Arrays(decode_folder(folder, form), "multiclass", folder.class_names)  # noqa: E731
-    return open_arrays(copy, f"{folder.fingerprint} {form}", make)._replace(digest=digest)
+def split_off(split: str, x: Any, y: Tensor, chosen: Tensor) -> Splits:
+    """Split the chosen indices off the training images and their targets."""
+    held_out = torch.zeros(len(y), dtype=torch.bool)
+    held_out[chosen] = True
+    return {"train": (x[~held_out], y[~held_out]), split: (x[held_out], y[held_out])}
+
+
+def hold_out(split: str, x: Any, y: Tensor, number: int, seed: int = 0) -> Splits:
+    """Split a number of samples off the training images, chosen at random and of each class evenly."""
+    places = (torch.arange(number) + 0.5) * len(y) / max(number, 1)
+    return split_off(split, x, y, by_class(y, seed)[places.long()])
