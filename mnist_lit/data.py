@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from mnist_lit.datasets.digits import VERSION, make_digits
-from mnist_lit.datasets.mnist import ARCHIVE, URLS, DownloadError, download_mnist, read_mnist
+from mnist_lit.datasets.mnist import ARCHIVE, URLS, download_mnist, read_mnist
 from mnist_lit.datasets.pickles import read_pickle
 from mnist_lit.datasets.pictures import are_single_digits, fit_pictures
 from mnist_lit.engine import ImageDataModule, UserError, read_dataset
@@ -22,12 +22,10 @@ from mnist_lit.engine import ImageDataModule, UserError, read_dataset
 NOT_MNIST = """\
 {reason}.
 
-Instead of MNIST, this run uses the digits that come with mnist_lit: real handwriting, but only 1,797 \
-originals. Its figures say nothing about MNIST. For MNIST, do one of these and run again:
-  - put the tutorial's file at {archive}
-  - name a server that has it: --data.url=https://.../mnist.pkl.gz
-  - name a file that you have: --data.dataset=path/to/mnist.pkl.gz
-If the digits are what you want, say so with --data.dataset=digits, and this notice goes away."""
+Instead of MNIST, this run uses the digits that come with mnist_lit: real handwriting, but only 1,797 originals. Its \
+figures say nothing about MNIST. For MNIST, put the tutorial's file at {archive}, name a server that has it with \
+--data.url=https://.../mnist.pkl.gz, or a file with --data.dataset=path/to/mnist.pkl.gz. If the digits are what you \
+want, say so with --data.dataset=digits, and this notice goes away."""
 
 
 class MNISTDataModule(ImageDataModule):
@@ -61,15 +59,11 @@ class MNISTDataModule(ImageDataModule):
     def prepare_data(self) -> None:
         """Once per node: download MNIST unless it is there; where that fails, ``auto`` falls back to the digits."""
         needed = self.dataset in ("auto", "mnist") and not self.predicts_files and not self.dataset_used
-        if needed and not self.archive.exists():
-            try:
-                download_mnist(self.urls, self.archive)
-            except DownloadError as error:
-                if self.dataset == "mnist":
-                    way_out = f"put the file at {self.archive}, or name another server: --data.url"
-                    raise UserError(f"{error}; {way_out}") from error
-                text = Text(NOT_MNIST.format(reason=error, archive=self.archive))
-                Console(stderr=True).print(Panel(text, title="NOT MNIST", style="bold yellow"))
+        if needed and (reason := download_mnist(self.urls, self.archive)):
+            if self.dataset == "mnist":
+                raise UserError(f"{reason}; put the file at {self.archive}, or name another server: --data.url")
+            text = Text(NOT_MNIST.format(reason=reason, archive=self.archive))
+            Console(stderr=True).print(Panel(text, title="NOT MNIST", style="bold yellow"))
         super().prepare_data()
 
     def setup(self, stage: str) -> None:

@@ -81,10 +81,7 @@ def find_images(patterns: Iterable[str]) -> list[Path]:
     """Find image files by file, folder or pattern such as ``digits/*.png``, sorted within each.
 
     A folder stands for all images in it and in its subfolders. What exists is taken literally, whatever characters are
-    in its name. Names that start with a dot are ignored.
-
-    Raises:
-        UserError: naming the pattern that matches nothing.
+    in its name. Raises ``UserError`` for a pattern that matches nothing.
     """
     found: list[Path] = []
     for pattern in patterns:
@@ -98,7 +95,9 @@ def find_images(patterns: Iterable[str]) -> list[Path]:
 
 
 def images_in(folder: str | Path) -> list[str]:
-    """All image files below a folder, sorted by path. Links to other folders are not followed: they may be circles."""
+    """All image files below a folder, sorted by path, without names that start with a dot. Links to other folders are
+    not followed: they may be circles.
+    """
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -161,8 +162,8 @@ FAILURES = {  # how the server behaves, and what is said
 @pytest.mark.parametrize("case", FAILURES)
 def test_failed_download_says_why_and_leaves_nothing(tmp_path: Path, case: str) -> None:
     timeout = 1.0 if case == "stalls" else 60  # of the others none may pass, however busy the machine is
-    with server(case, pickled()) as (url, _), pytest.raises(mnist.DownloadError, match=FAILURES[case]):
-        mnist.download_mnist([url], tmp_path / "mnist" / "mnist.pkl.gz", timeout)
+    with server(case, pickled()) as (url, _):
+        assert re.search(FAILURES[case], mnist.download_mnist([url], tmp_path / "mnist" / "mnist.pkl.gz", timeout))
     assert [entry.name for entry in (tmp_path / "mnist").iterdir() if entry.name != ".lock"] == []
 
 
@@ -179,12 +180,12 @@ def test_addresses_are_tried_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyP
         server("whole", pickled()) as (right, requests),
     ):
         urls, archive = ["http://127.0.0.1:9/mnist.pkl.gz", missing, wrong, right], tmp_path / "data" / "mnist.pkl.gz"
-        mnist.download_mnist(urls, archive)
+        assert not mnist.download_mnist(urls, archive)
         assert_same(mnist.read_mnist(archive))
-        mnist.download_mnist(urls, archive)  # it is there
+        assert not mnist.download_mnist(urls, archive)  # it is there
         assert len(requests) == 1
-        with pytest.raises(mnist.DownloadError, match=r":9/.*no connection.*; .*404 Client.*; .*but not MNIST"):
-            mnist.download_mnist(urls[:3], tmp_path / "none" / "mnist.pkl.gz")
+        said = mnist.download_mnist(urls[:3], tmp_path / "none" / "mnist.pkl.gz")
+    assert re.search(r":9/.*no connection.*; .*404 Client.*; .*but not MNIST", said)
 
 
 @pytest.mark.mnist

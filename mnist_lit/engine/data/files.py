@@ -35,7 +35,12 @@ def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None
     """
     try:
         if zipfile.is_zipfile(path):
-            return _read_npz(path)
+            with np.load(path, allow_pickle=False) as arrays:
+                splits = [name for name in ("train", "valid", "test") if name == "train" or f"x_{name}" in arrays]
+                expected = {f"{axis}_{split}" for split in splits for axis in "xy"}
+                if set(arrays) != expected:
+                    raise ValueError(f"arrays {sorted(expected)} expected, found {sorted(arrays)}")
+                return {split: (arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in splits}
         if other is None:
             raise ValueError("not an .npz")
         content = path.read_bytes()
@@ -45,15 +50,6 @@ def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None
             f"{path}: damaged, or not a dataset ({error or type(error).__name__}); "
             "replace the file, or delete it if it was downloaded and run again"
         ) from error
-
-
-def _read_npz(path: Path) -> dict[str, Pair]:
-    with np.load(path, allow_pickle=False) as arrays:
-        splits = [split for split in ("train", "valid", "test") if split == "train" or f"x_{split}" in arrays]
-        expected = [f"{axis}_{split}" for split in splits for axis in "xy"]
-        if set(arrays) != set(expected):
-            raise ValueError(f"arrays {sorted(expected)} expected, found {sorted(arrays)}")
-        return {split: (arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in splits}
 
 
 def cached(copy: Path, fingerprint: str, make: Callable[[], Source]) -> Source:

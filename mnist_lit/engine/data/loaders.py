@@ -66,17 +66,14 @@ def augment(transform: Callable[..., Any], batch: Any, seed: int, trainer: Train
 def train_dataloader(
     dataset: Dataset, batch_size: int, *, seed: int, trainer: Trainer | None = None, num_workers: int = 0
 ) -> DataLoader:
-    """Shuffle by seed and epoch. The order follows from seed and epoch alone.
+    """Shuffle in an order that follows from seed and epoch alone.
 
     Args:
         dataset: the training split, of any kind that has a length; a ``TensorDataset`` is fastest.
-        batch_size: samples per step and device.
+        batch_size: samples per step and device. With a model's ``steps_per_execution`` a batch holds that many steps.
         seed: of the order.
         trainer: whose processes share the epoch; without one there is one process.
         num_workers: of the loader.
-
-    Returns:
-        a loader of batches; for a model with ``steps_per_execution`` each holds those of that many steps.
     """
     # For one process, too: its order depends on seed and epoch alone, which Lightning sets.
     world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
@@ -90,9 +87,7 @@ def train_dataloader(
 def eval_dataloader(
     dataset: Dataset, batch_size: int, *, trainer: Trainer | None = None, num_workers: int = 0
 ) -> DataLoader:
-    """Go through the dataset once, in order. Every process gets its share, and no sample is evaluated twice.
-
-    Lightning's own sampler would repeat samples to make the shares equal.
+    """Go through the dataset once, in order. No process repeats samples, as Lightning's own sampler would do.
 
     Args:
         dataset: the split.
