@@ -8,7 +8,6 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-SIDE = 400
 INK = 0.45  # of the ink's contrast; smudges and shades have less
 FAINTEST = 0.05  # contrast; fainter ink than that is not told from an empty paper's texture
 SMALLEST = 0.1  # of the picture's shorter side; what is smaller is a speck
@@ -25,17 +24,17 @@ def find_digit(grey: np.ndarray, even: np.ndarray) -> tuple[np.ndarray, str]:
     Returns:
         ink float32 (h, w), 0 paper and 1 full ink, and a warning or "".
     """
-    scale = SIDE / max(grey.shape)
+    scale = 400 / max(grey.shape)
     grey, even = (cv2.blur(cv2.resize(values, None, fx=scale, fy=scale), (3, 3)) for values in (grey, even))  # (h, w)
     if _needs_no_light(grey, even):
         return _digit(even)
     contrast = _contrast(grey)
     noise = 2 * float(np.median(np.abs(np.diff(contrast))))
     faintest = max(0.12 * _full(contrast), 3 * noise)  # of lines and boxes
-    contrast = _without(contrast, _boxes(_mask(contrast, faintest)))
+    contrast = contrast * (1 - _grown(_boxes(_mask(contrast, faintest)), BLUR))
     for _ in ("level lines", "upright lines"):
         contrast = np.ascontiguousarray(_without_lines(contrast, faintest).T)
-    contrast = _without(contrast, _cut_off(_mask(contrast, INK * _full(contrast))))
+    contrast = contrast * (1 - _grown(_cut_off(_mask(contrast, INK * _full(contrast))), BLUR))
     return _digit(contrast if _full(contrast) > max(FAINTEST, 7 * noise) else np.zeros_like(contrast))
 
 
@@ -114,10 +113,6 @@ def _mask(contrast: np.ndarray, threshold: float) -> np.ndarray:
 def _grown(mask: np.ndarray, reach: float) -> np.ndarray:
     size = 2 * max(1, round(reach)) + 1
     return cv2.dilate(mask.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
-
-
-def _without(contrast: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return contrast * (1 - _grown(mask, BLUR))
 
 
 def _boxes(mask: np.ndarray) -> np.ndarray:

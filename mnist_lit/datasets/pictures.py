@@ -14,9 +14,8 @@ from PIL import Image, ImageFilter
 from mnist_lit.engine import UserError
 
 # MNIST's form (https://yann.lecun.com/exdb/mnist): light on dark, the digit's longer side has 20 of 28 pixels, and its
-# centre of mass lies in the middle.
+# centre of mass is 0 to 1 pixel right of and below the middle.
 SIDE, BOX = 28, 20
-LONGEST = 400  # pixels of a picture; a digit a fifth as high still has three times the pixels of MNIST's
 SMALL = 64  # pixels, shorter side; smaller pictures are not photos
 
 
@@ -36,15 +35,11 @@ def fit_pictures(data: Mapping[str, Any]) -> Callable[[np.ndarray], tuple[np.nda
     """What brings pictures of digits into MNIST's form.
 
     Args:
-        data: hyperparameters of the data module: ``single_digits``, or at least ``image_size`` for data of another
-            kind. Without both they are MNIST's.
+        data: hyperparameters of the data module: None is returned for an ``image_size`` without ``single_digits``.
 
     Returns:
         a function from pixels uint8 (1, H, W) to the image uint8 (1, 28, 28), and a warning if the digit may not be
-        what is meant, or else ""; None if the training images are not of digits.
-
-    Example:
-        >>> image, warning = fit_pictures({})(pixels)
+        what is meant, or else "".
     """
     if data.get("image_size") and not data.get("single_digits"):
         return None
@@ -56,7 +51,7 @@ def fit_pictures(data: Mapping[str, Any]) -> Callable[[np.ndarray], tuple[np.nda
 
 def _fit(pixels: np.ndarray) -> tuple[np.ndarray, str]:
     image = Image.fromarray(pixels[0])
-    grey = np.asarray(image.reduce(math.ceil(max(image.size) / LONGEST)), np.float32) / 255  # (H, W)
+    grey = np.asarray(image.reduce(math.ceil(max(image.size) / 400)), np.float32) / 255  # (H, W)
     ink, warning = _even_ink(grey), ""
     if min(grey.shape) >= SMALL and find_spec("cv2"):
         from mnist_lit.datasets.photos import find_digit  # OpenCV takes a while to import
@@ -83,9 +78,7 @@ def _even_ink(grey: np.ndarray) -> np.ndarray:
 
 
 def _in_form(ink: np.ndarray) -> np.ndarray:
-    """The ink float32 (H, W) in 0..1 as an image uint8 (28, 28). As MNIST's own, its centre of mass is 0 to 1 pixel
-    right of and below the middle.
-    """
+    """The ink float32 (H, W) in 0..1 as an image uint8 (28, 28)."""
     rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
     cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = (max(1, round(length * BOX / max(cut.shape))) for length in cut.shape)

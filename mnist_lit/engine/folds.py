@@ -18,8 +18,7 @@ def main(args: list[str], project: Project) -> None:
     """Train once for each fold, each time validated on another one, and print what was reached."""
     parser = argparse.ArgumentParser(
         prog=project.command("folds"),
-        usage="%(prog)s --config FILE --data.folds N [--run_name NAME] [--KEY=VALUE ...]",
-        description="Cross-validation: fit once for each fold. All other options go to every fit.",
+        description="Cross-validation: fit once for each fold. All other options, such as --config, go to every fit.",
         allow_abbrev=False,
     )
     parser.add_argument("--data.folds", dest="folds", type=int, required=True, help="number of folds")

@@ -122,29 +122,25 @@ def write(path: Path, x: np.ndarray, y: np.ndarray, **others: np.ndarray) -> Pat
     return path
 
 
-TRAINED = {  # images, targets, number of outputs, metric, names
-    "spectrograms": (WAVES, CLASSES, 4, "test/acc", list("0123")),
-    "names": (BYTES, NAMES[CLASSES], 4, "test/acc", NAMES.tolist()),
-    "labels": (BYTES, LABELS, 5, "test/acc", None),
-    "several values": (BYTES, WAVES[:, :, 0, 0], 2, "test/mse", None),
+TRAINED = {  # images, targets, metric, and what predictions.csv has of each sample
+    "spectrograms": (WAVES, CLASSES, "test/acc", [f"p_{number}" for number in range(4)]),
+    "names": (BYTES, NAMES[CLASSES], "test/acc", [f"p_{name}" for name in NAMES]),
+    "labels": (BYTES, LABELS, "test/acc", [f"prediction_{number}" for number in range(5)]),
+    "several values": (BYTES, WAVES[:, :, 0, 0], "test/mse", ["prediction_0", "prediction_1"]),
 }
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "names")) for c in TRAINED])
 def test_arrays_from_training_to_prediction(cli: Run, tmp_path: Path, case: str) -> None:
-    x, y, outputs, metric, names = TRAINED[case]
+    x, y, metric, columns = TRAINED[case]
     write(tmp_path / "own.npz", x, y)
-    done = cli(*FIT, "--data.dataset=own.npz", "--model.lr=0.001")
+    done = cli(*FIT, "--data.dataset=own.npz", "--model.lr=0.001", "--test_after_fit=true")
     assert ("float images from" in done.stdout + done.stderr) == (case == "spectrograms")
-    saved = checkpoint(tmp_path / BEST)
-    assert len(saved["state_dict"]["net.4.weight"]) == outputs
-    tested = cli("test", "--config", RUN / "config.yaml", "--ckpt_path", BEST)
-    assert metric in tested.stdout
+    assert metric in done.stdout
     write(tmp_path / "few.npz", x[::2], y[::2])  # which lacks two of the classes
     cli("predict", "--ckpt_path", BEST, "--data.dataset=few.npz")
-    rows = predictions(tmp_path / "lightning_logs" / "version_2")
-    columns = [f"p_{name}" for name in names] if names else [f"prediction_{index}" for index in range(outputs)]
-    assert list(rows[0])[-outputs:] == columns
+    rows = predictions(tmp_path / "lightning_logs" / "version_1")
+    assert list(rows[0])[-len(columns) :] == columns
 
 
 def test_classes_are_numbered_as_the_model_does(tmp_path: Path) -> None:
@@ -164,22 +160,16 @@ def test_classes_are_numbered_as_the_model_does(tmp_path: Path) -> None:
 def test_weights_of_classes_and_metrics_of_any_number(cli: Run, tmp_path: Path) -> None:
     keep = (CLASSES != 3) | (np.arange(400) % 8 == 3)  # the last class is rare
     write(tmp_path / "own.npz", BYTES[keep], CLASSES[keep])
-    expected = torch.tensor([350 / 4 / 100] * 3 + [350 / 4 / 50])
     fit = (*FIT, "--data.dataset=own.npz", "--config", OVERLAYS / "per_class.yaml", "--trainer.max_steps=6")
     last = RUN / "checkpoints" / "last.ckpt"
-
-    def weight(run: str) -> torch.Tensor:
-        return checkpoint(tmp_path / "lightning_logs" / run / "checkpoints" / "last.ckpt")["state_dict"]["loss.weight"]
-
-    done = cli(*fit, "--model.balanced=true")
-    assert "val/recall/3" in done.stdout
+    assert "val/recall/3" in cli(*fit, "--model.balanced=true").stdout
     cli(*fit, "--model.balanced=true", f"--ckpt_path={last}", "--trainer.max_steps=12")
-    assert torch.allclose(weight("version_0"), expected)
+    expected = torch.tensor([350 / 4 / 100] * 3 + [350 / 4 / 50])
+    assert torch.allclose(checkpoint(tmp_path / last)["state_dict"]["loss.weight"], expected)
     cli("test", "--config", RUN / "config.yaml", "--ckpt_path", last)
-    cli("predict", "--ckpt_path", last)
-    given = ("--model.loss=torch.nn.CrossEntropyLoss", "--model.loss.weight=[1,2,1,1]")
-    cli(*fit, *given, "--run_name=given")
-    assert weight("given").tolist() == [1, 2, 1, 1]
+    cli(*fit, "--model.loss=torch.nn.CrossEntropyLoss", "--model.loss.weight=[1,2,1,1]", "--run_name=given")
+    given = tmp_path / "lightning_logs" / "given" / "checkpoints" / "last.ckpt"
+    assert checkpoint(given)["state_dict"]["loss.weight"].tolist() == [1, 2, 1, 1]
 
 
 # ------------------------------------------------------------------------------------------- subsets and folds

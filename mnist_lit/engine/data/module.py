@@ -103,8 +103,8 @@ class ImageDataModule(LightningDataModule):
         self.dataset, self.data_dir = dataset, Path(data_dir)
         # Plain numbers: jsonargparse's types would not load safely from a checkpoint.
         self.batch_size, self.num_workers = int(batch_size), num_workers and int(num_workers)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (0, 0)
-        self.image_size = (int(height), int(width)) if height else None
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_size = size and (int(size[0]), int(size[1]))
         self.held_out, self.memory_limit = (valid_fraction, test_fraction, split_seed), memory_limit
         self.folds, self.fold = int(folds), int(fold)
         self.train_transform, self.mix, self.mean, self.std = train_transform, mix, mean, std
@@ -146,10 +146,7 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """In every process: open the dataset that ``prepare_data`` left on disk, or read ``images``."""
-        if self.predicts_files:
-            self._read_files()
-        else:
-            self._open()
+        self._read_files() if self.predicts_files else self._open()
 
     def _open(self) -> None:
         if self.dataset_used:
@@ -161,8 +158,7 @@ class ImageDataModule(LightningDataModule):
         images, _ = source.splits["train"]
         if isinstance(images, Tensor) and images.is_floating_point():
             low, high = images.min().item(), images.max().item()
-            usual = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (low, high))
-            self.pixel_range = self.pixel_range or next(r for r in usual if r[0] <= low and high <= r[1])
+            self.pixel_range = self.pixel_range or (low, high)
             rank_zero_info(f"{name}: float images from {low:.4g} to {high:.4g}; --data.mean and --data.std change that")
         self.source, self.dataset_used, self.digest = source, name, source.digest
         known = {option: getattr(self, option) for option in ("class_names", "mean", "std", "pixel_range")}
@@ -331,11 +327,7 @@ class ImageDataModule(LightningDataModule):
         return {"dataset": self.dataset_used, "digest": self.digest, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume in the checkpoint's order.
-
-        Raises:
-            UserError: if the checkpoint was trained on another dataset.
-        """
+        """Resume in the checkpoint's order. Raises ``UserError`` if it was trained on another dataset."""
         if self.trainer is None or self.trainer.state.fn != "fit":
             return  # a model may be tested on another dataset than it was trained on
         if state_dict["digest"] != self.digest:
