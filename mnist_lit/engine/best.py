@@ -21,7 +21,7 @@ r2score psnr ssim bleu rouge kappa mcc pearson spearman""".split()
 
 
 def infer_mode(monitor: str, mode: str) -> Literal["min", "max"]:
-    """Whether a lower or a higher value of a metric is better; by its name if the mode is ``auto``.
+    """Whether a lower or a higher value of a metric is better; goes by its name if the mode is ``auto``.
 
     Raises:
         UserError: if the name does not tell.
@@ -35,15 +35,14 @@ def infer_mode(monitor: str, mode: str) -> Literal["min", "max"]:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the best checkpoint: ``best.ckpt``, or the best few with epoch and step in their names.
+    """Keep the best checkpoint as ``best.ckpt``, or the best few with epoch and step in their names.
 
     Args:
-        monitor: metric that decides which is best; ``val_loss`` does where there is no ``val/loss``.
-        mode: ``min`` if lower is better, ``max`` if higher is, ``auto`` to tell it from the name.
+        monitor: metric that decides which is best; ``val_loss`` replaces a ``val/loss`` that is not logged.
+        mode: ``min`` if lower is better, ``max`` if higher is better, ``auto`` to tell from the name.
         save_top_k: number of checkpoints to keep.
         filename: without ``.ckpt``, may contain ``{epoch}``, ``{step}`` and metrics.
-        options: as in Lightning's ``ModelCheckpoint``. ``dirpath`` is by default ``checkpoints`` in the run's
-            folder.
+        options: as in Lightning's ``ModelCheckpoint``; ``dirpath`` is by default ``checkpoints`` in the run's folder.
 
     Raises:
         UserError: before training, if the model logs no such metric.
@@ -69,10 +68,10 @@ class BestCheckpoint(ModelCheckpoint):
             **options,
         )
         self._warned = False
-        self.best_epoch, self.best_metrics = 0, dict[str, float]()  # counted from 1; all of that epoch's
+        self.best_epoch, self.best_metrics = 0, dict[str, float]()  # counted from 1; all metrics of that epoch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Absolute, because ModelCheckpoint forgets the best of a folder that is named in another way.
+        # Absolute, because ModelCheckpoint forgets the best if its folder is named in another way.
         if self.dirpath or Run.of(trainer).exists:
             self.dirpath = os.path.abspath(self.dirpath or Run.of(trainer).checkpoints)
         self._ckpt_path = trainer.ckpt_path
@@ -90,11 +89,11 @@ class BestCheckpoint(ModelCheckpoint):
                 )
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse monitors of validation that nothing logs, those of early stopping and schedulers, too."""
+        """Refuse validation metrics that nothing logs, also as monitors of early stopping and schedulers."""
         strict: list[Any] = [callback for callback in trainer.early_stopping_callbacks if callback.strict]
         strict += [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau and config.strict]
         for owner in (*strict, *([self] if self.monitor != DEFAULT_MONITOR else [])):
-            # Others may be logged by training, which has not begun.
+            # Others may be logged in training, which has not begun.
             if str(owner.monitor).startswith("val") and owner.monitor not in trainer.callback_metrics:
                 raise UserError(f"monitor={owner.monitor}: there is no such metric; {_way_out(trainer)}")
 
@@ -106,7 +105,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """The same whichever metric it turns out to be."""
+        """The same for every metric."""
         return f"{type(self).__name__} {self.filename}"
 
     def _update(self, trainer: Trainer, hook: Callable[[Trainer, LightningModule], None]) -> None:
@@ -122,7 +121,7 @@ class BestCheckpoint(ModelCheckpoint):
             self._warned = True
 
     def format_checkpoint_name(self, *args: Any, **kwargs: Any) -> str:
-        """As Lightning's, but a metric such as val/loss in the name makes no subfolder."""
+        """As in Lightning, but a metric such as val/loss in the name does not make a subfolder."""
         name = super().format_checkpoint_name(*args, **kwargs)
         folder = str(self.dirpath or "")
         return os.path.join(folder, os.path.relpath(name, folder or ".").replace(os.sep, "_"))
@@ -131,10 +130,10 @@ class BestCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "best_epoch": self.best_epoch, "best_metrics": self.best_metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best ones so far, wherever the run's folder has been moved to.
+        """Restore the best ones so far, also if the run's folder was moved.
 
-        Of the paths in the checkpoint only the names of files are used: those of another folder would be deleted when
-        the next best is written.
+        Only file names are taken from the paths in the checkpoint: files in another folder would be deleted when the
+        next best is saved.
         """
         if not self.dirpath:
             return
@@ -152,7 +151,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def best_checkpoint(trainer: Trainer) -> Checkpoint | None:
-    """The callback that keeps the best checkpoint, whatever others there are."""
+    """The callback that keeps the best checkpoint."""
     ours = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint)]
     return ours[0] if ours else trainer.checkpoint_callback
 

@@ -1,4 +1,4 @@
-"""What leans on behaviour of other libraries that they do not promise; each use with a test that notices a change."""
+"""Everything that relies on behaviour that other libraries do not promise; a test for each use notices a change."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-# Those of every step.
+# Hooks of every step.
 STEP_HOOKS = """on_train_batch_start on_before_zero_grad on_before_backward on_after_backward on_before_optimizer_step
 on_train_batch_end""".split()
 
 
 def skip_empty_hooks(trainer: Trainer) -> None:
-    """Have Lightning pass over the hooks of every step that a callback has not overridden.
+    """Make Lightning skip the hooks of every step that a callback does not override.
 
-    Lightning 2.6 calls every hook of every callback, overridden or not, unless it is not callable. With a dozen
-    callbacks the empty calls take 14 % of an epoch of ``logistic.yaml``. There is no upstream issue. If a later version
-    calls what is not callable, training fails at its first step.
+    Lightning 2.6 calls every callable hook of every callback. With a dozen callbacks, the empty calls take 14 % of an
+    epoch of ``logistic.yaml``. There is no upstream issue. If a later version calls hooks that are None, training fails
+    at its first step.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for hook in STEP_HOOKS:
@@ -35,11 +35,10 @@ def restore_hooks(trainer: Trainer) -> None:
 
 
 def wrap_training_loaders(trainer: Trainer, wrap: Callable[[Any, Trainer], Any]) -> None:
-    """Have every training loader go through a function, after Lightning has given it its sampler.
+    """Apply a function to every training loader, after Lightning has set its sampler.
 
-    Lightning 2.6 has no hook for it. Its ``Strategy.process_dataloader`` is the last to see a loader, so this very
-    strategy object gets another one. There is no upstream issue. If a later version does not call it, resumed epochs
-    see other batches.
+    Lightning 2.6 has no hook for that. ``Strategy.process_dataloader`` sees a loader last, so the trainer's strategy
+    gets another one. There is no upstream issue. If a later version does not call it, resumed epochs see other batches.
     """
     process = trainer.strategy.process_dataloader
     if getattr(process, "wrapped", False):
@@ -54,17 +53,17 @@ def wrap_training_loaders(trainer: Trainer, wrap: Callable[[Any, Trainer], Any])
 
 
 def epoch_sums(trainer: Trainer, add: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What ``self.log(..., on_epoch=True)`` has summed up in the training epoch.
+    """The sums of ``self.log(..., on_epoch=True)`` in the training epoch.
 
-    Lightning 2.6 keeps it in ``_results`` and leaves it out of checkpoints, so that the mean of a resumed epoch would
-    be of its second part alone. If a later version moves it, saving a checkpoint fails.
+    Lightning 2.6 keeps them in ``_results`` and does not save them, so that the mean of a resumed epoch would only
+    cover its second part. If a later version moves them, saving a checkpoint fails.
 
     Args:
-        trainer: that trains.
-        add: sums of before, which are added to those that are there.
+        trainer: the trainer.
+        add: earlier sums to add to the present ones.
 
     Returns:
-        tensors by name and kind; with ``add`` what could not be added yet, because it has not been logged.
+        tensors by name and kind; with ``add``, those of values that have not been logged again yet.
     """
     sums = {
         key: result

@@ -1,4 +1,4 @@
-"""``torch.compile`` by configuration."""
+"""``torch.compile`` as a callback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Compile(Callback):
 
     Args:
         mode: as in ``torch.compile``, such as ``reduce-overhead``.
-        dynamic: as in ``torch.compile``: whether sizes may change without compiling again.
+        dynamic: as in ``torch.compile``, whether sizes may change without compiling again.
 
     Example:
         >>> Trainer(callbacks=[Compile(mode="reduce-overhead")])

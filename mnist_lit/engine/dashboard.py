@@ -1,4 +1,4 @@
-"""Pictures and numbers of a run beside its losses, in whatever loggers it has, without code in the model."""
+"""Pictures and numbers of a run in its loggers, without code in the model."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
 
 
 class Dashboard(Callback):
-    """Log what a practitioner asks next.
+    """Log more than losses and metrics.
 
-    As scalars: learning rate and gradient norm every ``log_every_n_steps``, accuracy per class. As images, in every
-    logger that takes them: samples of the first training batch, and after every validation and test the confusion
-    matrix and the most confident mistakes as "target > prediction". In TensorBoard also charts of training and
-    validation together (CUSTOM SCALARS), and the hyperparameters of the run beside its metrics (HPARAMS).
+    Scalars are the learning rate and the gradient norm every ``log_every_n_steps``, and the accuracy per class. Images,
+    in every logger that takes them, are samples of the first training batch and, after every validation and test, the
+    confusion matrix and the most confident mistakes as "target > prediction". TensorBoard also gets charts of training
+    and validation together (CUSTOM SCALARS), and hyperparameters next to metrics (HPARAMS).
 
-    Pictures need batches with images (B, C, H, W), C 1 or 3; those of classes need steps that return ``Outputs``. Where
-    there are none they are left out. A part that fails is left out, too, with a warning: nothing here ends a run.
+    Images need batches with images (B, C, H, W), C 1 or 3; the confusion matrix and mistakes need steps that return
+    ``Outputs``. Parts that lack these are left out. So are parts that fail, with a warning: nothing here ends a run.
 
     Args:
-        every_n_epochs: how often the images of a validation are made; 0 switches the dashboard off.
+        every_n_epochs: number of epochs between the images of validations; 0 switches the dashboard off.
         mistakes: number of mistakes to show.
         samples: number of images of the first training batch to show.
-        confusion_matrix: whether to show it.
-        gradient_norm: whether to log it.
+        confusion_matrix: whether to show the confusion matrix.
+        gradient_norm: whether to log the gradient norm.
 
     Example:
         >>> Trainer(callbacks=[Dashboard(mistakes=60, samples=0)])
@@ -55,7 +55,7 @@ class Dashboard(Callback):
     ) -> None:
         self.every_n_epochs, self.mistakes, self.samples = int(every_n_epochs), int(mistakes), int(samples)
         self.confusion_matrix, self.gradient_norm = confusion_matrix, gradient_norm
-        self._listed = False  # whether TensorBoard knows charts and hyperparameters
+        self._listed = False  # whether TensorBoard has the charts and hyperparameters
         self._counts: Tensor | None = None  # confusion matrix, int64 (num_classes, num_classes)
         self._worst: list[Tensor] = []  # confidence, image, target and prediction of each mistake
 
@@ -69,12 +69,12 @@ class Dashboard(Callback):
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
-        """Switch a part off that fails, in the place of ending the run."""
+        """Switch off a part that fails, instead of ending the run."""
         try:
             yield
         except Exception as error:  # whatever a model, its data and a server can raise
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
-                raise  # the run's disk, whose errors are not for the dashboard to hide
+                raise  # the run's disk is full or gone
             off = type(getattr(self, name))(0)
             setattr(self, name, off)
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -148,7 +148,7 @@ class Dashboard(Callback):
         counts, worst, self._counts, self._worst = self._counts, self._worst, None, []
         if counts is None:
             return
-        # Every process takes part in the sum; the mistakes are those of the first.
+        # The counts are summed over processes; the mistakes are those of the first.
         counts = trainer.strategy.reduce(counts, reduce_op="sum").cpu()
         step, names = max(trainer.global_step - 1, 0), class_names(trainer, len(counts))
         shares = (counts.diag() / counts.sum(1)).tolist()
@@ -173,7 +173,7 @@ def _log_scalars(trainer: Trainer, scalars: dict[str, float], step: int) -> None
 
 
 def _log_image(trainer: Trainer, name: str, sheet: Image.Image, step: int) -> None:
-    """Log a picture to every logger that takes pictures: TensorBoard, MLflow, and those with a ``log_image``."""
+    """Log an image to every logger that takes images: TensorBoard, MLflow, and those with a ``log_image``."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             pixels = np.atleast_3d(np.asarray(sheet))  # (H, W, C)
@@ -185,9 +185,9 @@ def _log_image(trainer: Trainer, name: str, sheet: Image.Image, step: int) -> No
 
 
 def _add_charts_and_hparams(writer: SummaryWriter, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Chart the validation's metrics beside those of training, and list them beside the hyperparameters.
+    """Chart validation metrics with those of training, and list them with the hyperparameters.
 
-    The writer's own ``add_hparams`` makes a further run, and points of its own in the curves.
+    The writer's own ``add_hparams`` would add another run, and points to the curves.
     """
     names = [name for name in trainer.callback_metrics if name.startswith("val")]
     charts = {name[4:]: ["Multiline", [f"train{name[3:]}_epoch", name]] for name in names}

@@ -17,17 +17,17 @@ ADVICE = "the last checkpoint is from before that; train again with a lower lear
 
 
 class DivergenceError(UserError):
-    """A loss or weights that are infinite or not a number."""
+    """The loss or the weights are infinite or not a number."""
 
 
 class StopOnNonFinite(Callback):
-    """Monitor the loss, and stop before a checkpoint is made of a run that has diverged.
+    """Stop a run that has diverged before a checkpoint is saved.
 
-    The losses are checked every ``log_every_n_steps`` and before every checkpoint, because looking at each of them
-    would make every step wait for the GPU.
+    The losses are checked every ``log_every_n_steps`` and before every checkpoint, because a check in every step would
+    wait for the GPU.
 
     Raises:
-        DivergenceError: naming step and learning rate.
+        DivergenceError: with the step and the learning rate.
 
     Example:
         >>> Trainer(callbacks=[StopOnNonFinite()])
@@ -35,7 +35,7 @@ class StopOnNonFinite(Callback):
 
     def __init__(self) -> None:
         self._losses: list[tuple[int, float, Tensor]] = []  # step, learning rate, loss ()
-        self._logs = 0  # number of logs when they were checked
+        self._logs = 0  # number of logs at the last check
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         steps = step_outputs(outputs)
@@ -43,7 +43,7 @@ class StopOnNonFinite(Callback):
         for step, output in enumerate(steps, trainer.global_step - len(steps) + 1):
             if isinstance(loss := output.get("loss"), Tensor):
                 self._losses.append((step, rate, loss.detach()))
-        # In the steps that log, and so wait for the GPU anyway.
+        # Steps that log wait for the GPU anyway.
         logs = trainer.global_step // max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
         if logs != self._logs:
             self._logs = logs

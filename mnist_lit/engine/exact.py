@@ -1,4 +1,4 @@
-"""What a run needs beside Lightning's checkpoint to resume bit for bit: randomness, and the place in the epoch."""
+"""What exact resume needs besides Lightning's checkpoint: random states, and the position in the epoch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set what ``random_state`` has returned."""
+    """Restore what ``random_state`` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -51,7 +51,7 @@ def _randomness_of(state: dict[str, Any]) -> Iterator[None]:
 
 
 class Rest(Sampler):
-    """What a sampler, or a batch sampler, still has to draw in an epoch.
+    """The part of a sampler's or batch sampler's epoch that comes after the first ``skip`` items.
 
     Args:
         whole: the sampler.
@@ -59,7 +59,7 @@ class Rest(Sampler):
 
     def __init__(self, whole: Any) -> None:
         self.whole, self.skip = whole, 0
-        self.sampler = getattr(whole, "sampler", whole)  # whose epoch Lightning sets
+        self.sampler = getattr(whole, "sampler", whole)  # Lightning sets its epoch
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -72,33 +72,33 @@ class Rest(Sampler):
         return next(self._left)
 
     def draw(self) -> None:
-        """Have the sampler draw its random numbers, and keep the next index for later."""
+        """Make the sampler draw its random numbers now, and keep the item for later."""
         self._left = chain(list(islice(self._left, 1)), self._left)
 
 
 class ResumableLoader(DataLoader):
-    """A ``DataLoader`` of a map-style dataset that can go on in the middle of an epoch.
+    """A ``DataLoader`` over a map-style dataset that can resume in the middle of an epoch.
 
-    At the start of an epoch the states of all generators are recorded. A resumed epoch draws its order with them, and
-    the batches before the checkpoint are left out by the sampler: they are not loaded. What workers draw at random
-    restarts where the epoch is resumed.
+    It records the states of all generators at the start of an epoch. A resumed epoch draws its order from them, and its
+    sampler skips the batches before the checkpoint, so that they are not loaded. Random numbers that workers draw start
+    over where the epoch is resumed.
     """
 
     trainer: Trainer
     _rest: Rest
-    _epoch, _taken = -1, 0  # the epoch, and the number of its batches that were taken
-    _epochs = 0  # begun by now
+    _epoch, _taken = -1, 0  # the epoch, and the number of batches taken from it
+    _epochs = 0  # number of epochs started
     _start: dict[str, Any]  # the global generators at the start of the epoch
-    _own: list[Tensor]  # its own generators then
+    _own: list[Tensor]  # the loader's and samplers' own generators then
     _resumed: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, loader: Any, trainer: Trainer) -> Any:
-        """The same loader, resumable; as it is where it keeps its position by itself, or where nothing can be left out.
+        """Make a loader resumable, unless it keeps its position itself or cannot skip samples.
 
         Args:
             loader: any iterable of batches.
-            trainer: that trains on it.
+            trainer: the trainer that uses it.
         """
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return loader
@@ -112,13 +112,13 @@ class ResumableLoader(DataLoader):
         return same
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator, so that it starts with the first batch of the epoch, after all hooks at its start.
+        # A generator function, so that it starts with the epoch's first batch, after all hooks.
         resumed, self._resumed = self._resumed, None
         self._epoch, self._taken = self.trainer.current_epoch, 0
         within = resumed is not None and resumed["epoch"] == self._epoch
         before = resumed["epochs"] - within if resumed else self._epochs
         if resumed and before and self.persistent_workers:
-            with _randomness_of(random_state()):  # they drew their seed when they were started, in an earlier epoch
+            with _randomness_of(random_state()):  # they drew their seed in an earlier epoch
                 super().__iter__()
         if resumed and within:
             self._check(resumed["shares"])
@@ -140,17 +140,17 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, and what it takes to get there again."""
+        """The loader's position, and the random states that lead there."""
         if self._epoch < 0:
             return {}
         state = {"epoch": self._epoch, "epochs": self._epochs, "taken": self._taken, "start": self._start}
         return state | {"own": self._own, "now": self._get_own(), "shares": self._shares()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from such a place when the next epoch starts.
+        """Resume from this position when the next epoch starts.
 
         Raises:
-            UserError: if it is damaged; and when the epoch starts, if it counts other batches.
+            UserError: if it is damaged; or when the epoch starts, if it counts batches of another size.
         """
         self._resumed = state_dict or None
         if state_dict:
@@ -185,20 +185,20 @@ class ResumableLoader(DataLoader):
 
 
 class ExactResume(Callback):
-    """Have a resumed run draw the random numbers, see the batches and log the means of the uninterrupted one.
+    """Make a resumed run draw the same random numbers, see the same batches and log the same means.
 
-    Checkpoints get the state of the random generators of every process, the place in the epoch of every training
-    loader that is a ``DataLoader`` of a map-style dataset, whoever made it, and what the module's own torchmetrics and
-    ``self.log(..., on_epoch=True)`` have summed up. Loaders with a ``state_dict`` keep it. Any other loader starts
-    again with its first batches, and a warning says so.
+    Checkpoints get the random states of every process, the position of every training loader that is a ``DataLoader``
+    over a map-style dataset, and the sums of the module's own torchmetrics and of ``self.log(..., on_epoch=True)``.
+    Loaders with a ``state_dict`` are restored from it. Any other loader starts over with its first batches, and a
+    warning says so.
 
     Example:
         >>> Trainer(callbacks=[ExactResume(), LastCheckpoint()])
     """
 
     def __init__(self) -> None:
-        self._state: dict[str, Any] = {}  # of this process, in the checkpoint
-        self._positions: list[Any] = []  # of loaders in the first process
+        self._state: dict[str, Any] = {}  # this process's part of the checkpoint
+        self._positions: list[Any] = []  # of the first process's loaders
         self._sums: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -235,8 +235,8 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state, self._state = self._state, {}
-        # Lightning loads what the first process has saved; and nothing if a schedule that asks for
-        # trainer.estimated_stepping_batches makes it set up the loaders before the loops (Lightning issue 20550).
+        # Lightning restores every loader from the first process's state; and does not restore any if a schedule that
+        # asks for trainer.estimated_stepping_batches sets up the loaders before the loops (Lightning issue 20550).
         loaders = _loaders(trainer)
         stateful = [loader for loader in loaders if hasattr(loader, "load_state_dict")]
         for loader, first, own in zip(stateful, self._positions, state.get("loaders", self._positions), strict=False):
@@ -261,7 +261,7 @@ class ExactResume(Callback):
         self._sums = {}
 
     def _add_sums(self, trainer: Trainer) -> None:
-        """Add the sums of before the checkpoint to those values that have been logged again, as one after the other."""
+        """Add the sums from the checkpoint to the values, each as soon as it has been logged again."""
         if self._sums:
             with explain_damage(trainer.ckpt_path):
                 self._sums = epoch_sums(trainer, self._sums)

@@ -1,4 +1,4 @@
-"""Several optimizer steps in one step of Lightning's, for networks so small that its work around a step counts."""
+"""Several optimizer steps in one step of Lightning, for small networks, where its overhead counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mnist_lit.engine.errors import UserError
 
-# Options that would count executions instead of steps, and the only value that makes no difference.
+# Options that would count executions instead of steps, with the value that has no effect.
 NEUTRAL = {
     "limit_train_batches": 1.0,
     "overfit_batches": 0.0,
@@ -24,17 +24,17 @@ NEUTRAL = {
 
 
 class StepsPerExecution(Callback):
-    """Take ``steps`` optimizer steps in one step of Lightning's, after Keras's ``steps_per_execution``.
+    """Take ``steps`` optimizer steps in one step of Lightning, like Keras's ``steps_per_execution``.
 
-    The steps are the same, on the same batches and bit for bit, while Lightning's work around a step is done once. The
-    loader hands out the batches of all steps as one, see ``train_dataloader``, and the module's ``training_step`` calls
-    ``run``. Signals, checkpoints and the check of the loss wait for the end of an execution.
+    The steps are bit for bit the same, but Lightning's overhead comes only once. The loader returns the batches of all
+    steps as one, see ``train_dataloader``, and the module's ``training_step`` calls ``run``. Signals, checkpoints and
+    the check of the loss wait for the end of an execution.
 
     Args:
-        steps: optimizer steps per execution; 1 changes nothing.
+        steps: number of optimizer steps per execution; 1 has no effect.
 
     Raises:
-        UserError: before training, naming an option that it does not support.
+        UserError: before training, if an option is not supported.
 
     Example:
         >>> class Model(LightningModule):
@@ -85,10 +85,10 @@ class StepsPerExecution(Callback):
         Args:
             pl_module: the module to train.
             batch: tensors with the samples of all steps.
-            step: computes the outputs of one step, a ``loss`` () or a dict with one, from its part of the batch.
+            step: computes the outputs of one step from its part of the batch: a loss () or a dict with one as ``loss``.
 
         Returns:
-            the outputs of the only step; or of several the last ``loss`` () and the outputs of all as ``steps``.
+            the outputs of a single step; for several steps, the last ``loss`` () and the outputs of all as ``steps``.
         """
         if self.steps == 1:
             return step(batch)
@@ -117,7 +117,7 @@ class StepsPerExecution(Callback):
 
 
 def estimated_steps(trainer: Trainer, executions: int | float) -> int | float:
-    """Number of optimizer steps of a run, of which Lightning has counted the executions."""
+    """Number of optimizer steps in a run, from Lightning's number of executions."""
     steps = getattr(trainer.lightning_module, "steps_per_execution", 1)
     if steps == 1 or trainer.max_epochs in (None, -1):
         return executions

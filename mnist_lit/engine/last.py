@@ -1,4 +1,4 @@
-"""The last checkpoint of a run: what it resumes from, and how it is stopped."""
+"""The last checkpoint of a run, from which it resumes, and its stop by a signal."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ AGREE_EVERY = 16  # batches
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep ``last.ckpt``: after every epoch, every ``every_n_train_steps`` and when the run is asked to stop.
+    """Save ``last.ckpt`` after every epoch, every ``every_n_train_steps``, and when the run is asked to stop.
 
-    Ctrl-C or SIGTERM ends the run after the current step (a validation that follows is finished first), with
-    a checkpoint and exit code 130 or 143. A second one ends it at once. Several processes agree every 16 batches
-    whether one of them was asked, because to agree is to wait for each other.
+    Ctrl-C or SIGTERM ends the run after the current step, and after a validation that follows it, with a checkpoint and
+    exit code 130 or 143. A second one ends it at once. Several processes only check every 16 batches whether one of
+    them was asked, because they wait for each other to do so.
 
-    The uninterrupted run passes through every state that is saved here, and what it has logged until then is
-    on disk before the checkpoint replaces the one before, so that a resumed run leaves the same curves.
+    The uninterrupted run passes through every state that is saved here. Its logs up to that state are on disk before
+    the checkpoint replaces the previous one, so that a resumed run leaves the same curves.
 
     Args:
-        every_n_train_steps: optimizer steps that may be lost.
+        every_n_train_steps: number of optimizer steps that may be lost.
 
     Example:
         >>> Trainer(callbacks=[LastCheckpoint(every_n_train_steps=100)])
@@ -45,19 +45,19 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self._run = Run()
         self._pending, self._saved_step = False, 0
-        self._asked = 0  # this process, by a signal
-        self._signal = 0  # that all processes stop for
+        self._asked = 0  # the signal that this process got
+        self._signal = 0  # the signal that all processes stop for
         self._handlers: dict[int, Any] = {}
         self._started = False
-        self._metrics: dict[str, float] = {}  # of an epoch that ends in the checkpoint
-        self._before: dict[str, float] = {}  # of this epoch, until the checkpoint
+        self._metrics: dict[str, float] = {}  # of an epoch that ends with the checkpoint
+        self._before: dict[str, float] = {}  # of this epoch, before the checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._run, self._ckpt_path = Run.of(trainer), trainer.ckpt_path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._saved_step = True, trainer.global_step
-        if threading.current_thread() is threading.main_thread():  # the only one that Python lets handle signals
+        if threading.current_thread() is threading.main_thread():  # Python handles signals only there
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[signum] = signal.signal(signum, self._stop)
         self._step_plateaus(trainer, pl_module, trainer.current_epoch, self._metrics)
@@ -65,7 +65,7 @@ class LastCheckpoint(Checkpoint):
 
     @staticmethod
     def _step_plateaus(trainer: Trainer, pl_module: LightningModule, epochs: int, metrics: dict[str, float]) -> None:
-        """Step the schedulers that depend on a metric, where Lightning does not."""
+        """Step the schedulers that depend on a metric; Lightning does not when it resumes at an epoch's end."""
         for config in trainer.lr_scheduler_configs:
             due = config.reduce_on_plateau and config.interval == "epoch" and epochs % config.frequency == 0
             if due and config.monitor in metrics:
@@ -97,8 +97,9 @@ class LastCheckpoint(Checkpoint):
 
     @staticmethod
     def _evaluation_follows(trainer: Trainer, batch_idx: int) -> bool:
-        """Whether validation or the end of the epoch comes before the next batch. Lightning resumes after
-        them from what is saved here, so that their metrics would be missing.
+        """Whether validation or the end of the epoch comes before the next batch.
+
+        Lightning would resume after them from a checkpoint that is saved here, and their metrics would be missing.
         """
         if trainer.check_val_every_n_epoch is None:
             batch_idx = trainer.fit_loop.total_batch_idx
@@ -131,7 +132,7 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self._run.checkpoints / PENDING, weights_only=False)
             self._pending, self._saved_step = True, trainer.global_step
 
-    # The hooks that come next after what Lightning logs of the step or of the epoch.
+    # The first hooks after Lightning has logged the step or the epoch.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._commit(trainer)
@@ -164,8 +165,9 @@ class LastCheckpoint(Checkpoint):
             sys.exit(128 + self._signal)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the current weights in ``exception.ckpt``. A step that was broken off is no state to resume
-        from exactly, so ``--ckpt_path=last`` keeps to ``last.ckpt``.
+        """Save the current weights in ``exception.ckpt``.
+
+        A run cannot resume exactly from the middle of a step, so ``--ckpt_path=last`` uses ``last.ckpt``.
         """
         ours = not isinstance(exception, Exception) or isinstance(exception, (UserError, OSError))
         if self._started and not ours and trainer.world_size == 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Metrics in a callback: what steps return is gathered, and evaluated when it is logged."""
+"""Metrics in a callback: outputs of steps are gathered, and evaluated when they are logged."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Metrics(Callback):
     """Log the loss and metrics of every step that returns ``Outputs``.
 
     ``train/loss`` is the mean over all batches of all processes since the last log, every ``log_every_n_steps``
-    optimizer steps, and ``train/loss_epoch`` over the epoch. ``val/loss`` and ``test/loss`` are means over the split.
-    Metrics likewise. A metric with one value per class is logged as ``val/recall/NAME`` for each. A name that a step
-    logs itself is left to the step.
+    optimizer steps, and ``train/loss_epoch`` the mean over the epoch. ``val/loss`` and ``test/loss`` are means over the
+    split. Metrics are logged likewise, those with one value per class as ``val/recall/NAME`` for each. Names that a
+    step logs itself are left to it.
 
-    Updating a metric and logging take as long as a step of a small network, so neither is done per step: batches are
-    gathered, up to 64 of them or 4 MiB. What is gathered is part of the checkpoint.
+    Updating a metric and logging take as long as a step of a small network. So up to 64 batches or 4 MiB are gathered
+    and evaluated together. Checkpoints contain the gathered batches.
 
     Args:
-        metrics: by the names under which they are logged.
+        metrics: metrics by the names to log them under.
 
     Example:
         >>> metrics = {"acc": MulticlassAccuracy(num_classes=10, average="micro")}
@@ -46,12 +46,12 @@ class Metrics(Callback):
         self._interval, self._epoch = _Means(self.metrics), _Means(self.metrics)
         self._logged_step = 0
         self._evaluated: dict[int, _Means] = {}  # by dataloader
-        self._logged: set[str] = set()  # names that are not the module's
+        self._logged: set[str] = set()  # names that this callback logs
 
     # ------------------------------------------------------------------------------------------- training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:  # a new run may start from the weights of another, but not from its sums
+        if trainer.global_step == 0:  # a new run does not continue the sums of another
             self._interval, self._epoch = _Means(self.metrics), _Means(self.metrics)
         self._logged_step = trainer.global_step
 
@@ -70,7 +70,7 @@ class Metrics(Callback):
             if every and step // every > self._logged_step // every:
                 self._logged_step = step
                 values = self._interval.compute(trainer, "train")
-                # Lightning reads what the bar shows after every step; on a GPU that would wait for it.
+                # Lightning reads the bar's values after every step, which would wait for a GPU.
                 values = {name: value.cpu() for name, value in values.items()}
                 self._log(trainer, pl_module, values, step - 1, sync_dist=False)
 
@@ -118,9 +118,8 @@ class Metrics(Callback):
     ) -> None:
         """Log values that are the same in every process.
 
-        In ``fit`` the loggers are called directly: Lightning would place the values at the number of its own steps,
-        each of which may be several optimizer steps. In ``validate`` and ``test`` Lightning logs, prints and returns
-        the values.
+        In ``fit``, the loggers are called directly: Lightning would count its own steps, each of which may be several
+        optimizer steps. In ``validate`` and ``test``, Lightning logs, prints and returns the values.
         """
         fits = trainer.state.fn == "fit"
         own = trainer.callback_metrics.keys() - self._logged  # logged by the module
@@ -141,7 +140,7 @@ class Metrics(Callback):
         states = [state] * trainer.world_size
         if torch.distributed.is_initialized():
             torch.distributed.all_gather_object(states, state)
-        checkpoint["metrics"] = states  # one for each process
+        checkpoint["metrics"] = states  # one per process
         if names := class_names(trainer):
             checkpoint["class_names"] = names
 
@@ -157,10 +156,10 @@ class Metrics(Callback):
 
 
 class _Means:
-    """The mean of the loss, and the metrics, over the same batches; fresh copies of them."""
+    """The mean loss and copies of the metrics over the same batches."""
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        # Not a MeanMetric: that of torchmetrics 1.9 drops the weights unless it looks for NaN, which waits for a GPU.
+        # Not a MeanMetric: in torchmetrics 1.9 it drops the weights unless it checks for NaN, which waits for a GPU.
         self.loss, self.samples = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.metrics = {name: metric.clone() for name, metric in metrics.items()}
         parts: dict[str, Any] = {" loss": self.loss, " samples": self.samples, **self.metrics}
@@ -180,7 +179,7 @@ class _Means:
             self._update()
 
     def _update(self) -> None:
-        """Evaluate what is gathered, in one piece where shapes allow it."""
+        """Evaluate the gathered batches, at once if their shapes allow it."""
         rows, self.rows, self.bytes, self.updated = self.rows, [], 0, True
         losses = _widened(torch.stack([row[0] for row in rows]))  # (number of batches,)
         self.parts.to(losses.device)
@@ -197,7 +196,7 @@ class _Means:
                 metric.update(_widened(preds), _widened(target))
 
     def compute(self, trainer: Trainer, stage: str, suffix: str = "") -> dict[str, Tensor]:
-        """The values over all processes by the names under which they are logged; start again after that."""
+        """The values over all processes by the names to log them under; then reset."""
         if self.rows:
             self._update()
         if not self.updated:
@@ -220,7 +219,7 @@ class _Means:
         return {"rows": list(self.rows), "updated": self.updated, "parts": dict(self.parts.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restore the metrics of the same names; one that is new since then starts from here."""
+        """Restore the metrics of the same names; new ones start here."""
         self.reset()
         self.updated = state["updated"]
         self.parts.load_state_dict(state["parts"], strict=False)
@@ -230,5 +229,5 @@ class _Means:
 
 
 def _widened(values: Tensor) -> Tensor:
-    """At least float32: for sums, bfloat16 is too coarse. Whole numbers stay as they are."""
+    """As float32 or wider, because bfloat16 is too coarse for sums. Integers stay as they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values

@@ -1,4 +1,4 @@
-"""Less of Lightning's work around a step, which counts for small networks."""
+"""Less overhead around a step, which counts for small networks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mnist_lit.engine.compat import restore_hooks, skip_empty_hooks
 
 
 class LessOverhead(Callback):
-    """Train without calls of hooks that do nothing, and without the default profiler's work in those that do.
+    """Skip hooks that do nothing, and the default profiler's work in the others.
 
-    Results are the same. A fifth of an epoch of ``logistic.yaml``, nothing for a large network.
+    Results are the same. Saves a fifth of an epoch of ``logistic.yaml``, and nothing for a large network.
 
     Example:
         >>> Trainer(callbacks=[LessOverhead()])

@@ -14,13 +14,13 @@ from rich.progress import ProgressColumn, TextColumn, TimeRemainingColumn
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar on one line: as many metrics as there is room for, and epochs counted from 1.
+    """Lightning's bar on one line, with as many metrics as fit and epochs counted from 1.
 
-    It is updated a few times a second and after the last batch, because doing it after every batch takes as long as a
-    step of a small network.
+    It is updated a few times per second and after the last batch, because an update takes as long as a step of a small
+    network.
 
     Args:
-        refresh_rate: updates per second.
+        refresh_rate: number of updates per second.
 
     Example:
         >>> Trainer(callbacks=[ProgressBar()])
@@ -40,7 +40,7 @@ class ProgressBar(RichProgressBar):
         ]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Lightning's, without the logger's version and what does not fit into the line."""
+        """Lightning's metrics that fit on the line, without the logger's version."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         room, fitting = get_console().width - 37, {}  # the other columns take 37
@@ -62,7 +62,7 @@ class ProgressBar(RichProgressBar):
         if now - self._updated >= 1 / self.refresh_rate or batch_idx + 1 == self.total_train_batches:
             self._updated = now
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            self._describe(trainer)  # a run that is resumed within an epoch does not pass its start
+            self._describe(trainer)  # a run that is resumed within an epoch skips its start
 
     def _describe(self, trainer: Trainer) -> None:
         if self.progress is not None and self.train_progress_bar_id is not None:

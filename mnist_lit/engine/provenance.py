@@ -35,11 +35,10 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "jsonargparse", "numpy")
 class Provenance(Callback):
     """Write ``provenance.json``, ``git.diff`` and ``metrics.json`` in the run's folder.
 
-    ``provenance.json`` is a list with an object for each start of the run: command, git commit and whether
-    files differ from it, the engine's version and commit, other versions, device, host, a signature of
-    ``config.yaml``, start and end (UTC), and how it ended; a process that was killed leaves no end. ``git.diff`` holds
-    what differs from the commit, without new files. ``metrics.json`` holds the final metrics, and the best checkpoint
-    with its score.
+    ``provenance.json`` is a list with an object for each start of the run: command, git commit and whether files differ
+    from it, the engine's version and commit, other versions, device, host, a signature of ``config.yaml``, start and
+    end (UTC), and how it ended; a killed process has no end. ``git.diff`` holds the difference to the commit, without
+    new files. ``metrics.json`` holds the final metrics, and the best checkpoint with its score.
 
     Example:
         >>> Trainer(callbacks=[Provenance()])
@@ -47,7 +46,7 @@ class Provenance(Callback):
 
     def __init__(self) -> None:
         self._folder: Path | None = None
-        self._starts = list[dict[str, Any]]()  # of the run; the last one is that of this process
+        self._starts = list[dict[str, Any]]()  # of the run; the last one is this process's
         self._metrics = dict[str, Any]()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -92,7 +91,7 @@ class Provenance(Callback):
             return
         self._starts[-1] |= {"end": _now(), "exit": reason, "epoch": trainer.current_epoch, "step": trainer.global_step}
         _write(self._folder / "provenance.json", self._starts)
-        # Those of a test after a fit stand beside the fit's.
+        # A test after a fit adds its metrics to the fit's.
         self._metrics |= {name: _finite(value) for name, value in sorted(trainer.callback_metrics.items())}
         best: Any = best_checkpoint(trainer)
         if path := getattr(best, "best_model_path", ""):
@@ -102,7 +101,7 @@ class Provenance(Callback):
 
 
 def written_here(run: Run) -> bool:
-    """Whether a run's config.yaml is as this user has written it on this machine, by its signature."""
+    """Whether this user wrote a run's config.yaml on this machine, by its signature."""
     with suppress(OSError):
         ours = _signature(run.config.read_text(encoding="utf-8"))
         starts = [start for start in _read_starts(run.folder) if isinstance(start, dict)]
@@ -111,7 +110,7 @@ def written_here(run: Run) -> bool:
 
 
 def _signature(config: str) -> str | None:
-    """With a key that is made once for each user of a machine; None where it cannot be kept."""
+    """Signature with a key that is made once per user and machine; None if the key cannot be saved."""
     with suppress(OSError, RuntimeError):  # such as a home that cannot be written
         key = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / ENGINE / "key"
         if not key.exists():
@@ -125,7 +124,7 @@ def _signature(config: str) -> str | None:
 
 @cache
 def engine() -> dict[str, str | None]:
-    """The engine's ``version`` and, where it was installed from git, its ``commit``."""
+    """The engine's ``version`` and, if it was installed from git, its ``commit``."""
     try:
         installed = distribution(ENGINE)
         origin = json.loads(installed.read_text("direct_url.json") or "{}")  # of PEP 610
@@ -135,7 +134,7 @@ def engine() -> dict[str, str | None]:
 
 
 def engine_version() -> str:
-    """The engine's version and commit in short, such as ``mnist_lit 0.2.0 (0a1b2c3)``."""
+    """The engine's version and commit, such as ``mnist_lit 0.2.0 (0a1b2c3)``."""
     version, commit = engine().values()
     return f"{ENGINE} {version or 'that is not installed'}" + (f" ({commit[:7]})" if commit else "")
 
@@ -154,17 +153,17 @@ def _write(path: Path, content: str | dict | list) -> None:
         with atomic_write(path) as part:
             text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
             part.write_text(text, encoding="utf-8")
-    except OSError as error:  # no reason to end the run
+    except OSError as error:  # does not end the run
         rank_zero_warn(f"{path.name} is not written: {error}")
 
 
 def _finite(value: torch.Tensor | None) -> float | None:
-    """For JSON, which knows neither nan nor inf."""
+    """A number, or None for nan and inf, which JSON does not have."""
     return value.item() if value is not None and value.isfinite() else None
 
 
 def _git(*arguments: str) -> str:
-    """What git prints here; nothing where there is no git or no repository."""
+    """Output of git; empty if there is no git or no repository."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(["git", *arguments], capture_output=True, timeout=20, check=True)
         return done.stdout.decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Resuming: what a checkpoint restores, whatever this command asks for, has to be what it asks for."""
+"""Resuming: refuses options that the checkpoint would silently override."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.provenance import engine_version
 from mnist_lit.engine.run import as_list
 
-# Options whose effect is in the checkpoint: weights, optimizers, schedulers, random numbers, the best so far.
+# Options whose effect is restored from the checkpoint.
 RESTORED = ("seed_everything", "model", "optimizer", "lr_scheduler", "monitor", "mode", "best_checkpoint", "init_from")
-# Keys in a scheduler's state dict that say when it ends.
+# Keys in a scheduler's state dict for its end.
 HORIZONS = ("total_steps", "T_max", "T_0", "total_iters", "milestones", "_milestones", "total_size")
 ANOTHER_WAY = "it resumes, but the last bits of its results may differ from those of the uninterrupted run"
 
 
 def keep_randomness(checkpoint: Checkpoint, config: Namespace) -> None:
-    """Resume with the seed and the number of threads that the run was started with."""
+    """Resume with the seed and the number of threads of the run's start."""
     saved = checkpoint.run.options if checkpoint.run else {}
     if config.seed_everything is True:
         config.seed_everything = saved.get("seed_everything", True)
@@ -38,16 +38,16 @@ def keep_randomness(checkpoint: Checkpoint, config: Namespace) -> None:
 def refuse_conflicts(checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
     """Compare the options of a command with those of the run that it resumes.
 
-    Options that only one has do not count: a callback may come or go, and a model may have got one more option.
+    Options that only one of them has are ignored: callbacks may come and go, and a model may have a new option.
 
     Raises:
-        UserError: naming those that the checkpoint would override.
+        UserError: with the options that the checkpoint would override.
     """
     saved = checkpoint.run.options if checkpoint.run else {}
     theirs, ours = ({name: config.get(name) for name in RESTORED} | _callbacks(config) for config in (saved, given))
     for callback in as_list(given["trainer"].get("callbacks")):
-        kind = pkgutil.resolve_name(callback["class_path"])  # or a function that makes a callback
-        if getattr(kind, "state_dict", Callback.state_dict) is Callback.state_dict:  # nothing of it is restored
+        kind = pkgutil.resolve_name(callback["class_path"])  # a class, or a function that makes a callback
+        if getattr(kind, "state_dict", Callback.state_dict) is Callback.state_dict:  # nothing is restored
             ours.pop(_name(callback), None)
     conflicts = [
         f"--{name.replace('.init_args', '')}={new} ({old} in the checkpoint)"
@@ -75,15 +75,15 @@ def _differences(saved: Any, given: Any, name: str = "") -> Iterator[tuple[str, 
     if isinstance(saved, Mapping) and isinstance(given, Mapping):
         for key in sorted(saved.keys() & given.keys()):
             yield from _differences(saved[key], given[key], f"{name}.{key}" if name else key)
-    elif str(saved) != str(given):  # nan is no other nan
+    elif str(saved) != str(given):  # as text, because nan != nan
         yield name, saved, given
 
 
 class ResumeGuard(Callback):
-    """Refuse to resume a schedule that the checkpoint would silently change, and warn of another engine.
+    """Refuse to resume with a schedule of another length, and warn about another engine.
 
     Raises:
-        UserError: naming a schedule of another length, or weight averaging that Lightning does not restore exactly.
+        UserError: for such a schedule, or for weight averaging that Lightning does not restore exactly.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class ResumeGuard(Callback):
         self._schedulers = checkpoint.get("lr_schedulers", [])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the schedules, which are there by now and not restored yet."""
+        """Compare the schedules, which exist by now and are not restored yet."""
         averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if trainer.ckpt_path and averages:
             raise UserError(
@@ -121,7 +121,7 @@ class ResumeGuard(Callback):
 
 
 def _horizons(state: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Where a scheduler's state says that it ends; those in a sequence or chain have states of their own."""
+    """The ends in a scheduler's state, with those of the schedulers inside a sequence or chain."""
     if isinstance(state, Mapping):
         for name, value in state.items():
             if name in HORIZONS:

@@ -1,4 +1,4 @@
-"""Learning rate schedules by configuration: per step, and one after the other."""
+"""Learning rate schedules in configs: by step or epoch, and in sequence."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from mnist_lit.engine.errors import UserError
 
-# Arguments of PyTorch's schedulers that say how long they last.
+# Arguments of PyTorch's schedulers for their length.
 LENGTHS = "total_steps", "T_max", "total_iters"
 
 
 class Schedule(LRScheduler):
-    """A scheduler, or several one after the other, for ``lr_scheduler`` in a config; by step or by epoch.
+    """A scheduler or a sequence of them, for ``lr_scheduler`` in a config; by step or by epoch.
 
-    A length of -1 in the arguments of a scheduler (``total_steps``, ``T_max``, ``total_iters``) stands for its part of
-    the run.
+    A length of -1 in a scheduler's arguments (``total_steps``, ``T_max``, ``total_iters``) stands for its part of the
+    run.
 
     Args:
         optimizer: comes from the config.
-        schedulers: of PyTorch or your own, each but for its optimizer.
-        milestones: where the second begins, the third and so on: a number of steps (or epochs), or a share of the run
-            between 0 and 1.
-        interval: what they count.
+        schedulers: PyTorch's or your own, without their optimizer.
+        milestones: where the second scheduler starts, the third and so on: a number of steps (or epochs), or a fraction
+            of the run between 0 and 1.
+        interval: whether they count steps or epochs.
 
     Raises:
-        UserError: if milestones are missing, or a run without an end is asked for its length.
+        UserError: if milestones are missing, or the run has no end.
 
-    Example, with a twentieth of the run for the warm-up and the rest for the cosine::
+    Example, with 5 % of the run for the warm-up and the rest for the cosine::
 
         lr_scheduler:
           class_path: mnist_lit.engine.Schedule
@@ -50,14 +50,14 @@ class Schedule(LRScheduler):
         milestones: list[float] | None = None,
         interval: Literal["step", "epoch"] = "step",
     ) -> None:
-        # A plan: only the trainer, which is there when training starts, knows how long the run is.
+        # The schedulers are made when training starts, because only the trainer knows the length of the run.
         self.optimizer, self.parts = optimizer, schedulers
         self.milestones, self.interval = milestones or [], interval
         if len(schedulers) != len(self.milestones) + 1:
             raise UserError("lr_scheduler: every scheduler but the first needs a milestone, where it begins")
 
     def make(self, trainer: Trainer) -> dict[str, Any]:
-        """What ``configure_optimizers`` returns as ``lr_scheduler``."""
+        """Make the dict that ``configure_optimizers`` returns as ``lr_scheduler``."""
         places = [m * self._length(trainer) if 0 < m < 1 else m for m in self.milestones]
         starts = [0, *(max(1, round(place)) for place in places)]
         made = []

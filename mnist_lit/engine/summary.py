@@ -20,7 +20,7 @@ from mnist_lit.engine.run import Run, relative
 
 
 class Summary(Callback):
-    """Print the final metrics beside those of the best epoch, and where the run is.
+    """Print the final metrics, those of the best epoch, the run's folder, and the commands that come next.
 
     Example:
         >>> Trainer(callbacks=[Summary()])
@@ -45,7 +45,7 @@ class Summary(Callback):
         table = Table("metric", *(Column(name, justify="right") for name in columns), title=escape(title))
         table.min_width = len(title) + 2
         for name, value in sorted(trainer.callback_metrics.items()):
-            if f"{name}_epoch" not in trainer.callback_metrics:  # the mean over the epoch says more
+            if f"{name}_epoch" not in trainer.callback_metrics:  # the mean over the epoch is more useful
                 values = [value.item(), *([best_metrics.get(name, nan)] if best_metrics else [])]
                 numbers = (f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}" for value in values)
                 table.add_row(escape(name.removesuffix("_epoch")), *numbers)
@@ -63,7 +63,7 @@ class Summary(Callback):
 
 
 def _viewer(logger: Logger) -> list[str]:
-    """The command that shows what a logger has logged; none for one that shows it by itself."""
+    """The command that shows a logger's curves; empty if there is none."""
     if isinstance(logger, TensorBoardLogger):
         return ["tensorboard", "--logdir", relative(logger.root_dir)]
     if isinstance(logger, MLFlowLogger) and logger.save_dir:  # not of a server

@@ -1,4 +1,4 @@
-"""How many processors a process may use, and how many threads it computes with."""
+"""Number of processors that a process may use, and of threads that it computes with."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def available_cpus(processes: int = 1, limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Processors for each of several processes on this machine, at least 1.
+    """Number of processors for each of several processes on this machine, at least 1.
 
-    Affinity counts and, in a container, its quota (https://docs.kernel.org/admin-guide/cgroup-v2.html).
+    Respects the affinity and a container's quota (https://docs.kernel.org/admin-guide/cgroup-v2.html).
     """
     cpus: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # there is no such file, or no limit: "max"
@@ -20,8 +20,9 @@ def available_cpus(processes: int = 1, limit: Path = Path("/sys/fs/cgroup/cpu.ma
 
 
 def set_threads(num_threads: int | None, processes: int = 1) -> int:
-    """Compute with this number of threads in this process, and in those that it starts; by default with
-    ``OMP_NUM_THREADS``, or else with an equal share of the processors. Returns the number.
+    """Set the number of threads of this process and those that it starts, and return it.
+
+    By default it is ``OMP_NUM_THREADS``, or else an equal share of the processors.
     """
     import torch  # takes a second, which counting processors does not need
 
