@@ -79,7 +79,8 @@ def logs_the_recall_of_each_class(run: Ran) -> bool:
 
 BY_OVERLAY = {
     "overfit": (
-        *("cnn", "--model=FastCNN --model.lr=0.01 --data.batch_size=16 --trainer.max_epochs=20"),
+        "cnn",
+        "--model=FastCNN --model.lr=0.01 --data.batch_size=16 --trainer.max_epochs=20 --dashboard.every_n_epochs=0",
         lambda run: run.last["global_step"] == 200 and run.values("train/loss_epoch")[-1] < 0.01,
     ),
     "debug": ("fast", "", lambda run: "using 3 batch(es)" in run.stderr and not run.folder.exists()),

@@ -211,7 +211,10 @@ def test_full_disk_loses_no_checkpoint(cli: Run, saved: Path, small: Path, tmp_p
 
 
 @slow
-@pytest.mark.parametrize(("hook", "step"), [("on_train_batch_end", 20), ("on_validation_end", 32)])
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [("on_train_batch_end", 20), pytest.param("on_validation_end", 32, marks=pytest.mark.matrix)],
+)
 def test_error_in_training_keeps_the_weights_and_shows_its_traceback(
     cli: Run, small: Path, tmp_path: Path, hook: str, step: int
 ) -> None:

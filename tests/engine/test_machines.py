@@ -66,6 +66,7 @@ def test_metrics_of_two_processes_are_those_of_one(cli_in: Run, fitted: Path) ->
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
+@pytest.mark.matrix
 def test_two_machines_are_two_processes(fitted: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

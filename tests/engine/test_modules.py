@@ -14,7 +14,7 @@ from interrupt import signal_at
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.max_epochs=2")
 slow = pytest.mark.slow
-MODULES = ["Own", *(pytest.param(name, marks=slow) for name in ("InConfigureModel", "InSetup", "Scaled"))]
+MODULES = ["Own", *(pytest.param(name, marks=slow) for name in ("InSetup", "Scaled"))]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -56,7 +56,7 @@ class InConfigureModel(Own):
 
     def configure_model(self) -> None:
         if self.net is None:
-            super().make()
+            Own.make(self)
 
 
 class InSetup(Own):
@@ -68,7 +68,7 @@ class InSetup(Own):
             super().make()
 
 
-class Scaled(Own):
+class Scaled(InConfigureModel):
     """Changes the batch where the data module usually does, and has a buffer of infinities."""
 
     def make(self) -> None:
