@@ -101,7 +101,8 @@ def _decode(source: Source) -> Splits:
             labels = source.splits[split][1]
             images = torch.empty(len(labels), *source.shape, dtype=torch.uint8)
             decoded = threads.imap(files.__getitem__, range(len(labels)), chunksize=50)
-            for index, (image, _) in enumerate(track(decoded, f"Decoding {split}", len(labels), transient=True)):
+            bar = track(decoded, f"Decoding {split}", len(labels), transient=True, disable=len(labels) < 1000)
+            for index, (image, _) in enumerate(bar):
                 images[index] = image
             splits[split] = images, labels
     return splits

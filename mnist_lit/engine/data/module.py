@@ -17,8 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mnist_lit.engine.data.arrays import Pair, make_arrays
-from mnist_lit.engine.data.files import cached, read_dataset
+from mnist_lit.engine.data.files import Pair, cached, make_arrays, read_dataset
 from mnist_lit.engine.data.folders import open_folder
 from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
 from mnist_lit.engine.data.sources import Source, Task
