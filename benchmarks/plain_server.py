@@ -25,7 +25,7 @@ async def predict(request: Request) -> dict[str, float]:
     """Probabilities of one image: an image file, or JSON with its pixels."""
     body = await request.body()
     if request.headers["content-type"] == "application/json":
-        pixels = np.array(json.loads(body)["image"], np.uint8)[None]  # (1, 28, 28)
+        pixels = np.array(json.loads(body)["images"], np.uint8)  # (1, 28, 28)
     else:
         pixels, _ = read_picture(io.BytesIO(body), 1, (28, 28), fit)
     return dict(zip(served.classes or [], model(pixels[None])[0].tolist(), strict=True))

@@ -111,7 +111,7 @@ def pictures() -> dict[str, list[Sent]]:
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         sent["PNG"].append(Sent("image/png", file.getvalue()))
-        sent["JSON"].append(Sent("application/json", json.dumps({"image": image.tolist()}).encode()))
+        sent["JSON"].append(Sent("application/json", json.dumps({"images": [image.tolist()]}).encode()))
     return sent
 
 
