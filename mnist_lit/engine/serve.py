@@ -23,7 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Semaphore
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -54,15 +54,14 @@ TOGETHER = 64  # images that are computed at once
 # The page talks to this server alone.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 JSON = "application/json"
-Grey = list[list[Annotated[int, Field(ge=0, le=255, strict=True)]]]
-Item = bytes | Grey | list[Grey]  # an image file, or pixels (H, W), (C, H, W) or (H, W, C)
+Item = bytes | list[Any]  # an image file, or pixels (H, W), (C, H, W) or (H, W, C)
 Predict = Callable[[np.ndarray], np.ndarray]  # images uint8 (n, C, H, W) to predictions (n, ...)
 
 
 class Sent(BaseModel):
     """JSON: files in base64, or arrays of pixels of the model's size, whole numbers up to 255."""
 
-    images: list[str | Grey | list[Grey]]
+    images: list[str | list[Any]]
 
 
 class Prediction(BaseModel):
@@ -100,17 +99,14 @@ def open_onnx(path: Path, threads: int | None) -> Served:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or available_cpus(), 3
-    try:
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        about, (images,) = session.get_modelmeta().custom_metadata_map, session.get_inputs()
-        name, data, classes = about["model"], json.loads(about["data"]), json.loads(about.get("classes", "null"))
-    except Exception as error:  # onnxruntime has several, without a common class
-        raise UserError(f"{path} is not an ONNX file that export has written ({str(error).splitlines()[0]})") from error
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    about, (images,) = session.get_modelmeta().custom_metadata_map, session.get_inputs()
+    classes = [*map(str, json.loads(about["classes"]))] if "classes" in about else None
 
     def predict(pixels: np.ndarray) -> np.ndarray:
         return session.run(None, {images.name: pixels})[0]
 
-    return Served(predict, name, tuple(images.shape[1:]), data, classes and [*map(str, classes)])
+    return Served(predict, about["model"], tuple(images.shape[1:]), json.loads(about["data"]), classes)
 
 
 def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
@@ -182,7 +178,7 @@ def from_json(body: bytes) -> list[tuple[str, Item]]:
         images = Sent.model_validate_json(body).images
         return [("", b64decode(i.rpartition("base64,")[2], validate=True) if isinstance(i, str) else i) for i in images]
     except ValueError as error:  # pydantic's, and that of base64
-        expected = '{"images": [...]} with files in base64 or arrays of pixels, whole numbers up to 255'
+        expected = '{"images": [...]} with files in base64 or arrays of pixels'
         raise UserError(f"not the JSON that is expected: {expected}") from error
 
 
@@ -217,12 +213,14 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
             with decoding:
                 return read_picture(io.BytesIO(sent), channels, (height, width), fit)
         with suppress(ValueError):  # rows of several lengths
-            pixels = np.array(sent, np.uint8)
+            pixels = np.array(sent)
             if pixels.shape == (height, width, channels):
                 pixels = pixels.transpose(2, 0, 1)
-            if pixels.shape in (served.shape, (height, width)):
+            whole = pixels.dtype.kind in "iu" and pixels.shape in (served.shape, (height, width))
+            if whole and pixels.min() >= 0 and pixels.max() <= 255:
                 return pixels, ""
-        raise UserError(f"pixels of {channels} x {height} x {width} expected; images of other sizes come as files")
+        size = f"{channels} x {height} x {width}"
+        raise UserError(f"{size} whole numbers up to 255 expected; images of other sizes come as files")
 
     def answer(items: list[tuple[str, Item]], show: bool) -> str:
         if not 1 <= len(items) <= MAX_IMAGES:

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -240,12 +239,6 @@ def test_file_may_be_overwritten_and_sigterm_finishes_what_is_under_way(
             started.process.terminate()
             assert last.result() == expected
         started.process.wait(60)
-
-
-def test_mistake_is_one_message(cli: Run, tmp_path: Path) -> None:
-    (tmp_path / "no.onnx").write_text("no")
-    reason = "no.onnx is not an ONNX file" if find_spec("onnxruntime") else "onnxruntime not installed: pip install"
-    assert_one_message(cli("serve", "--ckpt_path=no.onnx", ok=False), reason)
 
 
 @pytest.mark.slow
