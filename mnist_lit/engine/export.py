@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,22 +21,15 @@ from torch.export import Dim, ExportedProgram
 from mnist_lit.engine.checkpoint import Checkpoint
 from mnist_lit.engine.errors import UserError, require
 from mnist_lit.engine.execution import estimated_steps
-from mnist_lit.engine.messages import leave_out_noise
-from mnist_lit.engine.outputs import are_probabilities, class_names, find_classes
+from mnist_lit.engine.outputs import are_probabilities, class_names
 from mnist_lit.engine.provenance import engine_version
 from mnist_lit.engine.storage import atomic_write
 
 TOLERANCE = 1e-5  # of a prediction, between the file and the checkpoint; relative for values above 1
 
-Predict = Callable[..., Tensor]  # from the inputs, each (B, ...), to predictions (B, ...)
-
 
 class Trainer(lightning.pytorch.Trainer):
     """Lightning's, with ``export``, and with schedules that know of several steps per execution."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        leave_out_noise()  # in a process of ddp_spawn, too
 
     @property
     def estimated_stepping_batches(self) -> int | float:
@@ -84,19 +76,8 @@ class Trainer(lightning.pytorch.Trainer):
         with Console(stderr=True).status(f"Exporting to {format}"), torch.no_grad(), atomic_write(path) as part:
             program = _trace(predictor, batches[0])
             predictions = torch.cat([predictor.predict(batch) for batch in batches])
-            options = checkpoint.content.get("datamodule_hyper_parameters", {})
-            from_checkpoint = getattr(source, "from_checkpoint", ("channels", "image_size"))
-            metadata = {
-                **_describe(predictions, batches, source, checkpoint, stage),
-                "model": type(model).__name__,
-                "data": {key: value for key, value in options.items() if key in from_checkpoint},
-                "dataset": getattr(source, "dataset_used", type(source).__name__),
-                "epoch": checkpoint.content["epoch"],
-                "global_step": checkpoint.step,
-                "versions": {"engine": engine_version(), "torch": torch.__version__},
-            }
-            write = _write_onnx if format == "onnx" else _write_pt2
-            written = write(program, predictor.names, metadata, part)
+            metadata = {"model": type(model).__name__, **_describe(source, checkpoint, predictions)}
+            written = _write(program, predictor.names, metadata, part, format)
             inputs = [predictor.inputs(batch) for batch in batches]
             one = [tensor[:1] for tensor in inputs[0]]  # a batch of another size, too
             ours = torch.cat([written(*tensors) for tensors in [*inputs, one]])
@@ -106,8 +87,8 @@ class Trainer(lightning.pytorch.Trainer):
                     f"{path} would differ from {ckpt_path} by {difference:.1e}, more than {TOLERANCE:g}; "
                     "nothing was written"
                 )
-        taken = (f"{name} {tuple(tensor.shape[1:])}" for name, tensor in zip(predictor.names, inputs[0], strict=True))
-        Console(soft_wrap=True, highlight=False, markup=False).print(
+        taken = [f"{name} {tuple(tensor.shape[1:])}" for name, tensor in zip(predictor.names, inputs[0], strict=True)]
+        print(
             f"Wrote {path}, which takes batches of {' and '.join(taken)}; on {len(predictions):,} of the {stage} split "
             f"it differs from the checkpoint by {difference:.1e} at most"
         )
@@ -137,6 +118,7 @@ class Predictor(nn.Module):
 
     @property
     def names(self) -> list[str]:
+        """Of the inputs."""
         return ["images"] if len(self.used) == 1 else [f"input_{key}" for key in self.used]
 
     def inputs(self, batch: Any) -> list[Tensor]:
@@ -162,10 +144,7 @@ class Predictor(nn.Module):
                 outputs = self.model(batch[0] if isinstance(batch, (tuple, list)) else batch)
         predictions = outputs.get("preds") if isinstance(outputs, Mapping) else outputs
         if not isinstance(predictions, Tensor):
-            raise UserError(
-                "export needs a predict_step that returns a tensor, or a dict with preds; that of "
-                f"{type(self.model).__name__} returns a {type(outputs).__name__}"
-            )
+            raise UserError(f"predict_step of {type(self.model).__name__} returns no tensor, and no dict with preds")
         return predictions
 
 
@@ -196,24 +175,22 @@ def _trace(predictor: Predictor, batch: Any) -> ExportedProgram:
         return torch.export.export(predictor, few, dynamic_shapes={"inputs": tuple({0: Dim.AUTO} for _ in few)})
     except Exception as error:  # whatever a network does that torch.export cannot follow
         name = type(getattr(predictor.model, "net", predictor.model)).__name__
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"torch.export cannot follow {name}: {reason}") from error
+        raise UserError(f"torch.export cannot follow {name}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
-def _describe(
-    predictions: Tensor, batches: list[Any], source: Any, checkpoint: Checkpoint, stage: str
-) -> dict[str, Any]:
-    """The classes of probabilities, and how good they are if that is known."""
-    if not are_probabilities(predictions):
-        return {}
-    number = predictions.shape[1]
-    names = class_names(source, number, checkpoint.content)
-    described: dict[str, Any] = {"classes": list(range(number)) if names == [*map(str, range(number))] else names}
-    labels = [label for batch in batches if (label := find_classes(batch)) is not None]
-    if len(labels) == len(batches):
-        target = torch.cat(labels)
-        loss, right = F.nll_loss(predictions.log(), target), (predictions.argmax(1) == target).float().mean()
-        described["metrics"] = {f"{stage}/loss": round(loss.item(), 6), f"{stage}/acc": round(right.item(), 6)}
+def _describe(source: Any, checkpoint: Checkpoint, predictions: Tensor) -> dict[str, Any]:
+    """What belongs to the model and is not in its weights."""
+    options, own = checkpoint.content.get("datamodule_hyper_parameters", {}), ("channels", "image_size")
+    described = {
+        "data": {key: options[key] for key in getattr(source, "from_checkpoint", own) if key in options},
+        "dataset": getattr(source, "dataset_used", type(source).__name__),
+        "global_step": checkpoint.step,
+        "versions": {"engine": engine_version(), "torch": torch.__version__},
+    }
+    if are_probabilities(predictions):
+        number = predictions.shape[1]
+        names = class_names(source, number, checkpoint.content)
+        described["classes"] = list(range(number)) if names == [*map(str, range(number))] else names
     return described
 
 
@@ -221,10 +198,13 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs() / theirs.abs().clamp(min=1)).max().item()
 
 
-# Each writes the file and returns a function that predicts with it.
-
-
-def _write_onnx(program: ExportedProgram, names: list[str], metadata: dict[str, Any], path: Path) -> Predict:
+def _write(
+    program: ExportedProgram, names: list[str], metadata: dict[str, Any], path: Path, format: str
+) -> Callable[..., Tensor]:
+    """Write the file, and return a function from inputs, each (B, ...), to the file's predictions (B, ...)."""
+    if format == "pt2":
+        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
+        return torch.export.load(path).module()
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which is not needed
@@ -237,8 +217,3 @@ def _write_onnx(program: ExportedProgram, names: list[str], metadata: dict[str, 
     return lambda *inputs: torch.from_numpy(
         session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})[0]
     )
-
-
-def _write_pt2(program: ExportedProgram, names: list[str], metadata: dict[str, Any], path: Path) -> Predict:
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
-    return torch.export.load(path).module()

@@ -31,20 +31,18 @@ BEST = Path("lightning_logs/version_0/checkpoints/best.ckpt")
 
 def exported(path: Path) -> tuple[Callable[..., Tensor], dict]:
     """What the file predicts, read with nothing but onnxruntime or torch, and its metadata."""
-    if path.suffix == ".onnx":
-        session = onnxruntime.InferenceSession(path)
-        found = session.get_modelmeta().custom_metadata_map
-        metadata = {key: json.loads(value) if value[0] in "{[0123456789" else value for key, value in found.items()}
-        names = [each.name for each in session.get_inputs()]
+    if path.suffix == ".pt2":
+        extra = {"metadata.json": ""}
+        program = torch.export.load(path, extra_files=extra)
+        return program.module(), json.loads(extra["metadata.json"])
+    session = onnxruntime.InferenceSession(path)
+    found = session.get_modelmeta().custom_metadata_map
+    names = [each.name for each in session.get_inputs()]
 
-        def predict(*inputs: Tensor) -> Tensor:
-            given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-            return torch.from_numpy(session.run(None, given)[0])
+    def predict(*inputs: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, dict(zip(names, map(Tensor.numpy, inputs), strict=True)))[0])
 
-        return predict, metadata
-    extra = {"metadata.json": ""}
-    program = torch.export.load(path, extra_files=extra)
-    return program.module(), json.loads(extra["metadata.json"])
+    return predict, {key: json.loads(value) if value[0] in "{[0123456789" else value for key, value in found.items()}
 
 
 # ------------------------------------------------------------------------------------------ any module, any batch
@@ -88,20 +86,17 @@ class Untraceable(nn.Linear):
         return super().forward(x) if x.sum() > 0 else x
 
 
-def saved(model: LightningModule, folder: Path) -> Path:
+def export(model: LightningModule, folder: Path, format: str) -> Path:
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", enable_model_summary=False)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(folder / "any.ckpt")
-    return folder / "any.ckpt"
+    trainer.export(model, ckpt_path=str(folder / "any.ckpt"), format=format)
+    return folder / f"any.{format}"
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-@pytest.mark.parametrize("kind", [Plain, Tokens])
-def test_file_takes_the_tensors_that_count(tmp_path: Path, kind: type, suffix: str) -> None:
-    model = kind()
-    path = saved(model, tmp_path)
-    Trainer(accelerator="cpu", logger=False).export(model, ckpt_path=str(path), format=suffix)
-    predict, metadata = exported(path.with_suffix(f".{suffix}"))
+@pytest.mark.parametrize(("kind", "format"), [(Plain, "onnx"), (Tokens, "onnx"), (Tokens, "pt2")])
+def test_file_takes_the_tensors_that_count(tmp_path: Path, kind: type, format: str) -> None:
+    predict, metadata = exported(export(model := kind(), tmp_path, format))
     (first, *_) = model.test_dataloader()
     if kind is Plain:
         inputs, expected = [first[0]], model(first[0] / 10)
@@ -112,76 +107,41 @@ def test_file_takes_the_tensors_that_count(tmp_path: Path, kind: type, suffix: s
 
 
 def test_what_cannot_be_exported_is_one_message_and_leaves_no_file(tmp_path: Path) -> None:
-    model = Plain(Untraceable(4, 4))
-    path = saved(model, tmp_path)
     with pytest.raises(UserError, match=r"torch\.export cannot follow Untraceable: "):
-        Trainer(accelerator="cpu", logger=False).export(model, ckpt_path=str(path))
+        export(Plain(Untraceable(4, 4)), tmp_path, "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["any.ckpt"]
 
 
 # ------------------------------------------------------------------------------------------- the command line
 
 
-@pytest.fixture(scope="module")
-def fitted(cli_in: Run, small: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Makes the run of a config and an exported file, once: the folder, the file, and what export printed."""
-    made = {}
-
-    def make(config: str, suffix: str) -> tuple[Path, Path, str]:
-        if config not in made:
-            made[config] = folder = tmp_path_factory.mktemp(config)
-            settings = ("--config", CONFIGS / f"{config}.yaml", "--data.dataset", small, "--trainer.max_epochs=1")
-            cli_in(folder, "fit", *settings)
-        folder = made[config]
-        done = cli_in(folder, "export", "--ckpt_path", BEST, "--format", suffix)  # with the config.yaml of the run
-        return folder, (folder / BEST).with_suffix(f".{suffix}"), done.stdout
-
-    return make
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-@pytest.mark.parametrize(("config", "kind"), [("cnn", CNN), ("fast", FastCNN), ("logistic", Logistic)])
-def test_file_agrees_with_the_checkpoint(
-    cli_in: Run, fitted, small: Path, config: str, kind: type[LightningModule], suffix: str
-) -> None:
-    folder, path, printed = fitted(config, suffix)
-    assert f"Wrote {BEST.with_suffix(f'.{suffix}')}, which takes batches of images (1, 28, 28); " in printed
-    assert not list(path.parent.glob(".part*"))
-
-    predict, metadata = exported(path)
-    model = kind.load_from_checkpoint(folder / BEST, weights_only=True).eval()
+@pytest.mark.parametrize("kind", [CNN, FastCNN, Logistic])
+def test_file_agrees_with_the_checkpoint(cli: Run, small: Path, tmp_path: Path, kind: type[LightningModule]) -> None:
+    config = CONFIGS / f"{kind.__name__.lower().replace('cnn', '') or 'cnn'}.yaml"
+    cli("fit", "--config", config, "--data.dataset", small, "--trainer.max_epochs=1")
+    model = kind.load_from_checkpoint(tmp_path / BEST, weights_only=True).eval()
     with np.load(small) as arrays:
-        images, labels = torch.from_numpy(arrays["x_test"])[:, None], torch.from_numpy(arrays["y_test"])
-    for batch in (images, images[:1], images.repeat(4, 1, 1, 1)[:1000]):
-        with torch.no_grad():
-            expected = model(batch / 256).softmax(1)  # (B, 10)
-        torch.testing.assert_close(predict(batch), expected, rtol=0, atol=1e-5)
+        images = torch.from_numpy(arrays["x_test"])[:, None]
+    for format in ("onnx", "pt2") if kind is FastCNN else ("onnx",):
+        path = BEST.with_suffix(f".{format}")
+        printed = cli("export", "--ckpt_path", BEST, "--format", format).stdout  # with the config.yaml of the run
+        assert f"Wrote {path}, which takes batches of images (1, 28, 28); " in printed
+        predict, metadata = exported(tmp_path / path)
+        for batch in (images, images[:1], images.repeat(4, 1, 1, 1)[:1000]):
+            with torch.no_grad():
+                expected = model(batch / 256).softmax(1)  # (B, 10)
+            torch.testing.assert_close(predict(batch), expected, rtol=0, atol=1e-5)
+        assert metadata["classes"] == list(range(10))
+        assert metadata["dataset"] == str(small)
+        assert metadata["global_step"] == (4 if kind is FastCNN else 16)
+        assert metadata["versions"]["torch"] == torch.__version__
+    assert not list((tmp_path / BEST).parent.glob(".part*"))
+    onnx.checker.check_model(tmp_path / BEST.with_suffix(".onnx"), full_check=True)
 
-    assert metadata["classes"] == list(range(10))
-    assert metadata["dataset"] == str(small)
-    assert metadata["global_step"] == (4 if config == "fast" else 16)
-    assert metadata["versions"]["torch"] == torch.__version__
-    right = (predict(images).argmax(1) == labels).float().mean().item()
-    assert metadata["metrics"]["test/acc"] == pytest.approx(right, abs=1e-6)
-    tested = cli_in(folder, "test", "--ckpt_path", BEST)
-    loss = re.search(r"test/loss\W+([\d.]+)", tested.stdout)
-    assert loss is not None
-    assert metadata["metrics"]["test/loss"] == pytest.approx(float(loss[1]), abs=1e-5)
-    if suffix == "onnx":
-        onnx.checker.check_model(path, full_check=True)
-
-
-@pytest.mark.slow
-def test_example_in_the_readme_needs_onnxruntime_alone(fitted, small: Path) -> None:
-    folder, _, _ = fitted("fast", "onnx")
     example = re.search(r"```python\n(.*?onnxruntime.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert example is not None
-    with np.load(small) as arrays:
-        pixels = arrays["x_test"][0]
-    Image.fromarray(pixels).save(folder / "seven.png")
-    model = FastCNN.load_from_checkpoint(folder / BEST, weights_only=True).eval()
-    expected = model(torch.from_numpy(pixels)[None, None] / 256).argmax().item()
-    example_run = example[1] + "import sys\nassert not {'torch', 'mnist_lit', 'onnx'} & sys.modules.keys()\n"
-    done = subprocess.run([sys.executable, "-c", example_run], cwd=folder, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{expected}\n"
+    Image.fromarray(images[0, 0].numpy()).save(tmp_path / "seven.png")
+    alone = example[1] + "import sys\nassert not {'torch', 'mnist_lit', 'onnx'} & sys.modules.keys()\n"
+    done = subprocess.run([sys.executable, "-c", alone], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{model(images[:1] / 256).argmax().item()}\n"
