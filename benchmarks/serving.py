@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import aiohttp
 from PIL import Image
@@ -42,12 +41,7 @@ URL = f"http://127.0.0.1:{PORT}/predict"
 CLIENTS = 1, 16, 64
 SOAKING = 20  # clients, one in five of them hostile
 
-
-class Sent(NamedTuple):
-    """A request."""
-
-    kind: str
-    body: bytes
+Sent = tuple[str, bytes]  # content type and body of a request
 
 
 @contextmanager
@@ -78,7 +72,7 @@ async def load(clients: int, seconds: float, kinds: list[list[Sent]]) -> tuple[l
     """Send requests for so long, but each client at least one; clients of each kind choose among its requests.
 
     Returns:
-        the seconds that each answer took, by kind and without those that were not connected, and the status codes.
+        the seconds that each answer took, by kind (nothing if there was no connection), and the status codes.
     """
     took: list[list[float]] = [[] for _ in kinds]
     codes: Counter = Counter()
@@ -87,8 +81,8 @@ async def load(clients: int, seconds: float, kinds: list[list[Sent]]) -> tuple[l
     async def client(number: int, session: aiohttp.ClientSession) -> None:
         kind, choose = number % len(kinds), random.Random(number).choice
         while True:
-            sent, began = choose(kinds[kind]), time.monotonic()
-            async with session.post(URL, data=sent.body, headers={"content-type": sent.kind}) as answer:
+            (content_type, body), began = choose(kinds[kind]), time.monotonic()
+            async with session.post(URL, data=body, headers={"content-type": content_type}) as answer:
                 await answer.read()
             took[kind].append(time.monotonic() - began)
             codes[answer.status] += 1
@@ -104,35 +98,16 @@ async def load(clients: int, seconds: float, kinds: list[list[Sent]]) -> tuple[l
     return took, codes
 
 
-def pictures() -> dict[str, list[Sent]]:
-    """The same digits as PNG files, and as JSON with their pixels."""
-    sent: dict[str, list[Sent]] = {"PNG": [], "JSON": []}
-    for image in make_digits()["test"][0][:200]:  # uint8 (28, 28)
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "PNG")
-        sent["PNG"].append(Sent("image/png", file.getvalue()))
-        sent["JSON"].append(Sent("application/json", json.dumps({"images": [image.tolist()]}).encode()))
-    return sent
+def png(image: Image.Image) -> bytes:
+    """A file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
-def hostile(good: bytes) -> list[Sent]:
-    """Requests that a server has to refuse, or to survive."""
-    large, bomb = io.BytesIO(), io.BytesIO()
-    Image.new("L", (9_000, 5_000), 255).save(large, "PNG")
-    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop"
-    files = [b"", good[:40], b"\x89PNG" + bytes(1000), large.getvalue(), bomb.getvalue(), program, bytes(2**25)]
-    texts = [b"{", b"[" * 10**5, b'{"images": 3}', b'{"image": "%%%"}', b'{"image": [[1, 2], [3]]}', b"[]," * 10**6]
-    return [
-        *(Sent("image/png", file) for file in files),
-        *(Sent("application/json", text) for text in texts),
-        *(Sent(kind, good) for kind in ("multipart/form-data", "multipart/form-data; boundary=b")),
-    ]
-
-
-def compare(path: Path, repeats: int, seconds: float) -> Table:
+def compare(sent: dict[str, list[Sent]], path: Path, repeats: int, seconds: float) -> Table:
     """Measure the servers in turns."""
-    sent, results = pictures(), {name: [] for name in SERVERS}  # type: ignore[var-annotated]
+    results: dict[str, list] = {name: [] for name in SERVERS}
     for name in [*SERVERS] * repeats:
         with serving(name, path, sent["PNG"][0]) as (pid, start):
             row = {"s to first answer": start}
@@ -153,14 +128,18 @@ def compare(path: Path, repeats: int, seconds: float) -> Table:
     return table
 
 
-def soak(path: Path, minutes: float) -> Table:
-    """Send good and hostile requests at once."""
-    sent = pictures()
+def soak(sent: dict[str, list[Sent]], path: Path, minutes: float) -> Table:
+    """Send good requests, and such as a server has to refuse or to survive, at once."""
     good = [*sent["PNG"], *sent["JSON"]]
+    large, bomb = png(Image.new("L", (9_000, 5_000), 255)), png(Image.new("1", (20_000, 20_000)))
+    texts = b"{", b"[" * 10**5, b'{"images": 3}', b'{"images": ["%%%"]}', b'{"images": [[[1, 2], [3]]]}', b"[]," * 10**6
+    hostile = [("image/png", file) for file in (b"", good[0][1][:40], large, bomb, bytes(2**25))]
+    hostile += [("application/json", text) for text in texts]
+    hostile += [("multipart/form-data", good[0][1]), ("multipart/form-data; boundary=b", good[0][1])]
     table = Table("s", "MB", "slowest good answer, s", "status codes")
     with serving("serve", path, good[0]) as (pid, _):
         for minute in range(1, 1 + max(2, round(minutes))):
-            took, codes = asyncio.run(load(SOAKING, 60, [hostile(good[0].body), good, good, good, good]))
+            took, codes = asyncio.run(load(SOAKING, 60, [hostile, good, good, good, good]))
             slowest = max(map(max, took[1:]))
             table.add_row(str(60 * minute), f"{memory(pid):.0f}", f"{slowest:.2f}", str(dict(sorted(codes.items()))))
     return table
@@ -175,7 +154,13 @@ def main() -> None:
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="good and hostile requests at once instead")
     options = parser.parse_args()
     console, about, path = Console(width=140), machine(), options.ckpt_path.resolve()
-    console.print(soak(path, options.soak) if options.soak else compare(path, options.repeats, options.seconds))
+    images = make_digits()["test"][0][:200]  # uint8 (200, 28, 28)
+    sent = {
+        "PNG": [("image/png", png(Image.fromarray(image))) for image in images],
+        "JSON": [("application/json", json.dumps({"images": [image.tolist()]}).encode()) for image in images],
+    }
+    repeats, seconds, soaking = options.repeats, options.seconds, options.soak
+    console.print(soak(sent, path, soaking) if soaking else compare(sent, path, repeats, seconds))
     console.print(described(about))
 
 
