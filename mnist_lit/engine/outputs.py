@@ -6,7 +6,7 @@ what they need, and leave out what is not there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -51,25 +51,24 @@ def classification(outputs: Any) -> tuple[Tensor, Tensor] | None:
 
 def find_images(batch: Any) -> Tensor | None:
     """The first tensor of images (B, C, H, W), C 1 or 3, in a tensor, a tuple or a dict, or else None."""
-    return _first(batch, lambda tensor: tensor.ndim == 4 and tensor.shape[1] in (1, 3) and len(tensor) > 0)
+    return next((each for each in _tensors(batch) if each.ndim == 4 and each.shape[1] in (1, 3) and len(each)), None)
 
 
 def find_classes(batch: Any) -> Tensor | None:
     """The first tensor of integers (B,) in a batch, or else None."""
-    return _first(batch, lambda tensor: tensor.ndim == 1 and not tensor.is_floating_point())
+    return next((each for each in _tensors(batch) if each.ndim == 1 and not each.is_floating_point()), None)
 
 
-def _first(batch: Any, fits: Callable[[Tensor], bool]) -> Tensor | None:
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
-    return next((value for value in values if isinstance(value, Tensor) and fits(value)), None)
+def _tensors(batch: Any) -> list[Tensor]:
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def are_probabilities(values: Tensor) -> bool:
     """Whether the rows of (n, num_classes) are distributions; bfloat16 rounds their sums by up to 2 %."""
     if values.ndim != 2 or values.shape[1] < 2 or not values.is_floating_point():
         return False
-    values = values.float()
-    return bool((values >= 0).all() and ((values.sum(1) - 1).abs() < 0.02).all())
+    return bool((values >= 0).all() and ((values.float().sum(1) - 1).abs() < 0.02).all())
 
 
 def class_names(
@@ -77,18 +76,14 @@ def class_names(
     num_classes: int | None = None,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Names of classes: those in a checkpoint's content, else the data module's, else the model's, else 0, 1, ...
-
-    Args:
-        source: the trainer, or the data module itself.
-        num_classes: number of names; by default as many as there are.
-        checkpoint: its content.
+    """Names of classes, by default as many as there are: those in a checkpoint's content, else those of the data
+    module or of the model, else 0, 1, ...
     """
     owners = (getattr(source, "datamodule", source), getattr(source, "lightning_module", None))
     for names in ((checkpoint or {}).get("class_names"), *(getattr(owner, "class_names", None) for owner in owners)):
         if names is not None and num_classes in (len(names), None):
-            return [str(name) for name in names]
-    return [str(index) for index in range(num_classes or 0)]
+            return [*map(str, names)]
+    return [*map(str, range(num_classes or 0))]
 
 
 def display(images: Tensor) -> Tensor:
@@ -96,7 +91,7 @@ def display(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images.cpu()
     images = images.detach().float().cpu()
-    low, high = images.min(), images.max()
+    low, high = images.aminmax()
     if low < 0 or high > 1:
         images = (images - low) / (high - low).clamp(min=1e-12)
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+    return (images * 255).round().to(torch.uint8)

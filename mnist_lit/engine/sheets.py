@@ -46,28 +46,21 @@ def confusion_sheet(counts: Tensor, names: Sequence[str]) -> Image.Image:
         names: n class names.
     """
     font, margin, cell = ImageFont.load_default(14), 48, max(650 // len(counts), 4)
-    size = len(counts) * cell
     # The shares of each row; their square roots, so that rare mistakes show.
     shades = (counts / counts.sum(1, keepdim=True).clamp(min=1)).sqrt()  # (n, n) in 0..1
-    pixels = (255 * (1 - shades)).round().to(torch.uint8).numpy()
-    sheet = Image.new("L", (margin + size, margin + size), "white")
-    sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST), (margin, margin))
+    cells = Image.fromarray((255 * (1 - shades)).round().to(torch.uint8).numpy())
+    sheet = Image.new("L", (margin + len(counts) * cell,) * 2, "white")
+    sheet.paste(cells.resize((len(counts) * cell,) * 2, Image.Resampling.NEAREST), (margin, margin))
     draw = ImageDraw.Draw(sheet)
-
-    def write(x: float, y: float, text: str, room: int, fill: int = 0) -> None:
-        while font.getlength(text) > room:
-            text = text[:-1]
-        draw.text((x, y), text, fill, font, anchor="mm")
-
-    write(margin + size / 2, 12, "predicted", size)
-    write(margin / 2, 12, "true", margin)
+    draw.text((sheet.width / 2, 12), "predicted", 0, font, anchor="mm")
+    draw.text((2, 12), "true", 0, font, anchor="lm")
     if cell < 20:
         return sheet  # no room for numbers
     centres = [margin + (place + 0.5) * cell for place in range(len(counts))]
     for centre, name in zip(centres, names, strict=True):
-        write(centre, margin - 14, name, cell - 4)
-        write(margin / 2, centre, name, margin - 4)
+        draw.text((centre, margin - 14), name[: cell // 9], 0, font, anchor="mm")
+        draw.text((margin / 2, centre), name[:5], 0, font, anchor="mm")
     for y, row, row_shades in zip(centres, counts.tolist(), shades.tolist(), strict=True):
         for x, count, shade in zip(centres, row, row_shades, strict=True):
-            write(x, y, str(count), cell, 255 if shade > 0.5 else 0)
+            draw.text((x, y), str(count), 255 if shade > 0.5 else 0, font, anchor="mm")
     return sheet

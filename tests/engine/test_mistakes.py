@@ -90,7 +90,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
     ],
     "checkpoint of another model": [
         (f"test {FAST} {{small}} {{best}}", "is not of this model", "config.yaml"),
-        (f"fit {FAST} {{small}} --init_from={RUN}/checkpoints/last.ckpt", "none of its weights fits"),
+        (f"fit {FAST} {{small}} --init_from={RUN}/checkpoints/last.ckpt", "last.ckpt does not fit FastCNN: "),
     ],
     "two writers of one run or checkpoint": [
         ("{small} --run_name=version_0", "there is such a run already"),

@@ -52,13 +52,6 @@ class Dicts(Pairs):
         return [{"image": image, "label": label} for image, label in zip(self.images, self.targets, strict=True)]  # type: ignore[return-value]
 
 
-class NoValidation(Pairs):
-    """Has training images only."""
-
-    def val_dataloader(self) -> Any:
-        return []
-
-
 # -------------------------------------------------------------------------------------------- modules
 
 
@@ -97,7 +90,6 @@ class Module(LightningModule):
         outputs = {
             "scalar": self.training_step(batch, batch_idx),
             "values": self(images)[:, 0],  # (B,)
-            "columns": self(images)[:, :1],  # (B, 1)
             "maps": images.repeat(1, 2, 1, 1),  # (B, C, H, W)
         }
         return outputs.get(self.returned)
