@@ -305,5 +305,10 @@ def main(args: list[str], project: Project, fit_pictures: FitPictures | None = N
     ``fit_pictures`` makes what brings pictures to the model's size, from its data module's hyperparameters.
     """
     app, options = load(args, project, fit_pictures)
+    host, port = options.host, options.port
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise UserError(f"--host={host} --port={port} cannot be had ({error}); choose others") from error
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for every damaged form
-    uvicorn.run(app, host=options.host, port=options.port, access_log=False, timeout_graceful_shutdown=2 * PATIENCE)
+    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=2 * PATIENCE)
