@@ -84,6 +84,13 @@ def test_wrong_content_is_named(tmp_path: Path, case: str) -> None:
         read(path)
 
 
+def test_size_is_checked_before_anything_is_decoded(tmp_path: Path) -> None:
+    path, claimed = tmp_path / "own", (3 * 2**30).to_bytes(4, "little")  # by each member, in the central directory
+    path.write_bytes(re.sub(rb"(?s)(PK\x01\x02.{20}).{4}", lambda found: found[1] + claimed, npz()))
+    with pytest.raises(UserError, match="it decodes to more than 4 GiB"):
+        read(path)
+
+
 @pytest.mark.parametrize("whole", [pickled(), npz()], ids=["pkl.gz", "npz"])
 def test_every_truncation_and_flip_is_an_error_or_harmless(tmp_path: Path, whole: bytes) -> None:
     """A gzip and a zip carry checksums, so damage is either found or lies where nothing is read."""

@@ -18,13 +18,14 @@ from mnist_lit.engine.data.sources import Source, Splits, Task, hold_out
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.storage import atomic_save, locked_directory
 
+MAX_BYTES = 4 * 2**30  # of a decoded file
 HELD_OUT = 1 / 6  # of the training images to validate on; the tutorial's are 10,000 of 60,000
 
 Pair = tuple[np.ndarray, np.ndarray]
 
 
 def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None = None) -> Mapping[str, Pair]:
-    """Read a dataset file. No code runs out of it.
+    """Read a dataset file of up to 4 GiB, decoded. No code in it runs.
 
     Args:
         path: an ``.npz`` with ``x_train, y_train`` and optionally ``x_valid, y_valid, x_test, y_test``, as Keras' has.
@@ -41,6 +42,8 @@ def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None
     """
     try:
         if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                _check_size(sum(member.file_size for member in file.infolist()))
             with np.load(path, allow_pickle=False) as arrays:
                 splits = [name for name in ("train", "valid", "test") if name == "train" or f"x_{name}" in arrays]
                 expected = {f"{axis}_{split}" for split in splits for axis in "xy"}
@@ -49,13 +52,21 @@ def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None
                 return {split: (arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in splits}
         if other is None:
             raise ValueError("not an .npz")
-        content = path.read_bytes()
-        return other(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
-    except Exception as error:  # hostile bytes can make gzip, zipfile and pickle raise just about anything
+        with path.open("rb") as file:
+            zipped = file.peek(2)[:2] == b"\x1f\x8b"
+            content = (gzip.GzipFile(fileobj=file) if zipped else file).read(MAX_BYTES + 1)
+        _check_size(len(content))
+        return other(content)
+    except Exception as error:  # hostile bytes can make gzip, zipfile and pickle raise almost anything
         raise UserError(
             f"{path}: damaged, or not a dataset ({error or type(error).__name__}); "
             "replace the file, or delete it if it was downloaded and run again"
         ) from error
+
+
+def _check_size(number: int) -> None:
+    if number > MAX_BYTES:
+        raise ValueError(f"it decodes to more than {MAX_BYTES >> 30} GiB")
 
 
 def cached(copy: Path, fingerprint: str, make: Callable[[], Source]) -> Source:
