@@ -46,14 +46,8 @@ def hostile(marker: Path) -> dict[str, bytes]:
         "a huge state": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R(K\x01(\x8a\x06"
         + bytes(5)
         + b"\x01tNK\x00C\x00tb.",
-        "a huge memo index": b"\x80\x02Nr" + struct.pack("<I", 0x7FFFFFFF) + b".",
         "a huge string": b"\x80\x02\x8e" + struct.pack("<Q", 1 << 45) + b"x.",
-        "a huge frame": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.",
-        "a tuple of itself": b"\x80\x02)\x94h\x00\x85q\x00h\x00\x85q\x00h\x00.",
         "a deep nest as a key": b"\x80\x02}N" + b"\x85" * 100_000 + b"Ns.",
-        "a million opcodes": b"\x80\x02" + b"N0" * 1_000_000 + b"N.",
-        "a changed stand-in": b"\x80\x02cnumpy\nndarray\n}X\x01\x00\x00\x00aK\x01sb.",
-        "an uninitialised stand-in": b"\x80\x02cnumpy\ndtype\n)\x81.",
         "nothing on the stack": b"\x80\x02.",
         "no end": b"\x80\x02N",
     }
