@@ -26,8 +26,6 @@ from mnist_lit.engine.images import Fit, find_images, read_picture
 from mnist_lit.engine.outputs import class_names
 from mnist_lit.engine.threads import available_cpus
 
-Batch = tuple[Tensor, Tensor]
-
 
 class ImageDataModule(LightningDataModule):
     """Images and their targets from arrays in a file, or from a folder of image files.
@@ -260,9 +258,8 @@ class ImageDataModule(LightningDataModule):
         if not pictures:
             path, reason = next(iter(self.broken.items()))
             raise UserError(f"none of {len(paths)} files can be predicted; {path}: {reason}")
-        names = [path.parent.name for path in self.files]
-        known = {name: label for label, name in enumerate(class_names(self, self._num_classes or 10))}
-        self.labels = [known[name] for name in names] if known.keys() >= set(names) else []
+        names, known = [path.parent.name for path in self.files], class_names(self, self._num_classes or 10)
+        self.labels = [known.index(name) for name in names] if set(names) <= set(known) else []
         labels = torch.tensor(self.labels or [0] * len(pictures))
         self.pictures = BatchTensorDataset(torch.stack(pictures), labels)  # (n, C, H, W), (n,)
 
@@ -295,12 +292,11 @@ class ImageDataModule(LightningDataModule):
         return eval_dataloader(data, 2 * self.batch_size, trainer=trainer, num_workers=self._workers(data))
 
     def _workers(self, data: Dataset) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        processes = self.trainer.num_devices if self.trainer else 1
-        return 0 if isinstance(data, BatchTensorDataset) else available_cpus(processes)
+        if self.num_workers is not None or isinstance(data, BatchTensorDataset):
+            return self.num_workers or 0
+        return available_cpus(self.trainer.num_devices if self.trainer else 1)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Preprocess, augment and normalize on the device, so that bytes are copied there and not floats."""
         (images, target), pixel_range = batch, self.pixel_range if batch[0].dtype == torch.uint8 else None
         images = self.preprocess(images)
