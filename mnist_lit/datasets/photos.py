@@ -34,7 +34,8 @@ def find_digit(grey: np.ndarray, even: np.ndarray) -> tuple[np.ndarray, str]:
     contrast = contrast * (1 - _grown(_boxes(_mask(contrast, faintest)), BLUR))
     for _ in ("level lines", "upright lines"):
         contrast = np.ascontiguousarray(_without_lines(contrast, faintest).T)
-    contrast = contrast * (1 - _grown(_cut_off(_mask(contrast, INK * _full(contrast))), BLUR))
+    mask = _mask(contrast, INK * _full(contrast))  # what is left may be fainter than a frame or a table
+    contrast = contrast * (1 - _grown(_boxes(mask) | _cut_off(mask), BLUR))
     return _digit(contrast if _full(contrast) > max(FAINTEST, 7 * noise) else np.zeros_like(contrast))
 
 
