@@ -82,7 +82,11 @@ class PredictionsFile(BasePredictionWriter):
             with atomic_write(written[1]) as part:
                 contact_sheet(display(torch.stack(images)), captions[: len(images)]).save(part)
         if trainer.is_global_zero:
-            _print(table)
+            columns = [name for name in table[0] if not name.startswith("p_")][:8]
+            shown = Table(*map(escape, columns), title=f"{len(table):,} predictions")
+            for row in table[:ROWS]:
+                shown.add_row(*(escape(row[name]) for name in columns))
+            Console(highlight=False).print(shown)
             if (labels := _listed(trainer, "labels", indices)) and "confidence" in table[0]:
                 right = (predicted.argmax(1) == torch.tensor(labels)).sum().item()
                 print(f"Right: {right:,} of {len(table):,}, an accuracy of {right / len(table):.4f}")
@@ -117,11 +121,3 @@ def _table(trainer: Trainer, values: Tensor, indices: Sequence[int]) -> list[dic
     for row, numbers in zip(rows, columns.tolist(), strict=True):
         row |= {name: f"{number:.6f}" for name, number in zip(names, numbers, strict=True)}
     return rows
-
-
-def _print(table: list[dict[str, str]]) -> None:
-    columns = [name for name in table[0] if not name.startswith("p_")][:8]
-    shown = Table(*map(escape, columns), title=f"{len(table):,} predictions")
-    for row in table[:ROWS]:
-        shown.add_row(*(escape(row[name]) for name in columns))
-    Console(highlight=False).print(shown)
