@@ -44,9 +44,7 @@ def fit_pictures(data: Mapping[str, Any]) -> Callable[[np.ndarray], tuple[np.nda
     if data.get("image_size") and not data.get("single_digits"):
         return None
     if find_spec("cv2") is None:
-        warnings.warn(
-            "digits are read from even scans; from photos after pip install 'mnist_lit[photos]'", stacklevel=2
-        )
+        warnings.warn("even scans of digits are read; photos after pip install 'mnist_lit[photos]'", stacklevel=2)
     return _fit
 
 
