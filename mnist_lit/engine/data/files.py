@@ -77,6 +77,7 @@ def cached(copy: Path, fingerprint: str, make: Callable[[], Source]) -> Source:
         fingerprint: identifies what it is made of; a copy of anything else is replaced.
         make: reads the dataset.
     """
+    fingerprint = " ".join([fingerprint, *Source._fields])  # versions that know other fields make their own
     content = _load(copy, fingerprint)
     if content is None:
         with locked_directory(copy.parent):
