@@ -25,10 +25,10 @@ def are_single_digits(images: Any) -> bool:
         return False
     sample = np.asarray(images[:: max(1, len(images) // 1000), 0], np.float32)  # (m, H, W)
     sample -= sample.min()
-    drawn = sample > 0.2 * sample.max((1, 2), keepdims=True)  # blurred rims of strokes are not
+    drawn = sample > 0.35 * sample.max((1, 2), keepdims=True)  # blurred rims of strokes are not
     longer = np.maximum(drawn.any(1).sum(1), drawn.any(2).sum(1))
     drawn[:, 2:-2, 2:-2] = False  # what is left is on the margin
-    return bool(((abs(longer - BOX) <= 2) & ~drawn.any((1, 2))).mean() > 0.9)
+    return bool(((abs(longer - BOX) <= 2) & ~drawn.any((1, 2))).mean() > 0.8)
 
 
 def fit_pictures(data: Mapping[str, Any]) -> Callable[[np.ndarray], tuple[np.ndarray, str]] | None:
