@@ -128,7 +128,10 @@ def main(args: list[str], project: Project) -> None:
     folder = Path(LOGS) / known.study
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    space: Space = get_loader("yaml")(known.space.read_text("utf-8"))  # as a config: 1e-4 is a number
+    try:
+        space: Space = get_loader("yaml")(known.space.read_text("utf-8"))  # as a config: 1e-4 is a number
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--space={known.space}: {error}") from error
     trials, options = known.trials or 20, dict[str, Any]()
     if known.sampler == "grid":
         trials = known.trials or math.prod(len(setting["choices"]) for setting in space.values())
