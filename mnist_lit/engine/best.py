@@ -74,7 +74,6 @@ class BestCheckpoint(ModelCheckpoint):
         # Absolute, because ModelCheckpoint forgets the best if its folder is named in another way.
         if self.dirpath or Run.of(trainer).exists:
             self.dirpath = os.path.abspath(self.dirpath or Run.of(trainer).checkpoints)
-        self._ckpt_path = trainer.ckpt_path
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,7 +141,7 @@ class BestCheckpoint(ModelCheckpoint):
             return path and os.path.join(str(self.dirpath), os.path.basename(path))
 
         names = ("best_model_path", "kth_best_model_path", "last_model_path")
-        with explain_damage(self._ckpt_path):
+        with explain_damage():
             state = {**state_dict, **{name: here(state_dict[name]) for name in names}, "dirpath": str(self.dirpath)}
             kept = state["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
             if all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept):

@@ -26,12 +26,12 @@ def unusable(path: Any, error: Exception) -> UserError:
 
 
 @contextmanager
-def explain_damage(path: Any) -> Iterator[None]:
+def explain_damage(path: Any = None) -> Iterator[None]:
     """Name the checkpoint if something in it cannot be restored."""
     try:
         yield
     except Exception as error:  # whatever is in a damaged file
-        raise unusable(path, error) from error
+        raise unusable(path or "--ckpt_path", error) from error
 
 
 def require(extra: str, *modules: str) -> None:

@@ -53,7 +53,7 @@ class LastCheckpoint(Checkpoint):
         self._before: dict[str, float] = {}  # of this epoch, before the checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._run, self._ckpt_path = Run.of(trainer), trainer.ckpt_path
+        self._run = Run.of(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._saved_step = True, trainer.global_step
@@ -122,7 +122,7 @@ class LastCheckpoint(Checkpoint):
         return {"metrics": self._metrics, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with explain_damage(self._ckpt_path):
+        with explain_damage():
             self._metrics, self._before = dict(state_dict["metrics"]), dict(state_dict["before"])
 
     def _save(self, trainer: Trainer) -> None:

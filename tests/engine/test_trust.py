@@ -129,6 +129,7 @@ class Mutations:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix  # which values are drawn depends on the sizes of files, and so on versions
 def test_mutated_run_folders_do_no_harm(cli_in: Run, good: Path, small: Path, tmp_path: Path) -> None:
     rng, canary, log = random.Random(1), tmp_path / "canary", tmp_path / "log"
     bad = []

@@ -331,4 +331,4 @@ class ImageDataModule(LightningDataModule):
                 f"resume with --data.dataset={state_dict['dataset']}, or start a new run without --ckpt_path"
             )
         with explain_damage(self.trainer.ckpt_path):
-            self.seed = operator.index(state_dict["seed"])
+            self.seed = torch.Generator().manual_seed(operator.index(state_dict["seed"])).initial_seed()
