@@ -95,7 +95,7 @@ def server(folder: Path, *args: object, uvicorn: bool = False, **environment: st
 def folder(cli_in: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of fast.yaml on the digits with best.ckpt and best.onnx, and 400 images with their predictions."""
     folder = tmp_path_factory.mktemp("served")
-    cli_in(folder, "fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=digits", "--trainer.max_epochs=2")
+    cli_in(folder, "fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=digits", "--trainer.max_epochs=4")
     cli_in(folder, "export", "--ckpt_path", BEST)
     (folder / "digits").mkdir()
     for index, image in enumerate(make_digits()["test"][0][:400]):
