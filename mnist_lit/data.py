@@ -16,7 +16,7 @@ from torch import Tensor
 from mnist_lit.datasets.digits import VERSION, make_digits
 from mnist_lit.datasets.mnist import ARCHIVE, URLS, download_mnist, read_mnist
 from mnist_lit.datasets.pickles import read_pickle
-from mnist_lit.datasets.pictures import are_single_digits, fit_pictures
+from mnist_lit.datasets.pictures import find_digit_size, fit_pictures
 from mnist_lit.engine import ImageDataModule, UserError, read_dataset
 
 NOT_MNIST = """\
@@ -35,25 +35,25 @@ class MNISTDataModule(ImageDataModule):
         dataset: ``mnist``; ``digits`` (embedded, needs no network); ``auto``: MNIST if it is on disk or can
             be downloaded, else the digits; or a path: of a pickle as the tutorial's, or as in ``ImageDataModule``.
         url: where to download the tutorial's archive of MNIST. Of a list the first that has it.
-        single_digits: whether the images are of single digits as MNIST's are: pictures to predict are then brought
-            into this form. By default it is found out from the training images.
+        digit_size: longer side of the digits in pixels, if the images are of single digits as MNIST's: pictures to
+            predict are then brought into this form. 0 for other images; by default measured in the training images.
         options: as in ``ImageDataModule``.
 
     Example:
         >>> Trainer(max_epochs=2).fit(CNN(), datamodule=MNISTDataModule("digits", batch_size=128))
     """
 
-    from_checkpoint = (*ImageDataModule.from_checkpoint, "single_digits")
+    from_checkpoint = (*ImageDataModule.from_checkpoint, "digit_size")
 
     def __init__(
         self,
         dataset: str = "auto",
         url: str | list[str] = list(URLS),  # noqa: B006, jsonargparse shows it
-        single_digits: bool | None = None,
+        digit_size: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
-        self.urls, self.single_digits = [url] if isinstance(url, str) else url, single_digits
+        self.urls, self.digit_size = [url] if isinstance(url, str) else url, digit_size
         self.archive = self.data_dir / "mnist" / ARCHIVE
 
     def prepare_data(self) -> None:
@@ -70,9 +70,9 @@ class MNISTDataModule(ImageDataModule):
         """In every process: open what is on disk, and find out whether the images are of single digits."""
         super().setup(stage)
         if self.dataset_used:
-            if self.single_digits is None:
-                self.single_digits = are_single_digits(self.source.splits["train"][0])
-            self.save_hyperparameters({"single_digits": self.single_digits})
+            if self.digit_size is None:
+                self.digit_size = find_digit_size(self.source.splits["train"][0])
+            self.save_hyperparameters({"digit_size": self.digit_size})
 
     def find(self) -> tuple[str, Path | str]:
         """Name the dataset and its file; the digits have a version instead."""
@@ -88,7 +88,7 @@ class MNISTDataModule(ImageDataModule):
 
     def fit_pictures(self) -> Any:
         """What brings pictures of digits into the form of the training images; None if those are of something else."""
-        return fit_pictures({"image_size": self.image_size, "single_digits": self.single_digits})
+        return fit_pictures({"image_size": self.image_size, "digit_size": self.digit_size})
 
     def preprocess(self, images: Tensor) -> Tensor:
         """The tutorial's ``preprocess``: bytes (B, C, H, W) to float32, exactly its k/256; on the device."""

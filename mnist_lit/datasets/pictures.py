@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,36 +20,38 @@ SIDE, BOX = 28, 20
 SMALL = 64  # pixels, shorter side; smaller pictures are not photos
 
 
-def are_single_digits(images: Any) -> bool:
-    """Find out whether images (n, C, H, W) to train on are of single digits in MNIST's form."""
+def find_digit_size(images: Any) -> int:
+    """Pixels of the longer side of the digits in images (n, C, H, W); 0 if they are not single digits as MNIST's."""
     if images.shape[1:] != (1, SIDE, SIDE):
-        return False
+        return 0
     sample = np.asarray(images[:: max(1, len(images) // 1000), 0], np.float32)  # (m, H, W)
     sample -= sample.min()
-    drawn = sample > 0.35 * sample.max((1, 2), keepdims=True)  # blurred rims of strokes are not
+    drawn = sample > 0.2 * sample.max((1, 2), keepdims=True)  # blurred rims of strokes are not
     longer = np.maximum(drawn.any(1).sum(1), drawn.any(2).sum(1))
     drawn[:, 2:-2, 2:-2] = False  # what is left is on the margin
-    return bool(((abs(longer - BOX) <= 2) & ~drawn.any((1, 2))).mean() > 0.8)
+    size = int(np.median(longer))
+    return size if ((abs(longer - size) <= 2) & ~drawn.any((1, 2))).mean() > 0.8 else 0
 
 
 def fit_pictures(data: Mapping[str, Any]) -> Callable[[np.ndarray], tuple[np.ndarray, str]] | None:
     """What brings pictures of digits into MNIST's form.
 
     Args:
-        data: hyperparameters of the data module: None is returned for an ``image_size`` without ``single_digits``.
+        data: hyperparameters of the data module: None is returned for an ``image_size`` without ``digit_size``.
 
     Returns:
         a function from pixels uint8 (1, H, W) to the image uint8 (1, 28, 28), and a warning if the digit may not be
         what is meant, or else "".
     """
-    if data.get("image_size") and not data.get("single_digits"):
+    size = data.get("digit_size")
+    if data.get("image_size") and not size:
         return None
     if find_spec("cv2") is None:
         warnings.warn("even scans of digits are read; photos after pip install 'mnist_lit[photos]'", stacklevel=2)
-    return _fit
+    return partial(_fit, size=size or BOX)
 
 
-def _fit(pixels: np.ndarray) -> tuple[np.ndarray, str]:
+def _fit(pixels: np.ndarray, size: int) -> tuple[np.ndarray, str]:
     image = Image.fromarray(pixels[0])
     grey = np.asarray(image.reduce(math.ceil(max(image.size) / 400)), np.float32) / 255  # (H, W)
     ink, warning = _even_ink(grey), ""
@@ -61,7 +64,7 @@ def _fit(pixels: np.ndarray) -> tuple[np.ndarray, str]:
         ink = ink * (np.asarray(strokes.filter(ImageFilter.MaxFilter(5))) > 0)
     if not ink.any():
         raise UserError("nothing is on it")
-    return _in_form(ink)[None], warning
+    return _in_form(ink, size)[None], warning
 
 
 def _even_ink(grey: np.ndarray) -> np.ndarray:
@@ -76,11 +79,11 @@ def _even_ink(grey: np.ndarray) -> np.ndarray:
     return ink * (ink > (0 if min(grey.shape) < SMALL and edge.min() == edge.max() else 0.15))
 
 
-def _in_form(ink: np.ndarray) -> np.ndarray:
-    """The ink float32 (H, W) in 0..1 as an image uint8 (28, 28)."""
+def _in_form(ink: np.ndarray, size: int) -> np.ndarray:
+    """The ink float32 (H, W) in 0..1 as an image uint8 (28, 28), with its longer side of so many pixels."""
     rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
     cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = (max(1, round(length * BOX / max(cut.shape))) for length in cut.shape)
+    height, width = (max(1, round(length * size / max(cut.shape))) for length in cut.shape)
     if (height, width) != cut.shape:
         cut = np.asarray(Image.fromarray(cut).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
         cut = cut / cut.max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -60,3 +61,9 @@ def draw(page: Page, *points: tuple[float, float]) -> None:
     for place in places[1:]:
         page.mouse.move(*place, steps=3)
     page.mouse.up()
+
+
+def arc(right: float, down: float, radius: float, start: float, end: float) -> list[tuple[float, float]]:
+    """Points of a part of a circle; 0 is its top, and a turn is clockwise."""
+    turns = [2 * math.pi * (start + (end - start) * step / 24) for step in range(25)]
+    return [(right + radius * math.sin(turn), down - radius * math.cos(turn)) for turn in turns]

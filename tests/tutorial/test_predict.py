@@ -13,7 +13,7 @@ from common import CONFIGS, Run, predictions
 from PIL import Image
 from torch import Tensor
 
-from mnist_lit.datasets.pictures import are_single_digits, fit_pictures
+from mnist_lit.datasets.pictures import find_digit_size, fit_pictures
 from mnist_lit.engine import UserError
 from mnist_lit.engine.images import find_images, read_picture
 
@@ -89,7 +89,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 @pytest.mark.parametrize("name", FORMS)
 def test_single_digits_are_known_from_other_images(digits: np.ndarray, name: str) -> None:
     change, expected = FORMS[name]
-    assert are_single_digits(change(torch.from_numpy(digits[:2000, None]))) == expected
+    assert bool(find_digit_size(change(torch.from_numpy(digits[:2000, None])))) == expected
 
 
 # ------------------------------------------------------------------------------------------------- the command

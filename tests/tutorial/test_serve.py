@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import requests
 import yaml
-from browser import CHROMIUM, browser, draw
+from browser import CHROMIUM, arc, browser, draw
 from common import CONFIGS, ENVIRONMENT, OVERLAYS, RUN, Run, assert_one_message, predictions
 from PIL import Image
 from tags import pictures
@@ -256,6 +256,8 @@ def test_page_recognizes_what_is_drawn_and_dropped(served: Started, folder: Path
         page.locator("#bars li.best .name", has_text="1").wait_for()
         assert not page.locator("#hint").is_visible()
         assert len({line.bounding_box()["height"] for line in page.locator("#bars li").all()}) == 1
+        draw(page, *arc(0.5, 0.5, 0.28, 0, 1))
+        page.locator("#bars li.best .name", has_text="0").wait_for()
         assert page.locator("#input").get_attribute("src").startswith("data:image/png")
         page.locator("#file").set_input_files(folder / "digits" / "003.png")
         expected = served.predict(files=form([folder / "digits" / "003.png"]))[0]["class"]
