@@ -80,9 +80,13 @@ def _with_classes(config: str, chosen: dict[str, str], project: Project) -> str:
     changed = {}
     for key in chosen.keys() & content if isinstance(content, dict) else ():
         section = content[key] if isinstance(content[key], dict) else {"class_path": str(content[key])}
-        old, new = _find(section.get("class_path", project.data_module)), _find(chosen[key])
-        if new and not (old and issubclass(new, old)):
+        named = section.get("class_path", project.data_module if key == "data" else "")
+        old, new = _find(named), _find(chosen[key])
+        if new and named and not (old and issubclass(new, old)):
             changed[key] = {"class_path": chosen[key]}
+        elif new:  # of an overlay that names no class, too
+            options = section.get("init_args", {} if "class_path" in section else section)
+            changed[key] = {"class_path": chosen[key], "init_args": options}
     return json.dumps({**content, **changed}) if changed else config
 
 

@@ -107,11 +107,12 @@ CHOSEN = '{"class_path": "MNISTDataModule", "init_args": {"dataset": "digits"}}'
         (f"--model.lr=0.5 -c={CONFIGS}/cnn.yaml -c more.yaml --data='{CHOSEN}'", (9, 0.5, "digits")),
         # Not the options of another class.
         pytest.param(f"--model=FastCNN -c={CONFIGS}/cnn.yaml", (2, 0.02, "auto"), marks=slow),
+        ("--model=FastCNN -c more.yaml", (9, 0.3, "auto")),  # but those of an overlay that names no class
     ],
 )
 def test_command_line_wins_wherever_it_stands(cli: Run, tmp_path: Path, arguments: str, expected: tuple) -> None:
     """And a later config overrides the earlier one. What is printed prints the same."""
-    (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 9}\n")
+    (tmp_path / "more.yaml").write_text("{trainer: {max_epochs: 9}, model: {init_args: {lr: 0.3}}}")
     printed = cli("fit", *shlex.split(arguments), "--print_config").stdout
     config = yaml.safe_load(printed)
     model, data = (config[part]["init_args"] for part in ("model", "data"))
