@@ -406,9 +406,6 @@ def main(name: str, data_module: str = "", default_config: str = "", commands: M
     for signum in (signal.SIGINT, signal.SIGTERM):  # until training starts: there is nothing to save
         signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
     leave_out_noise()
-    # Once a block of this size was freed, glibc keeps up to twice as much memory for later blocks. Otherwise it may
-    # return memory to the system after every batch, and the next batch waits for it.
-    torch.empty(8 * 2**20, dtype=torch.uint8)
     for stream in (sys.stdout, sys.stderr):  # characters that the terminal cannot show become question marks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
