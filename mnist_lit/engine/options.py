@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import os
 import pkgutil
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, get_loader
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -74,7 +75,7 @@ def _with_classes(config: str, chosen: dict[str, str], project: Project) -> str:
     jsonargparse would keep every option of the same name: ``--model=FastCNN`` would silently get the ``lr`` of CNN.
     """
     try:
-        content = yaml.safe_load(Path(config).read_text("utf-8"))
+        content = get_loader("yaml")(Path(config).read_text("utf-8"))  # as the parser: no dates, 1e-4 is a number
     except (OSError, ValueError, yaml.YAMLError):  # the parser reports it
         return config
     changed = {}
@@ -87,7 +88,7 @@ def _with_classes(config: str, chosen: dict[str, str], project: Project) -> str:
         elif new:  # of an overlay that names no class, too
             options = section.get("init_args", {} if "class_path" in section else section)
             changed[key] = {"class_path": chosen[key], "init_args": options}
-    return json.dumps({**content, **changed}) if changed else config
+    return yaml.safe_dump({**content, **changed}, default_flow_style=True, width=math.inf) if changed else config
 
 
 def _config_of_run(ckpt_path: Path, command: str, named: bool) -> list[str]:

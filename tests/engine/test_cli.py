@@ -98,6 +98,7 @@ def test_evaluation_without_a_checkpoint_warns(cli: Run, small: Path) -> None:
     assert "the model's weights are random" in done.stderr
 
 
+MORE = "{run_name: 2026-01-02, trainer: {max_epochs: 9}, model: {init_args: {lr: 0.3}}}"
 CHOSEN = '{"class_path": "MNISTDataModule", "init_args": {"dataset": "digits"}}'
 
 
@@ -112,7 +113,7 @@ CHOSEN = '{"class_path": "MNISTDataModule", "init_args": {"dataset": "digits"}}'
 )
 def test_command_line_wins_wherever_it_stands(cli: Run, tmp_path: Path, arguments: str, expected: tuple) -> None:
     """And a later config overrides the earlier one. What is printed prints the same."""
-    (tmp_path / "more.yaml").write_text("{trainer: {max_epochs: 9}, model: {init_args: {lr: 0.3}}}")
+    (tmp_path / "more.yaml").write_text(MORE)
     printed = cli("fit", *shlex.split(arguments), "--print_config").stdout
     config = yaml.safe_load(printed)
     model, data = (config[part]["init_args"] for part in ("model", "data"))
