@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -236,8 +237,8 @@ def newest_checkpoint(
     def newest(folder: Path) -> int:
         return max((path.stat().st_mtime_ns for path in folder.glob("*.ckpt")), default=0)
 
-    damaged = None
-    for folder in sorted(root_dir.glob(f"{LOGS}/{run_name or '*'}/checkpoints"), key=newest, reverse=True):
+    damaged, name = None, glob.escape(run_name) if run_name else "*"
+    for folder in sorted(root_dir.glob(f"{LOGS}/{name}/checkpoints"), key=newest, reverse=True):
         other = Run(folder.parent).options.get("model", {}).get("class_path", model)
         if model not in (None, other):
             rank_zero_warn(f"{folder} is of {other} and not of {model}: passed over")

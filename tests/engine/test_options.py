@@ -62,7 +62,7 @@ def test_options_that_count_are_not_refused(cli: Run, small: Path, tmp_path: Pat
 @pytest.mark.parametrize("early", [True, False])
 def test_finished_run_has_nothing_left_to_do(cli: Run, small: Path, tmp_path: Path, early: bool) -> None:
     """One that was stopped early is finished until early stopping is left out."""
-    command = (*CNN, "--data.dataset", small, "--trainer.max_epochs=3", "--run_name=mine", "--ckpt_path=last")
+    command = (*CNN, "--data.dataset", small, "--trainer.max_epochs=3", "--run_name=fold [1]", "--ckpt_path=last")
     if early:
         command += (*STOPPING, "--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=10")
     cli(*command)
