@@ -91,8 +91,10 @@ class LastCheckpoint(Checkpoint):
             asked = torch.tensor(self._asked, device=pl_module.device)
             self._signal = int(trainer.strategy.reduce(asked, reduce_op="max"))
         due = trainer.global_step // self.every_n_train_steps > self._saved_step // self.every_n_train_steps
+        # Such as by max_time. After this hook Lightning takes the epoch for complete.
+        stops = (trainer.should_stop or trainer.global_step == trainer.max_steps) and trainer.fit_loop.epoch_loop.done
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        if (due or self._signal) and not accumulating and not self._evaluation_follows(trainer, batch_idx):
+        if (due or stops or self._signal) and not accumulating and not self._evaluation_follows(trainer, batch_idx):
             self._save(trainer)
 
     @staticmethod
@@ -109,7 +111,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics, self._before = {**self._before, **logged_values(trainer)}, {}
-        if trainer.max_steps == -1:  # otherwise Lightning would count the epoch twice when it resumes from here
+        # With max_steps, Lightning would count the epoch twice when it resumes from here.
+        if trainer.max_steps == -1 and self._saved_step != trainer.global_step:
             # Lightning steps the schedulers that depend on a metric after this hook. The metrics go into the
             # checkpoint, and a resumed run makes up for that step.
             self._metrics = metrics

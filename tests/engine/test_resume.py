@@ -137,6 +137,19 @@ def test_resumed_run_is_the_uninterrupted_one(
 
 
 @slow
+@pytest.mark.parametrize("end", [("--trainer.max_steps=20",), signal_at("should_stop", "on_train_batch_end", 20)])
+def test_run_that_ended_within_an_epoch_goes_on(cli_in: Run, small: Path, tmp_path: Path, whole, end: tuple) -> None:
+    """With the rest of that epoch, ended by a number of steps or as ``max_time`` ends it; its end was logged, too."""
+    fit(cli_in, tmp_path, small, *MODELS["chance"], *end)
+    fit(cli_in, tmp_path, small, *MODELS["chance"], "--ckpt_path=last")
+    uninterrupted = whole(*MODELS["chance"])
+    ours, theirs = (checkpoint(run / "checkpoints" / "last.ckpt") for run in (tmp_path / RUN, uninterrupted))
+    for key in STATE:
+        assert_same(ours[key], theirs[key], key)
+    assert all(set(points) <= set(curves(tmp_path / RUN)[tag]) for tag, points in curves(uninterrupted).items())
+
+
+@slow
 @pytest.mark.parametrize("workers", [(0, 2), pytest.param((1, 2), marks=matrix)], ids=str)
 def test_another_number_of_workers(cli_in: Run, small: Path, tmp_path: Path, whole, workers: tuple[int, int]) -> None:
     model, stop = MODELS["one_cycle"], signal_at("SIGTERM", "on_train_batch_end", 21)

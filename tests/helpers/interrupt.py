@@ -43,7 +43,7 @@ class SignalAt(Callback):
     """Sends this very process a signal at the start of a hook.
 
     Args:
-        signum: SIGKILL, SIGINT, ... by name.
+        signum: SIGKILL, SIGINT, ... by name; or should_stop, which is how Lightning's own callbacks stop a run.
         hook: where.
         step: how many optimizer steps have been made by then.
         rank: of several processes the one, or all.
@@ -59,7 +59,10 @@ class SignalAt(Callback):
             return
         if self.rank in (None, trainer.global_rank) and self.run in (None, Run.of(trainer).name):
             self.step = -1
-            os.kill(os.getpid(), getattr(signal, self.signum))
+            if self.signum == "should_stop":
+                trainer.should_stop = True
+            else:
+                os.kill(os.getpid(), getattr(signal, self.signum))
 
 
 def signal_at(signum: str, hook: str, step: int, rank: int | None = None) -> tuple[str, ...]:
