@@ -17,6 +17,26 @@ class Net(nn.Sequential):
         super().__init__(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 
+class Wide(nn.Module):
+    """For images of three channels and 20 classes, as networks with trained weights are for other data."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.drop = nn.Dropout(0.2)
+        self.fc = nn.Linear(width * 16, 20)
+
+    def forward(self, images):
+        return self.fc(self.drop(self.pool(self.bn1(self.conv1(images)).relu()).flatten(1)))
+
+
+def wide(width: int = 8) -> Wide:
+    """As torchvision and timm make their networks: by a function."""
+    return Wide(width)
+
+
 class Smooth(Classifier):
     def loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(scores, labels, label_smoothing=0.5)
@@ -25,14 +45,14 @@ class Smooth(Classifier):
 class Stripes(LightningDataModule):
     """Three classes of 12 x 16 pixels, each brighter than the one before."""
 
-    num_classes = 3
+    num_classes, num_pixels = 3, 192
 
     def train_dataloader(self) -> DataLoader:
         labels = torch.arange(300) % 3
         images = torch.rand(300, 1, 12, 16) + labels[:, None, None, None]
         return DataLoader(TensorDataset(images, labels), batch_size=10)
 
-    val_dataloader = test_dataloader = train_dataloader
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
 class SlowSGD(torch.optim.SGD):

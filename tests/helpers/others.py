@@ -77,3 +77,45 @@ class Scaled(InConfigureModel):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch[0] * 2 - 1, batch[1]
+
+
+class Returns(Own):
+    """Batches of other kinds, and steps that return what the engine does not expect.
+
+    Args:
+        num_classes: of which its own data have three.
+        returned: what validation and prediction return: scalar, values or maps.
+        batches: pairs, triples or dicts.
+        monitored: the name by which it logs the loss.
+    """
+
+    def __init__(
+        self, num_classes: int = 3, returned: str = "scalar", batches: str = "pairs", monitored: str = "val/loss"
+    ) -> None:
+        super().__init__(num_classes)
+        self.returned, self.batches, self.monitored = returned, batches, monitored
+
+    def pair(self, batch: Any) -> Any:
+        return tuple(batch.values()) if isinstance(batch, dict) else batch[-2:]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(self.pair(batch), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        images, target = self.pair(batch)
+        self.log(self.monitored, F.cross_entropy(self(images), target), batch_size=len(target))
+        return self.predict_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, _ = self.pair(batch)
+        values = self(images)[:, 0]  # (B,)
+        return {"scalar": values.mean(), "values": values, "maps": images}[self.returned]  # maps (B, C, H, W)
+
+    def train_dataloader(self) -> DataLoader:
+        images, target = super().train_dataloader().dataset.tensors
+        rows: Any = TensorDataset(*([torch.arange(64)] * (self.batches == "triples")), images, target)
+        if self.batches == "dicts":
+            rows = [{"image": image, "label": label} for image, label in zip(images, target, strict=True)]
+        return DataLoader(rows, batch_size=8)
+
+    predict_dataloader = train_dataloader
