@@ -64,7 +64,6 @@ def run(command: list[str], root: Path, data: Path, seed: int, folder: Path) -> 
     moments, seconds = start(words, folder, root)
     return {
         "epoch": statistics.median(after - before for before, after in pairwise(moments["epochs"])),
-        "training": moments["last_step"] - moments["epochs"][0],
         "exit": seconds,
         "peak_memory": moments["peak_memory"],
         "accuracy": moments.get("accuracy", float("nan")),
@@ -73,12 +72,12 @@ def run(command: list[str], root: Path, data: Path, seed: int, folder: Path) -> 
 
 def table(title: str, rows: dict[str, Result]) -> Table:
     """Medians, their spread, and ratios to the first row."""
-    columns = "s/epoch", "ratio", "s training", "ratio", "s to exit", "ratio", "MB", "test accuracy"
+    columns = "s/epoch", "ratio", "s to exit", "ratio", "MB", "test accuracy"
     printed = Table("contender", *(Column(name, justify="right") for name in columns), title=title)
     base = next(iter(rows.values()))
     for name, row in rows.items():
         cells = []
-        for key in ("epoch", "training", "exit"):
+        for key in ("epoch", "exit"):
             cells.append(f"{row[key]:.2f} ({row[f'{key}_from']:.2f} to {row[f'{key}_to']:.2f})")
             cells.append(f"{row[key] / base[key]:.2f}")
         accuracy = f"{row['accuracy']:.2%} ({row['accuracy_from']:.2%})" if row["accuracy"] > 0 else ""

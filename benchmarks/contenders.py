@@ -41,9 +41,6 @@ class Marks:
         self.path, self.epochs = Path(path), list[float]()
         self.moments: dict[str, Any] = {"epochs": self.epochs}  # when each began, and when the last ended
 
-    def step(self) -> None:
-        self.moments["last_step"] = time.time()
-
     def epoch(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -58,16 +55,14 @@ class Marks:
 
 
 class Timed:
-    """Batches of one epoch after the other, which mark its beginning and the end of each step."""
+    """Batches of one epoch after the other, which mark its beginning."""
 
     def __init__(self, batches: Iterable[Pair], mark: Marks) -> None:
         self.batches, self.mark = batches, mark
 
     def __iter__(self) -> Iterator[Pair]:
         self.mark.epoch()
-        for batch in self.batches:
-            yield batch
-            self.mark.step()
+        return iter(self.batches)
 
 
 def read(path: str) -> tuple[Pair, ...]:
@@ -210,28 +205,19 @@ def recipe(args: argparse.Namespace, mark: Marks) -> None:
 
 def clock(path: str, mark: Marks | None = None) -> Callback:
     """A callback that takes the marks of a run of Lightning's; configs can name it."""
-    from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import LambdaCallback
 
-    mark = mark or Marks(path)
+    marks = mark or Marks(path)
 
-    class Clock(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            mark.epoch()
+    def end(trainer: Any, _: Any) -> None:
+        marks.epoch()
+        marks.save()
 
-        def on_train_batch_end(self, *_: Any) -> None:
-            mark.step()
+    def test(trainer: Any, _: Any) -> None:
+        marks.moments["accuracy"] = float(trainer.callback_metrics["test/acc"])
+        marks.save()
 
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            mark.epoch()
-            if trainer.is_global_zero:
-                mark.save()
-
-        def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-            accuracies = [value for name, value in trainer.callback_metrics.items() if name in ("test/acc", "test_acc")]
-            mark.moments["accuracy"] = float(accuracies[0])
-            mark.save()
-
-    return Clock()
+    return LambdaCallback(on_train_epoch_start=lambda *_: marks.epoch(), on_train_end=end, on_test_end=test)
 
 
 if __name__ == "__main__":
