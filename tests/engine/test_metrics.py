@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from common import CONFIGS, RUN, Run, curves
 from lightning.pytorch import Callback, Trainer
-from plain import Model, data, fit
+from plain import Model, fit, noise
 from torch import Tensor
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MultilabelF1Score
@@ -19,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from mnist_lit.engine import Metrics
 
 Batch = tuple[int, float, int]  # its size, mean loss and number of correct predictions
-FIT = ("fit", "--config", CONFIGS / "logistic.yaml", "--trainer.callbacks+=batches.Batches")
+FIT = ("fit", "--config", CONFIGS / "logistic.yaml", "--trainer.callbacks+=interrupt.Batches")
 
 
 def read(folder: Path, rank: int = 0) -> tuple[list[list[Batch]], dict[str, float]]:
@@ -56,87 +57,81 @@ def assert_logged(
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "every"), [(3, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, 5), (16, 1)))], ids=str
+    ("accumulate", "every", "processes"),
+    [(3, 4, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 5, 1), (16, 1, 1), (3, 2, 2)))],
+    ids=str,
 )
 def test_logged_means_are_over_all_batches_since_the_last_log(
-    cli: Run, small: Path, tmp_path: Path, accumulate: int, every: int
+    cli: Run, small: Path, tmp_path: Path, accumulate: int, every: int, processes: int
 ) -> None:
-    """Three epochs of 16 batches, the last of 40 images; an interval may lie in two epochs."""
+    """Two epochs of 16 batches, or of 8 in each process, the last one shorter; an interval may lie in two epochs."""
     settings = (f"--trainer.accumulate_grad_batches={accumulate}", f"--trainer.log_every_n_steps={every}")
-    cli(*FIT, "--data.dataset", small, "--trainer.max_epochs=3", *settings)
-    epochs, _ = read(tmp_path)
-    assert [[size for size, _, _ in epoch] for epoch in epochs] == [[64] * 15 + [40]] * 3
-    steps = [optimizer_steps(epoch, accumulate) for epoch in epochs]
+    settings += ("--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2") * (processes == 2)
+    cli(*FIT, "--data.dataset", small, "--trainer.max_epochs=2", *settings, fork=processes == 1)
+    epochs, logged = zip(*(read(tmp_path, rank) for rank in range(processes)), strict=True)
+    sizes = [64] * 15 + [40] if processes == 1 else [64] * 7 + [52]
+    assert all([[size for size, _, _ in epoch] for epoch in of_one] == [sizes] * 2 for of_one in epochs)
+    assert len({json.dumps(of_one) for of_one in epochs}) == processes
+    steps = []  # per epoch, with the batches of all processes
+    for each in zip(*epochs, strict=True):
+        parts = zip(*(optimizer_steps(epoch, accumulate) for epoch in each), strict=True)
+        steps.append([sum(step, []) for step in parts])
     found = curves(tmp_path / RUN)
     assert_logged(found, since_last_log(sum(steps, []), every))
-    ends = [len(steps[0]) * epoch - 1 for epoch in (1, 2, 3)]
-    assert_logged(found, dict(zip(ends, epochs, strict=True)), "_epoch")
-
-
-@pytest.mark.slow
-def test_logged_means_are_over_both_processes(cli: Run, small: Path, tmp_path: Path) -> None:
-    """Two epochs of 8 batches in each of two processes: steps of 3, 3 and 2 batches."""
-    settings = ("--trainer.accumulate_grad_batches=3", "--trainer.log_every_n_steps=2")
-    processes = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
-    cli(*FIT, "--data.dataset", small, *settings, *processes, fork=False)
-    epochs, logged = zip(*(read(tmp_path, rank) for rank in (0, 1)), strict=True)
-    assert [[size for size, _, _ in epoch] for epoch in epochs[0]] == [[64] * 7 + [52]] * 2
-    assert epochs[0] != epochs[1]
-    together = []  # per epoch the steps with the batches of both processes
-    for first, second in zip(*epochs, strict=True):
-        pairs = zip(optimizer_steps(first, 3), optimizer_steps(second, 3), strict=True)
-        together.append([ours + theirs for ours, theirs in pairs])
-    found = curves(tmp_path / RUN)
-    assert_logged(found, since_last_log(sum(together, []), 2))
-    assert_logged(found, {2: sum(together[0], []), 5: sum(together[1], [])}, "_epoch")
-    assert logged[0] == logged[1]
+    ends = [len(steps[0]) * epoch - 1 for epoch in (1, 2)]
+    assert_logged(found, dict(zip(ends, (sum(epoch, []) for epoch in steps), strict=True)), "_epoch")
+    assert all(values == logged[0] for values in logged)
     assert logged[0]["train/loss"] == pytest.approx(found["train/loss"][-1][1])
 
 
 # ---------------------------------------------------------------------------------------- in a plain Trainer
 
 
-class ManyLabels(Model):
+def classes(model: Model, images: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Loss, predictions and targets."""
+    return F.cross_entropy(model(images), target), model(images), target
+
+
+def labels(model: Model, images: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """Any number of three labels (B, 3)."""
-
-    def outputs(self, batch: list[Tensor]) -> dict[str, Tensor]:
-        preds, target = self(batch[0]), F.one_hot(batch[1], 3) | F.one_hot((batch[1] + 1) % 3, 3)
-        return {"loss": F.binary_cross_entropy_with_logits(preds, target.float()), "preds": preds, "target": target}
+    several = F.one_hot(target, 3) | F.one_hot((target + 1) % 3, 3)
+    return F.binary_cross_entropy_with_logits(model(images), several.to(images)), model(images), several
 
 
-class Masks(Model):
+def masks(model: Model, images: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """A class for each pixel (B, 8, 8)."""
-
-    def outputs(self, batch: list[Tensor]) -> dict[str, Tensor]:
-        preds, target = self.net[:3](batch[0])[:, :3], (batch[0][:, 0] * 3).long()  # (B, 3, 8, 8), (B, 8, 8)
-        return {"loss": F.cross_entropy(preds, target), "preds": preds, "target": target}
+    preds, pixels = model.net[:3](images)[:, :3], (images[:, 0] * 3).long()  # (B, 3, 8, 8), (B, 8, 8)
+    return F.cross_entropy(preds, pixels), preds, pixels
 
 
-class Values(Model):
+def values(model: Model, images: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """A number for each sample (B,)."""
-
-    def outputs(self, batch: list[Tensor]) -> dict[str, Tensor]:
-        preds, target = self(batch[0])[:, 0], batch[0].mean((1, 2, 3))
-        return {"loss": F.mse_loss(preds, target), "preds": preds, "target": target}
+    preds, brightness = model(images)[:, 0], images.mean((1, 2, 3))
+    return F.mse_loss(preds, brightness), preds, brightness
 
 
 @pytest.mark.parametrize(
-    ("model", "metric", "names"),
+    ("kind", "metric", "names", "precision"),
     [
-        (Model, MulticlassAccuracy(3), [""]),
-        (Model, MulticlassAccuracy(3, average=None), ["/0", "/1", "/2"]),
-        (ManyLabels, MultilabelF1Score(3, average=None), ["/0", "/1", "/2"]),
-        (Masks, MulticlassJaccardIndex(3), [""]),
-        (Values, MeanSquaredError(), [""]),
+        (classes, MulticlassAccuracy(3), [""], "32-true"),
+        (classes, MulticlassAccuracy(3, average=None), ["/0", "/1", "/2"], "32-true"),
+        (labels, MultilabelF1Score(3, average=None), ["/0", "/1", "/2"], "32-true"),
+        (masks, MulticlassJaccardIndex(3), [""], "32-true"),
+        (values, MeanSquaredError(), [""], "32-true"),
+        (values, MeanSquaredError(), [""], "bf16-true"),  # metrics are not as coarse as the model
     ],
-    ids=["classes", "each class", "labels", "masks", "values"],
 )
-def test_any_kind_of_target(tmp_path: Path, model: type[Model], metric: Any, names: list[str]) -> None:
-    module = model(lr=0.01)
-    logged = fit(module, tmp_path, Metrics({"score": metric})).callback_metrics
+def test_any_kind_of_target(tmp_path: Path, kind: Callable, metric: Any, names: list[str], precision: str) -> None:
+    class Of(Model):
+        def outputs(self, batch: list[Tensor]) -> dict[str, Tensor]:
+            return dict(zip(("loss", "preds", "target"), kind(self, *batch), strict=True))
+
+    module = Of(lr=0.01)
+    logged = fit(module, tmp_path, Metrics({"score": metric}), precision=precision).callback_metrics
     with torch.no_grad():
-        outputs = [module.eval().outputs(batch) for batch in data()]
-    expected = metric(*(torch.cat([output[key] for output in outputs]) for key in ("preds", "target")))
+        to = next(module.parameters()).dtype
+        outputs = [module.eval().outputs([images.to(to), target]) for images, target in noise()]
+    expected = metric(*(torch.cat([output[key] for output in outputs]).float() for key in ("preds", "target")))
     found = torch.stack([logged[f"val/score{name}"] for name in names])
     torch.testing.assert_close(found, expected.reshape(-1), rtol=1e-5, atol=0)
     assert logged["val/loss"] == pytest.approx(sum(output["loss"].item() for output in outputs) / 4, rel=1e-5)
