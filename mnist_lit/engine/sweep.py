@@ -1,13 +1,16 @@
 """``sweep``: hyperparameter search with Optuna. Every trial is a normal run of ``fit``.
 
-The study is in a database, which processes and machines may share; a finished trial is never repeated.
+The study is a queue of trials in a database, which processes and machines may share. Each trial is taken by one of
+them, and queued again if that one dies; a finished trial is never repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
+import time
 import warnings
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -37,6 +40,7 @@ from mnist_lit.engine.storage import atomic_write
 
 HEARTBEAT = 5  # seconds; a process that is silent for twice as long counts as dead
 DONE = TrialState.COMPLETE, TrialState.PRUNED
+AHEAD = TrialState.WAITING, TrialState.RUNNING
 PLOTS = "optimization_history", "intermediate_values", "slice", "parallel_coordinate", "param_importances"
 
 Space = dict[str, dict[str, Any]]  # by option: {low: 0.1, high: 1.0, log: true} or {choices: [a, b]}
@@ -71,10 +75,25 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
     return picked
 
 
-def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit: list[str], monitor: str) -> None:
-    """Run trials until the study has enough, pruned ones included, by whichever of the processes that share it."""
+class QueueEmptyError(Exception):
+    """Another process has taken the last trial."""
+
+
+def enqueue(study: optuna.Study, trials: int, grid: list[dict[str, Any]] | None = None) -> None:
+    """Queue what the study lacks of a number of trials; only those of a grid have their settings already."""
+    known = study.get_trials(False, (*DONE, *AHEAD))
+    queued = [trial.user_attrs.get("queued") for trial in known]
+    lacking = [{}] * trials if grid is None else [settings for settings in grid if settings not in queued]
+    for settings in lacking[: max(trials - len(known), 0)]:
+        study.enqueue_trial(settings, user_attrs={"queued": settings})
+
+
+def sweep(project: Project, study: optuna.Study, space: Space, fit: list[str], monitor: str) -> None:
+    """Run the trials in the queue, and wait for those that other processes run, in case one of them dies."""
 
     def objective(trial: optuna.Trial) -> float:
+        if "queued" not in trial.user_attrs:
+            raise QueueEmptyError
         settings = [f"{name}={value}" for name, value in suggest(trial, space).items()]
         Console().rule(escape(f"Trial {trial.number}: {', '.join(settings)}"))
         prune = Prune(trial, monitor)
@@ -90,8 +109,12 @@ def sweep(project: Project, study: optuna.Study, space: Space, trials: int, fit:
             raise optuna.TrialPruned
         return max(values) if study.direction.name == "MAXIMIZE" else min(values)
 
-    if len(study.get_trials(False, DONE)) < trials:
-        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, DONE)])
+    while ahead := study.get_trials(False, AHEAD):
+        if any(trial.state == TrialState.WAITING for trial in ahead):
+            study.optimize(objective, n_trials=1, catch=QueueEmptyError)
+        else:
+            time.sleep(1)
+            optuna.storages.fail_stale_trials(study)
 
 
 def report(project: Project, study: optuna.Study, monitor: str, folder: Path) -> None:
@@ -132,10 +155,11 @@ def main(args: list[str], project: Project) -> None:
         space: Space = get_loader("yaml")(known.space.read_text("utf-8"))  # as a config: 1e-4 is a number
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--space={known.space}: {error}") from error
-    trials, options = known.trials or 20, dict[str, Any]()
+    grid, options = None, dict[str, Any]()
     if known.sampler == "grid":
-        trials = known.trials or math.prod(len(setting["choices"]) for setting in space.values())
-        options = {"sampler": optuna.samplers.BruteForceSampler(), "pruner": optuna.pruners.NopPruner()}
+        choices = (setting["choices"] for setting in space.values())
+        grid = [dict(zip(space, picked, strict=True)) for picked in itertools.product(*choices)]
+        options = {"pruner": optuna.pruners.NopPruner()}
     _, *fit = with_config(["fit", *fit], project)
     printed = io.StringIO()
     with redirect_stdout(printed), suppress(SystemExit):
@@ -145,7 +169,11 @@ def main(args: list[str], project: Project) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     storage = known.storage or f"sqlite:///{folder}/study.db"
     with FileLock(folder / ".lock"):  # Optuna's tables cannot be made by two processes at once
-        database = optuna.storages.RDBStorage(storage, heartbeat_interval=HEARTBEAT)
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
+        database = optuna.storages.RDBStorage(
+            storage, heartbeat_interval=HEARTBEAT, heartbeat_stale_trial_callback=retry
+        )
         study = optuna.create_study(storage=database, study_name=known.study, load_if_exists=True, **options)
-    sweep(project, study, space, trials, fit, config["monitor"])
+        enqueue(study, known.trials or (20 if grid is None else len(grid)), grid)
+    sweep(project, study, space, fit, config["monitor"])
     report(project, study, config["monitor"], folder)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import yaml
 from common import CONFIGS, ENVIRONMENT, Run, assert_one_message, checkpoint
+from interrupt import signal_at
 from PIL import Image
 
 from mnist_lit.engine.sweep import PLOTS
@@ -71,18 +79,50 @@ def test_killed_sweep_goes_on(arguments: tuple, cli: Run, tmp_path: Path) -> Non
     assert (tmp_path / "lightning_logs" / "sweep" / "best.yaml").exists()
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of an empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/shared.db"
+        return
+    pytest.importorskip("psycopg")
+    if not shutil.which("initdb"):
+        pytest.skip("no PostgreSQL")
+    user: dict[str, Any] = {} if os.getuid() else {"user": "nobody"}  # it does not run as root
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is closed to others
+        if user:
+            shutil.chown(folder, **user)
+        start = ("pg_ctl", "start", "--wait", f"--options=-k {folder} -c listen_addresses=''", f"--log={folder}/log")
+        for command in (("initdb", "--username=me"), start):
+            subprocess.run([*command, f"--pgdata={folder}/data"], check=True, stdout=subprocess.DEVNULL, **user)
+        yield f"postgresql+psycopg://me@/postgres?host={folder}"
+        subprocess.run(["pg_ctl", "stop", "--mode=immediate", f"--pgdata={folder}/data"], check=True, **user)
+
+
 @pytest.mark.slow
-def test_two_processes_share_a_study(arguments: tuple, tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path}/shared.db"
-    shared = (*map(str, arguments), "--trials=6", f"--storage={storage}", "--study=ours")
+def test_processes_share_a_study_and_make_up_for_a_killed_one(arguments: tuple, storage: str, tmp_path: Path) -> None:
+    """All three are in a trial when the first is killed: none of the grid's trials is lost or run twice."""
+    values = {"model.init_args.lr": [0.1, 0.2, 0.4], "model.init_args.momentum": [0.0, 0.5]}
+    (tmp_path / "space.yaml").write_text("".join(f"{name}: {{choices: {each}}}\n" for name, each in values.items()))
+    shared = (*arguments, "--sampler=grid", f"--storage={storage}", "--study=ours", "--trainer.max_epochs=1")
+    command = [sys.executable, "-m", "mnist_lit", *map(str, shared)]
+    started = {}
     with (tmp_path / "output").open("a") as output:
-        command = [sys.executable, "-m", "mnist_lit", *shared]
-        started = [subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=output) for _ in range(2)]
-        assert [process.wait(timeout=300) for process in started] == [0, 0]
+        for name, more in {"a": signal_at("SIGKILL", "on_train_batch_end", 8), "b": (), "c": ()}.items():
+            wait = ("--trainer.callbacks+=interrupt.WaitFor", f"--trainer.callbacks.path={name}")
+            started[name] = subprocess.Popen([*command, *wait, *more], cwd=tmp_path, env=ENVIRONMENT, stdout=output)
+        while not all((tmp_path / f"{name}.waits").exists() for name in started):
+            assert {process.poll() for process in started.values()} == {None}
+            time.sleep(0.1)
+        (tmp_path / "a").touch()
+        assert started["a"].wait() == -signal.SIGKILL
+        for name in "bc":
+            (tmp_path / name).touch()
+        assert [started[name].wait(timeout=300) for name in "bc"] == [0, 0]
     found = optuna.load_study(study_name="ours", storage=storage).get_trials()
-    assert {trial.state.name for trial in found} <= FINISHED
-    assert len(found) in (6, 7)  # two may end at the same time
-    assert len({trial.user_attrs["run"] for trial in found}) == len(found)
+    finished = [trial for trial in found if trial.state.name in FINISHED]
+    assert sorted(tuple(trial.params.values()) for trial in finished) == list(product(*values.values()))
+    assert len({trial.user_attrs["run"] for trial in finished}) == 6
     assert (tmp_path / "output").read_text().count("Train with it again") == 2
     assert not list(tmp_path.glob("lightning_logs/version_*"))
 
