@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,16 +17,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from mnist_lit.engine.errors import UserError, unusable
-from mnist_lit.engine.run import LOGS, Run
+from mnist_lit.engine.errors import UserError, explain_damage, unusable
+from mnist_lit.engine.run import LOGS, Run, as_list
 from mnist_lit.engine.storage import atomic_save, printable
 
 EXCEPTION = "exception.ckpt"
-# Keys that every checkpoint of Lightning has, and their types.
-LAYOUT = {"state_dict": dict, "loops": dict, "epoch": int, "global_step": int, "pytorch-lightning_version": str}
+# Keys that every checkpoint of Lightning has, with values of their kinds; and those that it has if there are any.
+LAYOUT = {"state_dict": {}, "loops": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2"}
+HPARAMS: dict[str, Any] = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}}
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -100,11 +103,14 @@ class Checkpoint:
             UserError: if the file cannot be read, is damaged, or holds anything else.
         """
         content = load_file(path, weights_only)
-        for key, kind in LAYOUT.items():
-            if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+        content = HPARAMS | content if isinstance(content, dict) else {}
+        for key, example in (LAYOUT | HPARAMS).items():
+            if not same_kinds(content.get(key), example, counts=True):
                 raise UserError(f"{path} is not a checkpoint of Lightning (without {key})")
         if not all(isinstance(weight, Tensor) for weight in content["state_dict"].values()):
             raise UserError(f"{path} is not a checkpoint of Lightning (its state_dict does not only hold tensors)")
+        with explain_damage(path):
+            Version(content["pytorch-lightning_version"])
         return cls(str(path), content)
 
     @property
@@ -125,10 +131,18 @@ class Checkpoint:
     @property
     def hparams(self) -> dict[str, Any]:
         """Hyperparameters of the model and of the data module."""
-        return {
-            **self.content.get("hyper_parameters", {}),
-            **self.content.get("datamodule_hyper_parameters", {}),
-        }
+        return {key: value for part in HPARAMS for key, value in self.content.get(part, {}).items()}
+
+    def hparam(self, name: str) -> Any:
+        """A hyperparameter that a command takes; None if there is none.
+
+        Raises:
+            UserError: if it is larger than the file: as a number of classes or pixels it would fill the memory.
+        """
+        value = self.hparams.get(name)
+        if any(isinstance(size, int) and size > os.path.getsize(self.path) for size in as_list(value)):
+            raise UserError(f"{self.path} cannot be used as a checkpoint ({name} of {value} in so small a file)")
+        return value
 
     def finished(self, trainer: Trainer) -> str:
         """How to train longer, if the trainer would have nothing left to do; else "".
@@ -136,9 +150,10 @@ class Checkpoint:
         Raises:
             UserError: if the counts of epochs and steps are damaged.
         """
-        if not _same_kinds(self.content["loops"].get("fit_loop"), trainer.fit_loop.state_dict()):
+        if not same_kinds(self.content["loops"].get("fit_loop"), trainer.fit_loop.state_dict(), counts=True):
             raise UserError(f"{self.path} cannot be used as a checkpoint (its loops are not Lightning's)")
-        epochs = self.content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        with explain_damage(self.path):
+            epochs = self.content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         if self.step >= trainer.max_steps >= 0:
             return "raise --trainer.max_steps"
         if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
@@ -166,10 +181,23 @@ class Checkpoint:
             )
 
 
-def _same_kinds(theirs: Any, ours: Any) -> bool:
-    if not isinstance(ours, Mapping):
-        return type(theirs) is type(ours)
-    return isinstance(theirs, Mapping) and all(_same_kinds(theirs[key], ours[key]) for key in theirs if key in ours)
+def same_kinds(theirs: Any, ours: Any, counts: bool = False) -> bool:
+    """Whether what two nests have in common is of the same kinds.
+
+    Args:
+        theirs: out of a file.
+        ours: an example. None stands for anything.
+        counts: whether numbers have to be whole and not negative.
+    """
+    if isinstance(ours, Mapping):
+        same = isinstance(theirs, Mapping)
+        return same and all(same_kinds(theirs[key], ours[key], counts) for key in theirs if key in ours)
+    if isinstance(ours, (list, tuple)):
+        return isinstance(theirs, (list, tuple)) and all(map(same_kinds, theirs, ours))
+    if isinstance(ours, (int, float)) and not isinstance(ours, bool):
+        whole = type(theirs) is int and abs(theirs) < 2**63  # as others store them
+        return whole and theirs >= 0 if counts else whole or isinstance(theirs, float)
+    return ours is None or type(theirs) is type(ours)
 
 
 Shape = tuple[int, ...] | None  # None where there is no such weight

@@ -318,8 +318,8 @@ def _take_from_checkpoint(checkpoint: Checkpoint, config: Namespace) -> None:
         return
     options = config.data.get("init_args") or {}
     for name in getattr(pkgutil.resolve_name(config.data.class_path), "from_checkpoint", ("num_classes",)):
-        if checkpoint.hparams.get(name) is not None and name in options and options[name] is None:
-            options[name] = checkpoint.hparams[name]
+        if name in options and options[name] is None:
+            options[name] = checkpoint.hparam(name)
 
 
 def parameters(kind: type) -> dict[str, Any]:
@@ -341,7 +341,7 @@ class _Builder(CLI):
         options = self.config[self.subcommand].model.get("init_args") or {}
         for name in FROM_DATA:
             if self.checkpoint and name in options and name in self.checkpoint.hparams:
-                options[name] = self.checkpoint.hparams[name]
+                options[name] = self.checkpoint.hparam(name)
 
     def export(self, **_: Any) -> None:
         """Replaces the trainer's."""

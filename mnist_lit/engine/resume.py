@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mnist_lit.engine.checkpoint import Checkpoint
+from mnist_lit.engine.checkpoint import Checkpoint, same_kinds
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.provenance import engine_version
 from mnist_lit.engine.run import as_list
@@ -87,7 +87,7 @@ class ResumeGuard(Callback):
     """
 
     def __init__(self) -> None:
-        self._schedulers: list[dict[str, Any]] = []
+        self._states: dict[str, Any] = {}  # of optimizers and schedulers
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["engine"] = engine_version()
@@ -98,7 +98,7 @@ class ResumeGuard(Callback):
         theirs, ours = checkpoint.get("engine"), engine_version()
         if theirs != ours:
             rank_zero_warn(f"the checkpoint was written by {theirs}, this is {ours}: {ANOTHER_WAY}")
-        self._schedulers = checkpoint.get("lr_schedulers", [])
+        self._states = {key: checkpoint.get(key, []) for key in ("optimizer_states", "lr_schedulers")}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the schedules, which exist by now and are not restored yet."""
@@ -108,16 +108,21 @@ class ResumeGuard(Callback):
                 "StochasticWeightAveraging cannot be resumed exactly, its average and schedule are restored in part; "
                 "train in one piece, or use EMAWeightAveraging"
             )
-        for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=False):
-            lengths = dict(_horizons(config.scheduler.state_dict()))
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        ours = [[each.state_dict() for each in made] for made in (trainer.optimizers, schedulers)]
+        for (name, states), fresh in zip(self._states.items(), ours, strict=False):
+            if not same_kinds(states, fresh):
+                raise UserError(f"{trainer.ckpt_path} cannot be used as a checkpoint (its {name} do not fit)")
+        for scheduler, state in zip(schedulers, self._states.get("lr_schedulers", []), strict=False):
+            lengths = dict(_horizons(scheduler.state_dict()))
             for name, length in _horizons(state):
                 if lengths.get(name, length) != length:
                     raise UserError(
-                        f"{trainer.ckpt_path} has a {type(config.scheduler).__name__} with {name}={length}, and this "
+                        f"{trainer.ckpt_path} has a {type(scheduler).__name__} with {name}={length}, and this "
                         f"run asks for {lengths[name]}, such as by another --trainer.max_epochs; resume with the "
                         f"length that it was started with, or start a new run with --init_from={trainer.ckpt_path}"
                     )
-        self._schedulers = []
+        self._states = {}
 
 
 def _horizons(state: Any, place: str = "") -> Iterator[tuple[str, Any]]:

@@ -65,6 +65,9 @@ def hostile_checkpoints(whole: bytes, marker: Path) -> dict[str, bytes]:
         "a module": {"state_dict": torch.nn.Linear(2, 2)},
         "weights that are none": {"state_dict": {"net.1.weight": 3}},
         "a step that is none": {"global_step": "many"},
+        "more steps than there can be": {"global_step": 1 << 63},
+        "hyperparameters that are none": {"datamodule_hyper_parameters": "x"},
+        "a version that is none": {"pytorch-lightning_version": "new"},
         "gigabytes": {"state_dict": {"w": Calls(bytearray, 1 << 38)}},
         "a huge tensor": {"state_dict": {"w": Calls(torch.zeros, 1 << 40)}},
     }
@@ -116,6 +119,9 @@ def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Pa
     [
         pytest.param("other classes", "net.1.bias has the shape (7,) there and (10,) in Logistic", marks=slow),
         ("another dataset", "the checkpoint was trained on digits, this run has"),
+        pytest.param("a step size of text", "its optimizer_states do not fit", marks=slow),
+        # It would be a list of so many names.
+        pytest.param("too many classes", f"num_classes of {10**30} in so small a file", marks=slow),
     ],
 )
 def test_foreign_checkpoint_is_one_clear_message(
@@ -125,6 +131,10 @@ def test_foreign_checkpoint_is_one_clear_message(
     content = checkpoint(saved)
     if case == "other classes":
         content["state_dict"] = {name: w[:7] for name, w in content["state_dict"].items()}
+    elif case == "a step size of text":
+        content["optimizer_states"][0]["param_groups"][0]["lr"] = "x"
+    elif case == "too many classes":
+        content["hyper_parameters"]["num_classes"] = 10**30
     else:
         content["MNISTDataModule"] |= {"dataset": "digits", "digest": "another"}
     torch.save(content, tmp_path / "bad.ckpt")
