@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,20 +40,19 @@ def read_dataset(path: Path, other: Callable[[bytes], Mapping[str, Pair]] | None
         >>> x, y = read_dataset(Path("leaves.npz"))["train"]
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                _check_size(sum(member.file_size for member in file.infolist()))
-            with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file:
+            start = file.peek(2)[:2]
+            if start == b"PK":
+                arrays = np.load(file, allow_pickle=False)
+                _check_size(sum(member.file_size for member in arrays.zip.infolist()))
                 splits = [name for name in ("train", "valid", "test") if name == "train" or f"x_{name}" in arrays]
                 expected = {f"{axis}_{split}" for split in splits for axis in "xy"}
                 if set(arrays) != expected:
                     raise ValueError(f"arrays {sorted(expected)} expected, found {sorted(arrays)}")
                 return {split: (arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in splits}
-        if other is None:
-            raise ValueError("not an .npz")
-        with path.open("rb") as file:
-            zipped = file.peek(2)[:2] == b"\x1f\x8b"
-            content = (gzip.GzipFile(fileobj=file) if zipped else file).read(MAX_BYTES + 1)
+            if other is None:
+                raise ValueError("not an .npz")
+            content = (gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file).read(MAX_BYTES + 1)
         _check_size(len(content))
         return other(content)
     except Exception as error:  # hostile bytes can make gzip, zipfile and pickle raise almost anything
