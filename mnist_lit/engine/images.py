@@ -57,7 +57,9 @@ def read_image(file: File, channels: int, size: Size | None = None) -> np.ndarra
         if size and opened.format == "JPEG":
             # Decodes 1/2, 1/4 or 1/8 of the pixels where that is still twice what is asked for.
             opened.draft(None, (2 * max(size), 2 * max(size)))
-        image = _opaque(ImageOps.exif_transpose(opened)).convert("L" if channels == 1 else "RGB")
+        ImageOps.exif_transpose(opened, in_place=True)
+        image, mode = _opaque(opened), "L" if channels == 1 else "RGB"
+        image = image if image.mode == mode else image.convert(mode)  # which copies in any case
         if size and (image.height, image.width) != tuple(size):
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
     pixels = np.array(image).reshape(image.height, image.width, channels)
