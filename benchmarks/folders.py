@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,13 @@ from mnist_lit.engine import ImageDataModule
 SIDE = 64  # pixels to which they are brought
 
 
-def make(folder: Path, number: int) -> None:
-    """Photos-like images of 80 to 320 pixels, half of them JPEG and half PNG."""
-    random = np.random.default_rng(0)
-    for index in range(number):
-        height, width = (int(side) for side in random.integers(80, 320, 2))
-        coarse = random.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
-        path = folder / str(index % 10) / f"{index}.{'jpg' if index % 2 else 'png'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
+def make(path: Path) -> None:
+    """A photo-like image of 80 to 320 pixels."""
+    random = np.random.default_rng(int(path.stem))
+    height, width = (int(side) for side in random.integers(80, 320, 2))
+    coarse = random.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
 
 
 class Plain(Dataset):
@@ -57,7 +56,9 @@ def main() -> None:
     about = machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"
-        make(folder, options.images)
+        names = (f"{index % 10}/{index}.{'jpg' if index % 2 else 'png'}" for index in range(options.images))
+        with Pool() as processes:
+            processes.map(make, [folder / name for name in names])
 
         def ours(repeat: int, limit: float, workers: int) -> DataLoader:
             kwargs = {"valid_fraction": 0.0, "test_fraction": 0.0, "data_dir": f"{temporary}/{repeat}"}
