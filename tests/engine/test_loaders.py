@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from common import assert_same
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -41,17 +42,6 @@ class Numbered(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return torch.full((3,), index / N) + 0.01 * torch.randn(3) + 0.01 * random.random(), index
-
-
-class Batches(Dataset):
-    """Whole batches by one index."""
-
-    def __len__(self) -> int:
-        return N // BATCH
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        numbers = torch.arange(index * BATCH, (index + 1) * BATCH)
-        return numbers[:, None] / N * torch.ones(3), numbers
 
 
 class Model(LightningModule):
@@ -90,109 +80,46 @@ class Model(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class Stop(Callback):
-    """Asks the run to stop in a step."""
+class Watch(Callback):
+    """Looks at the metrics before other callbacks do, keeps those of whole epochs, and asks the run to stop in a step.
+
+    Args:
+        step: to stop in.
+    """
 
     def __init__(self, step: int) -> None:
-        self.step = step
+        self.step, self.means = step, {}
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             self.step = -1
             os.kill(os.getpid(), signal.SIGTERM)
 
-
-class Look(Callback):
-    """Looks at the metrics at the end of an epoch, first of all callbacks."""
-
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         assert trainer.callback_metrics
 
-
-class Means(Callback):
-    """Keeps the means of every epoch that has come to an end."""
-
-    def __init__(self) -> None:
-        self.epochs: dict[int, dict[str, float]] = {}
-
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.callback_metrics:
-            self.epochs[trainer.current_epoch] = {name: x.item() for name, x in trainer.callback_metrics.items()}
+            self.means[trainer.current_epoch] = {name: x.item() for name, x in trainer.callback_metrics.items()}
 
     on_train_end = on_train_epoch_start
 
 
 def fit(folder: Path, make: Callable[[Model], Any], *stops: int, **options: Any) -> tuple[Model, list[list[int]], Any]:
     """Train, stopped in some steps and resumed; the module, the numbers that it has seen, and each epoch's means."""
-    seen: list[list[int]] = []
-    means = Means()
+    seen, means = [], {}
     for index, stop in enumerate([*stops, -1]):
         seed_everything(1, verbose=False)
         model = Model(make)
-        callbacks = default_callbacks(Look(), Stop(stop), means)
-        quiet: dict[str, Any] = {"enable_model_summary": False, "accelerator": "cpu"}
-        trainer = Trainer(max_epochs=3, callbacks=callbacks, logger=False, default_root_dir=folder, **quiet, **options)
+        watch, quiet = Watch(stop), {"enable_model_summary": False, "accelerator": "cpu", "logger": False}
+        callbacks = default_callbacks(watch)
+        trainer = Trainer(max_epochs=3, callbacks=callbacks, default_root_dir=folder, **quiet, **options)
         last = folder / "checkpoints" / "last.ckpt"
         with pytest.raises(SystemExit, match="143") if stop >= 0 else nullcontext():
             trainer.fit(model, ckpt_path=last if index else None, weights_only=True)
         seen += model.seen
-    return model, seen, means.epochs
-
-
-def loader(**options: Any) -> Callable[[Model], DataLoader]:
-    return lambda model: DataLoader(Numbered(), **{"batch_size": BATCH, **options})
-
-
-WEIGHTS = torch.arange(N).float()
-TENSORS = TensorDataset(torch.arange(3.0 * N).reshape(N, 3) / N, torch.arange(N))
-LOADERS: dict[str, Callable[[Model], Any]] = {
-    "shuffle": loader(shuffle=True),
-    "in order": loader(),
-    "own generator": lambda model: loader(shuffle=True, generator=model.kept[0])(model),
-    "weighted": loader(sampler=WeightedRandomSampler(WEIGHTS, N)),
-    "replacement": lambda model: loader(sampler=RandomSampler(range(N), True, N, model.kept[0]))(model),
-    "batch sampler": loader(batch_size=1, batch_sampler=BatchSampler(RandomSampler(range(N)), BATCH, True)),
-    "whole batches": lambda model: DataLoader(Batches(), batch_size=None, shuffle=True),
-    "of the engine": lambda model: train_dataloader(TENSORS, BATCH, seed=5),
-    "two": lambda model: [loader(shuffle=True)(model), loader(shuffle=True, generator=model.kept[1])(model)],
-    "two of other lengths": lambda model: CombinedLoader(
-        {"a": loader(shuffle=True)(model), "b": DataLoader(Numbered(), 16, shuffle=True)}, "max_size_cycle"
-    ),
-}
-
-
-def assert_exact(folder: Path, make: Callable[[Model], Any], *stops: int, **options: Any) -> None:
-    whole, seen, means = fit(folder / "whole", make, **options)
-    resumed, seen_too, means_too = fit(folder / "stopped", make, *stops, **options)
-    assert seen_too == seen
-    assert means_too == means
-    assert len(means) == 3
-    for name, value in whole.state_dict().items():
-        assert value.equal(resumed.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("name", LOADERS)
-def test_any_loader_resumes_bit_for_bit(tmp_path: Path, name: str) -> None:
-    """Twice within one epoch, the second time in the first step after a resume; and before an epoch's last step."""
-    assert_exact(tmp_path, LOADERS[name], 12, 13, 18)
-
-
-@pytest.mark.parametrize("options", [{"limit_train_batches": 7}, {"accumulate_grad_batches": 2}], ids=str)
-def test_resume_is_exact_whatever_an_epoch_is(tmp_path: Path, options: dict[str, Any]) -> None:
-    assert_exact(tmp_path, LOADERS["own generator"], 4, 9, **options)
-
-
-@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}], ids=str)
-def test_order_resumes_with_workers(tmp_path: Path, options: dict[str, Any]) -> None:
-    make = loader(shuffle=True, num_workers=2, **options)
-    _, seen, _ = fit(tmp_path / "whole", make)
-    _, seen_too, _ = fit(tmp_path / "stopped", make, 12, 15, 19)
-    assert seen_too == seen
-
-
-class Stream(IterableDataset):
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        return iter([(torch.full((3,), index / N), index) for index in range(N)])
+        means |= watch.means
+    return model, seen, means
 
 
 class Stateful(DataLoader):
@@ -214,8 +141,50 @@ class Stateful(DataLoader):
         self.position = state["position"] % (N // BATCH)
 
 
-def test_loader_keeps_a_state_of_its_own(tmp_path: Path) -> None:
-    assert_exact(tmp_path, lambda model: Stateful(TENSORS, BATCH), 12, 15)
+def loader(**options: Any) -> Callable[[Model], DataLoader]:
+    return lambda model: DataLoader(Numbered(), **{"batch_size": BATCH, **options})
+
+
+WEIGHTS = torch.arange(N).float()
+TENSORS = TensorDataset(torch.arange(3.0 * N).reshape(N, 3) / N, torch.arange(N))
+BATCHES = TensorDataset(*(tensor.unflatten(0, (-1, BATCH)) for tensor in TENSORS.tensors))  # whole ones, by one index
+LOADERS: dict[str, Callable[[Model], Any]] = {
+    "shuffle": loader(shuffle=True),
+    "in order": loader(),
+    "own generator": lambda model: loader(shuffle=True, generator=model.kept[0])(model),
+    "weighted": loader(sampler=WeightedRandomSampler(WEIGHTS, N)),
+    "replacement": lambda model: loader(sampler=RandomSampler(range(N), True, N, model.kept[0]))(model),
+    "batch sampler": loader(batch_size=1, batch_sampler=BatchSampler(RandomSampler(range(N)), BATCH, True)),
+    "whole batches": lambda model: DataLoader(BATCHES, batch_size=None, shuffle=True),
+    "of the engine": lambda model: train_dataloader(TENSORS, BATCH, seed=5),
+    "two": lambda model: [loader(shuffle=True)(model), loader(shuffle=True, generator=model.kept[1])(model)],
+    "two of other lengths": lambda model: CombinedLoader(
+        {"a": loader(shuffle=True)(model), "b": DataLoader(Numbered(), 16, shuffle=True)}, "max_size_cycle"
+    ),
+    "with a state": lambda model: Stateful(TENSORS, BATCH),
+    "workers": loader(shuffle=True, num_workers=2),
+    "persistent workers": loader(shuffle=True, num_workers=2, persistent_workers=True),
+}
+EPOCHS: tuple[dict[str, Any], ...] = {"limit_train_batches": 7}, {"accumulate_grad_batches": 2}
+# Twice within one epoch, the second time in the first step after a resume; and before an epoch's last step.
+CASES = [*((name, {}, (12, 13, 18)) for name in LOADERS), *(("own generator", epoch, (4, 9)) for epoch in EPOCHS)]
+
+
+@pytest.mark.parametrize(("name", "options", "stops"), CASES, ids=str)
+def test_any_loader_resumes_bit_for_bit(tmp_path: Path, name: str, options: dict, stops: tuple[int, ...]) -> None:
+    whole, seen, means = fit(tmp_path / "whole", LOADERS[name], **options)
+    resumed, seen_too, means_too = fit(tmp_path / "stopped", LOADERS[name], *stops, **options)
+    assert seen_too == seen
+    if "workers" in name:
+        return  # which draw other random numbers
+    assert means_too == means
+    assert len(means) == 3
+    assert_same(whole.state_dict(), resumed.state_dict())
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return iter([(torch.full((3,), index / N), index) for index in range(N)])
 
 
 def test_stream_without_state_starts_again_and_says_so(tmp_path: Path) -> None:
