@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, checkpoint, predictions
 from interrupt import signal_at
-from PIL import Image, ImageDraw
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_execution import assert_same_training
 from test_resume import assert_same_run
@@ -21,7 +23,7 @@ from test_resume import assert_same_run
 from mnist_lit.engine import ImageDataModule, UserError
 from mnist_lit.engine.images import read_image
 
-CLASSES = {"blue bar": (50, 60, 210), "green box": (40, 180, 60), "red disc": (200, 40, 40)}
+CLASSES = {"blue box": (50, 60, 210), "green box": (40, 180, 60), "red box": (200, 40, 40)}
 FORMATS = ("png", "jpg", "bmp", "webp", "tiff", "gif")
 FIT = (
     *("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=pets", "--data.image_size=32"),
@@ -30,24 +32,17 @@ FIT = (
 BEST = RUN / "checkpoints" / "best.ckpt"
 
 
-def draw(number: int, random: np.random.Generator, size: tuple[int, int] | None = None) -> Image.Image:
-    height, width = size or (int(side) for side in random.integers(40, 90, 2))
-    image = Image.fromarray(random.integers(0, 120, (height, width, 3), dtype=np.uint8))
-    left, top = (int(place) for place in random.integers(5, 15, 2))
-    shape = ImageDraw.Draw(image)
-    colour = tuple((list(CLASSES.values())[number] + random.integers(-40, 40, 3)).clip(0, 255).tolist())
-    box = (left, top, left + 20, top + (6 if number == 0 else 20))
-    (shape.ellipse if number == 2 else shape.rectangle)(box, fill=colour)
-    return image
-
-
 def make_pets(folder: Path, n: int = 60, size: tuple[int, int] | None = None) -> Path:
-    """n images of each of three classes, of mixed sizes and formats."""
+    """n images of each of three classes, of mixed sizes and formats: a box of the class's colour on noise."""
     random = np.random.default_rng(0)
-    for number, name in enumerate(CLASSES):
+    for name, colour in CLASSES.items():
         (folder / name).mkdir(parents=True)
         for index in range(n):
-            draw(number, random, size).save(folder / name / f"{index:04}.{FORMATS[index % len(FORMATS)]}")
+            height, width = size or random.integers(40, 90, 2)
+            pixels = random.integers(0, 120, (height, width, 3), dtype=np.uint8)
+            top, left = random.integers(5, 15, 2)
+            pixels[top : top + 20, left : left + 20] = (colour + random.integers(-40, 40, 3)).clip(0, 255)
+            Image.fromarray(pixels).save(folder / name / f"{index:04}.{FORMATS[index % len(FORMATS)]}")
     return folder
 
 
@@ -93,7 +88,7 @@ def one_class(root: Path) -> None:
 
 
 def with_pets(change: Callable[[Path], object]) -> Callable[[Path], object]:
-    return lambda root: change(make_pets(root, 4, (20, 20)) / "red disc")
+    return lambda root: change(make_pets(root, 4, (20, 20)) / "red box")
 
 
 def half(path: Path) -> None:
@@ -159,12 +154,12 @@ def test_every_mode_becomes_what_a_viewer_shows(tmp_path: Path) -> None:
 
 
 def test_image_that_breaks_off_is_named_by_a_worker(cli: Run, tmp_path: Path) -> None:
-    folder = make_pets(tmp_path / "pets", 6, (32, 32)) / "red disc"
+    folder = make_pets(tmp_path / "pets", 6, (32, 32)) / "red box"
     half(folder / "0000.png")
     for path in folder.iterdir():
         path.with_suffix(".png").write_bytes((folder / "0000.png").read_bytes())
     lazy = ("--data.memory_limit=1e-9", "--data.num_workers=2")
-    assert_one_message(cli(*FIT, *lazy, ok=False), "red disc/000", ".png: not a readable image")
+    assert_one_message(cli(*FIT, *lazy, ok=False), "red box/000", ".png: not a readable image")
 
 
 def test_fast_copy_follows_names_sizes_and_times(tmp_path: Path) -> None:
@@ -174,10 +169,10 @@ def test_fast_copy_follows_names_sizes_and_times(tmp_path: Path) -> None:
     made = copy.stat().st_mtime_ns
     assert opened(folder, data).digest == before
     assert copy.stat().st_mtime_ns == made
-    os.utime(folder / "red disc" / "0000.png", ns=(1, 1))
+    os.utime(folder / "red box" / "0000.png", ns=(1, 1))
     assert opened(folder, data).digest == before  # the same images in another copy
     assert copy.stat().st_mtime_ns > made
-    (folder / "red disc" / "0000.png").rename(folder / "red disc" / "0006.png")
+    (folder / "red box" / "0000.png").rename(folder / "red box" / "0006.png")
     assert opened(folder, data).digest != before
 
 
@@ -206,10 +201,10 @@ def test_colour_from_training_to_prediction(cli: Run, tmp_path: Path) -> None:
     # Files as a shell finds them, a file with a pattern's characters in its name, one that is not UTF-8, a pattern.
     (tmp_path / "some [1]").mkdir()
     for name in (b"[d].png", b"a\xff.png", b".hidden.png", b"notes.txt"):
-        shutil.copy(tmp_path / "new" / "blue bar" / "0000.png", os.path.join(os.fsencode(tmp_path / "some [1]"), name))
-    done = cli("predict", "--ckpt_path", BEST, "--data.images", "some [1]", "new/blue bar/0001.jpg", "new/g*/*.bmp")
+        shutil.copy(tmp_path / "new" / "blue box" / "0000.png", os.path.join(os.fsencode(tmp_path / "some [1]"), name))
+    done = cli("predict", "--ckpt_path", BEST, "--data.images", "some [1]", "new/blue box/0001.jpg", "new/g*/*.bmp")
     rows = predictions(logs / "version_2")
-    first = ["some [1]/[d].png", "some [1]/a\\xff.png", "new/blue bar/0001.jpg", "new/green box/0002.bmp"]
+    first = ["some [1]/[d].png", "some [1]/a\\xff.png", "new/blue box/0001.jpg", "new/green box/0002.bmp"]
     assert [row["file"] for row in rows[:4]] == first
     assert list(rows[0]) == ["file", "class", "confidence", "warning", *(f"p_{name}" for name in CLASSES)]
     assert "accuracy" not in done.stdout  # not every folder is named like a class
@@ -223,10 +218,12 @@ FILES = ("--data.memory_limit=1e-9", "--data.num_workers=0")
 BY_WORKERS = ("--data.memory_limit=1e-9", "--data.num_workers=2")
 RESUMES = {  # options of all runs, of the killed one, of the one that resumes it
     "files, resumed in memory": (PETS, FILES, ()),
-    "files, resumed by workers": (PETS, FILES, BY_WORKERS),
-    "augmented": (AUGMENT, (), ()),
+    "files by workers, as in memory": (PETS, BY_WORKERS, BY_WORKERS),
+    "folder in memory": (PETS, (), ()),
+    "pickle": (("--data.dataset=digits.pkl.gz",), (), ()),
+    "augmented npz": (AUGMENT, (), ()),
     "augmented, in other executions": (AUGMENT, STEPS, STEPS),
-    "mixed": ((*DIGITS, "--data.mix=mnist_lit.transforms.MixUp"), (), ()),
+    "mixed npz": (("--config", OVERLAYS / "mixup.yaml", *DIGITS), (), ()),
 }
 
 
@@ -236,6 +233,8 @@ def test_resumed_run_equals_the_whole_one(cli: Run, small: Path, tmp_path: Path,
     options, cut, resumed = RESUMES[case]
     make_pets(tmp_path / "pets", 40)
     (tmp_path / "digits.npz").symlink_to(small)
+    with np.load(small) as arrays, gzip.open(tmp_path / "digits.pkl.gz", "wb") as file:
+        pickle.dump([(arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "valid", "test")], file)
     fit = ("fit", "--config", CONFIGS / "fast.yaml", *options)
     fit += ("--trainer.max_epochs=2", "--trainer.log_every_n_steps=3", "--last_checkpoint.every_n_train_steps=1")
     whole = cli(*fit, "--run_name=whole")
@@ -244,7 +243,7 @@ def test_resumed_run_equals_the_whole_one(cli: Run, small: Path, tmp_path: Path,
     assert cli(*fit, *cut, *kill, "--run_name=cut", ok=False).returncode == -9
     cli(*fit, *resumed, "--ckpt_path=lightning_logs/cut/checkpoints/last.ckpt")
     logs = tmp_path / "lightning_logs"
-    same = assert_same_run if not resumed else assert_same_training  # whose loaders may keep other notes
+    same = assert_same_training if resumed else assert_same_run  # other loaders may keep other notes
     same(logs / "cut", logs / "whole")
 
 

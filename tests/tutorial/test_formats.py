@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from common import CONFIGS, OVERLAYS, RUN, Run, checkpoint, predictions
+from lightning.pytorch import Trainer
+from torch import nn
 from torch.utils.data import Subset, TensorDataset, random_split
 
+from mnist_lit import Classifier
 from mnist_lit.engine import ImageDataModule, UserError, eval_dataloader, train_dataloader
 
 FIT = ("fit", "--config", CONFIGS / "cnn.yaml", "--trainer.max_steps=10", "--dashboard.every_n_epochs=0")
@@ -41,8 +45,8 @@ IMAGES = {  # what is given, and what becomes of it
 class Given(ImageDataModule):
     """Arrays in memory, as a subclass reads them."""
 
-    def __init__(self, pairs: dict, folder: Path) -> None:
-        super().__init__("given", data_dir=str(folder))
+    def __init__(self, pairs: dict, folder: Path, **options: Any) -> None:
+        super().__init__("given", data_dir=str(folder), **options)
         self.pairs = pairs
 
     def find(self) -> tuple[str, str]:
@@ -52,8 +56,8 @@ class Given(ImageDataModule):
         return self.pairs
 
 
-def opened(folder: Path, x: np.ndarray, y: np.ndarray) -> ImageDataModule:
-    data = Given({"train": (x, y), "valid": (x[:9], y[:9])}, folder)
+def opened(folder: Path, x: np.ndarray, y: np.ndarray, **options: Any) -> ImageDataModule:
+    data = Given({"train": (x, y), "valid": (x[:9], y[:9])}, folder, **options)
     data.prepare_data()
     return data
 
@@ -120,25 +124,32 @@ def write(path: Path, x: np.ndarray, y: np.ndarray, **others: np.ndarray) -> Pat
     return path
 
 
-TRAINED = {  # images, targets, metric, and what predictions.csv has of each sample
-    "spectrograms": (WAVES, CLASSES, "test/acc", [f"p_{number}" for number in range(4)]),
-    "names": (BYTES, NAMES[CLASSES], "test/acc", [f"p_{name}" for name in NAMES]),
-    "labels": (BYTES, LABELS, "test/acc", [f"prediction_{number}" for number in range(5)]),
-    "several values": (BYTES, WAVES[:, :, 0, 0], "test/mse", ["prediction_0", "prediction_1"]),
+NET = "--model=Classifier", "--model.net=torch.nn.Conv2d"
+PIXELS = *NET, *(f"--model.net.{option}" for option in ("in_channels=1", "out_channels=2", "kernel_size=1"))
+TRAINED = {  # images, targets, metric, what predictions.csv has of each sample, and options
+    "spectrograms": (WAVES, CLASSES, "test/acc", [f"p_{number}" for number in range(4)], ()),
+    "names": (BYTES, NAMES[CLASSES], "test/acc", [f"p_{name}" for name in NAMES], ()),
+    "gaps": (BYTES, CLASSES * 100, "test/acc", ["p_0", "p_100", "p_200", "p_300"], ()),
+    "labels": (BYTES, LABELS, "test/acc", [f"prediction_{number}" for number in range(5)], ()),
+    "several values": (BYTES, WAVES[:, :, 0, 0], "test/mse", ["prediction_0", "prediction_1"], ()),
+    "masks": (BYTES, MASKS, "test/acc", None, PIXELS),
 }
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "names")) for c in TRAINED])
 def test_arrays_from_training_to_prediction(cli: Run, tmp_path: Path, case: str) -> None:
-    x, y, metric, columns = TRAINED[case]
+    x, y, metric, columns, options = TRAINED[case]
     write(tmp_path / "own.npz", x, y)
-    done = cli(*FIT, "--data.dataset=own.npz", "--model.lr=0.001", "--test_after_fit=true")
+    done = cli(*FIT, "--data.dataset=own.npz", "--model.lr=0.001", "--test_after_fit=true", *options)
     assert ("float images from" in done.stdout + done.stderr) == (case == "spectrograms")
     assert metric in done.stdout
     write(tmp_path / "few.npz", x[::2], y[::2])  # which lacks two of the classes
     cli("predict", "--ckpt_path", BEST, "--data.dataset=few.npz")
-    rows = predictions(tmp_path / "lightning_logs" / "version_1")
-    assert list(rows[0])[-len(columns) :] == columns
+    run = tmp_path / "lightning_logs" / "version_1"
+    if columns:
+        assert list(predictions(run)[0])[-len(columns) :] == columns
+    else:
+        assert torch.load(run / "predictions.pt", weights_only=True)[0].shape == (40, 2, 12, 12)
 
 
 def test_classes_are_numbered_as_the_model_does(tmp_path: Path) -> None:
@@ -164,10 +175,25 @@ def test_weights_of_classes_and_metrics_of_any_number(cli: Run, tmp_path: Path) 
     cli(*fit, "--model.balanced=true", f"--ckpt_path={last}", "--trainer.max_steps=12")
     expected = torch.tensor([350 / 4 / 100] * 3 + [350 / 4 / 50])
     assert torch.allclose(checkpoint(tmp_path / last)["state_dict"]["loss.weight"], expected)
-    cli("test", "--config", RUN / "config.yaml", "--ckpt_path", last)
+    for command in ("test", "predict"):
+        cli(command, "--config", RUN / "config.yaml", "--ckpt_path", last)
     cli(*fit, "--model.loss=torch.nn.CrossEntropyLoss", "--model.loss.weight=[1,2,1,1]", "--run_name=given")
     given = tmp_path / "lightning_logs" / "given" / "checkpoints" / "last.ckpt"
     assert checkpoint(given)["state_dict"]["loss.weight"].tolist() == [1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["mnist_lit.transforms.MixUp", "torchvision.transforms.v2.CutMix"])
+def test_mixed_targets_are_counted_by_their_larger_share(tmp_path: Path, name: str) -> None:
+    """Each class is a channel: a network that takes the means of the channels gets every share right."""
+    module, _, kind = name.rpartition(".")
+    mix = getattr(pytest.importorskip(module, reason="needs the extra [vision]"), kind)()
+    channels = np.eye(4, dtype=np.uint8)[CLASSES, :, None, None].repeat(8, 2).repeat(8, 3) * 255
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4, bias=False))
+    nn.init.eye_(net[2].weight)
+    options = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path, "log_every_n_steps": 1}
+    trainer = Trainer(max_epochs=1, **options)
+    trainer.fit(Classifier(net, lr=0, num_classes=4), datamodule=opened(tmp_path, channels, CLASSES, mix=mix))
+    assert trainer.callback_metrics["train/acc"] == trainer.callback_metrics["val/acc"] == 1
 
 
 # ------------------------------------------------------------------------------------------- subsets and folds
