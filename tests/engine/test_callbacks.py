@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from common import assert_same
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
-from plain import Model, Weights, data, fit
+from plain import Model, Weights, fit, noise
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lit.engine import Metrics, PredictionsFile, StopOnNonFinite
@@ -78,22 +75,11 @@ def test_less_overhead_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("logger", [True, False])
-def test_predictions_are_written_beside_the_log(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], logger: bool
-) -> None:
-    model = Model()
-    chosen = TensorBoardLogger(tmp_path) if logger else False
-    trainer = Trainer(
-        default_root_dir=tmp_path, logger=chosen, callbacks=[PredictionsFile()], enable_progress_bar=False
-    )
-    trainer.predict(model, data(12))
+def test_predictions_are_written_beside_the_log(tmp_path: Path, logger: bool) -> None:
+    """What is in them, ``test_cli.py`` looks at."""
+    quiet = {"logger": logger, "enable_progress_bar": False}
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[PredictionsFile()], **quiet)
+    trainer.predict(Model(), noise(12))
     (path,) = tmp_path.rglob("predictions.csv")
     assert path.parent == Path(trainer.log_dir or tmp_path)
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    probabilities = torch.cat([model.eval()(images).softmax(1) for images, _ in data(12)])
-    assert list(rows[0]) == ["index", "class", "confidence", "p_0", "p_1", "p_2"]
-    for index, (row, each) in enumerate(zip(rows, probabilities, strict=True)):
-        assert (row["index"], row["class"]) == (str(index), str(each.argmax().item()))
-        assert [float(row[f"p_{name}"]) for name in range(3)] == pytest.approx(each.tolist(), abs=1e-6)
-    assert "Wrote " in capsys.readouterr().out
+    assert len(path.read_text().splitlines()) == 13

@@ -82,12 +82,10 @@ def test_dataset_really_used_is_on_record_and_another_one_is_refused(
     offline = ("--data.url=http://127.0.0.1:9/mnist.pkl.gz", "--data.data_dir", digits_dir)
     fitted = cli(*quick, *offline)
     assert "NOT MNIST" in fitted.stderr
-    assert "--data.dataset=digits" in fitted.stderr
     assert "Logistic on digits" in fitted.stdout
     assert yaml.safe_load((run_of(tmp_path) / "hparams.yaml").read_text())["dataset_used"] == "digits"
     last = run_of(tmp_path) / "checkpoints" / "last.ckpt"
     assert checkpoint(last)["MNISTDataModule"]["dataset"] == "digits"
-    assert "NOT MNIST" not in cli(*quick, *offline, "--data.dataset=digits").stderr
     longer = (*quick, "--trainer.max_epochs=3", "--data.dataset", small, "--ckpt_path", last)
     assert "trained on digits" in cli(*longer, ok=False).stderr
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import known
 import numpy as np
+import plain
 import pytest
 import requests
 import torch
 from browser import tensorboard
 from common import CONFIGS, RUN, Run
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -90,11 +91,9 @@ def images_of(run: Path) -> dict[str, list[tuple[int, np.ndarray]]]:
 
 def fit(folder: Path, dashboard: Dashboard, model: LightningModule | None = None) -> Path:
     """A plain ``Trainer`` with the module whose predictions are known, three steps to an epoch."""
-    logger = TensorBoardLogger(folder)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(logger=logger, callbacks=[dashboard, Metrics({})], max_epochs=2, log_every_n_steps=3, **quiet)
-    trainer.fit(model or known.Model(), datamodule=known.Data())
-    return Path(logger.log_dir)
+    options = {"logger": TensorBoardLogger(folder), "enable_checkpointing": True, "log_every_n_steps": 3}
+    trainer = plain.fit(model or known.Model(), folder, dashboard, Metrics({}), data=known.Data(), **options)
+    return Path(trainer.log_dir or "")
 
 
 def test_parts_are_chosen(tmp_path: Path) -> None:

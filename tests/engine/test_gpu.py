@@ -26,7 +26,7 @@ def test_no_step_waits_for_the_gpu(cli: Run, small: Path, kind: str) -> None:
     """``torch.cuda.set_sync_debug_mode("error")`` is on in every step that logs nothing, loading included."""
     done = cli(
         *("fit", *KINDS[kind].split(), *GPU, "--data.dataset", small, "--trainer.max_epochs=3"),
-        *("--trainer.log_every_n_steps=20", "--trainer.callbacks+=no_sync.NoSync"),
+        *("--trainer.log_every_n_steps=20", "--trainer.callbacks+=interrupt.NoSync"),
         fork=False,
     )
     checked = re.search(r"(\d+) steps without a wait", done.stdout)

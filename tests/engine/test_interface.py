@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from common import OVERLAYS, ROOT
 
+import mnist_lit
 from mnist_lit import engine
 
 PACKAGE = ROOT / "mnist_lit"
@@ -42,6 +43,8 @@ def test_configs_name_public_classes(path: Path) -> None:
 
 
 def test_names_are_imported_when_they_are_asked_for() -> None:
-    """A server of an ONNX file starts without torch."""
-    code = "import sys; from mnist_lit.engine import Project, UserError, serve; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    """A server of an ONNX file starts without torch, and the command line sees to how its imports are done."""
+    code = "import sys, mnist_lit; from mnist_lit.engine import Project, serve; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", f"{code}; assert mnist_lit.CNN"], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="no attribute 'Transformer'"):
+        mnist_lit.Transformer  # noqa: B018

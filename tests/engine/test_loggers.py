@@ -13,20 +13,18 @@ from interrupt import signal_at
 
 pytestmark = pytest.mark.slow
 
-TENSORBOARD = ("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=.")
-MLFLOW = ("--trainer.logger=MLFlowLogger", "--trainer.logger.tracking_uri=sqlite:///mlflow.db")
 LOGGERS: dict[str, tuple[object, ...]] = {
-    "default": (),
     "none": ("--trainer.logger=false",),
-    "tensorboard": TENSORBOARD,
     "csv": ("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."),
     "wandb": ("--trainer.logger=WandbLogger", "--trainer.logger.offline=true"),
-    "mlflow": MLFLOW,
+    "mlflow": ("--trainer.logger=MLFlowLogger", "--trainer.logger.tracking_uri=sqlite:///mlflow.db"),
     "tensorboard+csv": ("--config", OVERLAYS / "csv.yaml"),
     "tensorboard+wandb": ("--config", OVERLAYS / "wandb.yaml"),
     "tensorboard+mlflow": ("--config", OVERLAYS / "mlflow.yaml"),
     "wandb+tensorboard": ("--config", "swapped.yaml"),
-    "own folder": (*TENSORBOARD[:1], "--trainer.logger.save_dir=elsewhere", "--trainer.logger.name=mine"),
+    "own folder": (
+        *("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=elsewhere", "--trainer.logger.name=mine"),
+    ),
 }
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 FIT = ("fit", "--config", CONFIGS / "cnn.yaml", "--trainer.log_every_n_steps=4")
@@ -38,7 +36,7 @@ def wandb_runs(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*"))
 
 
-ALSO = {"default", "tensorboard", "csv", "wandb", "mlflow", "wandb+tensorboard", "own folder"}
+ALSO = {"csv", "wandb", "mlflow", "wandb+tensorboard", "own folder"}
 
 
 @pytest.mark.parametrize(
@@ -64,10 +62,10 @@ def test_killed_resumed_and_tested(cli: Run, small: Path, tmp_path: Path, name: 
     assert {"config.yaml", "config-from-step-16.yaml", "provenance.json", "metrics.json"} <= {
         path.name for path in run.iterdir()
     }
-    left = LEFT | {"tensorboard": set(), "own folder": {"elsewhere"}}.get(name, set())
+    left = LEFT | {"own folder": {"elsewhere"}}.get(name, set())
     left |= {"mlflow.db", "mlruns"} if "mlflow" in name else set()
     assert {path.name for path in tmp_path.iterdir()} <= left
-    if name in ("default", "tensorboard") or "tensorboard+" in name or "+tensorboard" in name:
+    if "tensorboard" in name:
         assert [step for step, _ in curves(run)["val/loss"]] == STEPS
         assert "tensorboard --logdir lightning_logs\n" in done.stdout
     if name == "own folder":

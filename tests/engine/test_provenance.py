@@ -1,19 +1,22 @@
-"""What made a run, and how it ended."""
+"""What made a run, with how many threads, and how it ended."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from common import CONFIGS, RUN, Run
 from interrupt import signal_at
-from lightning.pytorch import Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
+from plain import Model, fit
+from test_resume import TWO_PROCESSES
 
 from mnist_lit.engine import Provenance
+from mnist_lit.engine.threads import available_cpus
 
 
 @pytest.mark.slow
@@ -30,18 +33,23 @@ def test_run_tells_what_made_it_and_how_it_ended(cli: Run, small: Path, tmp_path
     git("add", "notes.txt")
     git("commit", "--quiet", "-m", "One")
     (tmp_path / "notes.txt").write_text("two\n")
-    fit = ("fit", "--config", CONFIGS / "cnn.yaml", "--trainer.log_every_n_steps=4", "--data.dataset", small)
-    cli(*fit, *signal_at("SIGTERM", "on_train_batch_end", 20), ok=False)
+    fit = ("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset", small)
+    fit += ("--data.batch_size=64", "--trainer.max_epochs=2")
+    cli(*fit, "--num_threads=2", *signal_at("SIGTERM", "on_train_batch_end", 20), ok=False)
     done = cli(*fit, "--ckpt_path=last", "--test_after_fit=true")
 
     first, second = json.loads((tmp_path / RUN / "provenance.json").read_text())
     assert (first["exit"], first["step"]) == ("SIGTERM", 20)
     assert (second["exit"], second["step"]) == ("finished", 32)
+    assert (first["threads"], second["threads"]) == (2, 2)
     assert "--ckpt_path=last" in second["command"]
     assert first["versions"]["torch"] == version("torch")
     assert first["start"] < first["end"] < second["start"] < second["end"]
     assert first["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": True}
     assert "-one\n+two\n" in (tmp_path / RUN / "git.diff").read_text()
+
+    other = cli(*fit, "--ckpt_path=last", "--num_threads=1").stderr
+    assert "with --num_threads=2, this command has 1" in other
 
     metrics = json.loads((tmp_path / RUN / "metrics.json").read_text())
     assert metrics["best"]["checkpoint"] == "best.ckpt"
@@ -58,12 +66,34 @@ def test_file_of_another_kind_does_not_end_the_run(tmp_path: Path, damaged: bool
     """Nor does one that cannot be written. With a plain ``Trainer``."""
     file = tmp_path / "provenance.json"
     file.write_text("damaged") if damaged else file.mkdir()
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    trainer = Trainer(max_steps=2, default_root_dir=tmp_path, callbacks=[Provenance()], **dict.fromkeys(quiet, False))
+    with nullcontext() if damaged else pytest.warns(UserWarning, match=r"provenance\.json is not written"):
+        fit(Model(), tmp_path, Provenance())
     if damaged:
-        trainer.fit(BoringModel())
         (start,) = json.loads(file.read_text())
-        assert (start["exit"], start["step"]) == ("finished", 2)
-    else:
-        with pytest.warns(UserWarning, match=r"provenance\.json is not written"):
-            trainer.fit(BoringModel())
+        assert (start["exit"], start["step"]) == ("finished", 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"), [((), "3", 3), (TWO_PROCESSES, "", max(1, available_cpus() // 2))], ids=str
+)
+def test_number_of_threads_is_what_the_process_may_use(
+    cli: Run, small: Path, tmp_path: Path, options: tuple[str, ...], environment: str, expected: int
+) -> None:
+    fit = ("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset", small, *options)
+    cli(*fit, env={"OMP_NUM_THREADS": environment}, fork=not options)
+    assert json.loads((tmp_path / RUN / "provenance.json").read_text())[-1]["threads"] == expected
+    assert f"num_threads: {expected}\n" in (tmp_path / RUN / "config.yaml").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_affinity_and_the_quota_of_a_container_count(tmp_path: Path) -> None:
+    allowed, quota = os.sched_getaffinity(0), tmp_path / "cpu.max"
+    for text, expected in (("max 100000", len(allowed)), ("50000 100000", 1)):
+        quota.write_text(text)
+        assert available_cpus(limit=quota) == expected
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

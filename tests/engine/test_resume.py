@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -37,6 +38,13 @@ COMMON = (  # 16 steps to an epoch; saved every 5, logged every 4
     *("--last_checkpoint.every_n_train_steps=5", "--data.batch_size=64", "--dashboard.confusion_matrix=false"),
     *("--dashboard.mistakes=0", "--dashboard.samples=0"),
 )
+CYCLIC = {"base_lr": 0.001, "max_lr": 0.05, "step_size_up": 7}
+SCHEDULES = {  # of every step; -1 is as long as the run
+    "one_cycle": [{"class_path": "OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": -1}}],  # momentum, too
+    "cosine": [{"class_path": "CosineAnnealingLR", "init_args": {"T_max": -1}}],
+    "cyclic": [{"class_path": "CyclicLR", "init_args": CYCLIC}],
+}
+PLATEAU = "monitor=val/loss factor=0.5 patience=0 threshold=0.5".split()
 MODELS = {
     "chance": ("--config", "chance.yaml"),
     **{path.stem: ("--config", path) for path in CONFIGS.glob("*.yaml") if path.stem != "sweep"},
@@ -46,9 +54,16 @@ MODELS = {
     },
     "finetune": ("--config", CONFIGS / "fast.yaml", "--config", OVERLAYS / "finetune.yaml"),  # unfreezes at step 16
     **{
-        schedule: ("--model=schedules.Scheduled", f"--model.schedule={schedule}")
-        for schedule in ("one_cycle", "cosine", "cyclic", "plateau", "warmup_cosine")
+        name: (
+            *("--config", "chance.yaml", "--lr_scheduler=mnist_lit.engine.Schedule"),
+            f"--lr_scheduler.schedulers={json.dumps(parts)}",
+        )
+        for name, parts in SCHEDULES.items()
     },
+    "plateau": (
+        *("--config", "chance.yaml", "--lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau"),
+        *(f"--lr_scheduler.{option}" for option in PLATEAU),
+    ),
 }
 # Over an epoch, and on both sides of its borders.
 POINTS = [
@@ -150,20 +165,18 @@ def test_run_that_ended_within_an_epoch_goes_on(cli_in: Run, small: Path, tmp_pa
 
 
 @slow
-@pytest.mark.parametrize("workers", [(0, 2), pytest.param((1, 2), marks=matrix)], ids=str)
-def test_another_number_of_workers(cli_in: Run, small: Path, tmp_path: Path, whole, workers: tuple[int, int]) -> None:
-    model, stop = MODELS["one_cycle"], signal_at("SIGTERM", "on_train_batch_end", 21)
-    fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[0]}", *stop, ok=False)
-    fit(cli_in, tmp_path, small, *model, f"--data.num_workers={workers[1]}", "--ckpt_path=last")
-    assert_same_training(tmp_path / RUN, whole(*model))
-
-
-@slow
-@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=matrix)])
-def test_workers_that_are_no_forks(cli_in: Run, small: Path, tmp_path: Path, whole, method: str) -> None:
-    """As macOS and Windows start them."""
-    options = (f"--trainer.callbacks.method={method}", "--data.num_workers=2")
-    fit(cli_in, tmp_path, small, *MODELS["cnn"], "--trainer.callbacks+=start_method.StartMethod", *options)
+@pytest.mark.parametrize(
+    ("before", "after", "method"),
+    [(0, 2, "spawn"), *(pytest.param(*case, marks=matrix) for case in ((1, 2, "fork"), (2, 0, "forkserver")))],
+)
+def test_another_number_of_workers(
+    cli_in: Run, small: Path, tmp_path: Path, whole, before: int, after: int, method: str
+) -> None:
+    """Processes that are no forks are as macOS and Windows start them."""
+    model = (*MODELS["cnn"], "--trainer.callbacks+=interrupt.StartMethod", f"--trainer.callbacks.method={method}")
+    stop = signal_at("SIGTERM", "on_train_batch_end", 21)
+    fit(cli_in, tmp_path, small, *model, f"--data.num_workers={before}", *stop, ok=False)
+    fit(cli_in, tmp_path, small, *model, f"--data.num_workers={after}", "--ckpt_path=last")
     assert_same_training(tmp_path / RUN, whole(*MODELS["cnn"]))
 
 
@@ -184,22 +197,20 @@ def test_eight_starts_at_once_make_eight_folders(tmp_path: Path) -> None:
 @slow
 def test_run_that_is_being_trained_is_not_resumed(cli_in: Run, forks: Forks, small: Path, tmp_path: Path) -> None:
     """Another process waits for it a while, and then leaves it alone."""
-    fit(cli_in, tmp_path, small, *MODELS["chance"], *signal_at("SIGTERM", "on_train_batch_end", 20), ok=False)
-    wait = ("--trainer.callbacks+=interrupt.WaitFor", f"--trainer.callbacks.path={tmp_path / 'go'}")
-    resume = ["fit", "--config=chance.yaml", *COMMON, f"--data.dataset={small}", "--ckpt_path=last"]
-    output, other = tmp_path / "output", Forks()
+    (tmp_path / "chance.yaml").write_text(CHANCE)
+    command = ["fit", "--config=chance.yaml", *COMMON, f"--data.dataset={small}", "--ckpt_path=last"]
+    output, last = tmp_path / "output", tmp_path / RUN / "checkpoints" / "last.ckpt"
+    pause = signal_at("SIGSTOP", "on_train_batch_end", 8)
+    pid, deadline = forks.start(tmp_path, [*command, *pause], ENVIRONMENT, output, output), time.monotonic() + 60
     try:
-        other.start(tmp_path, [*resume, *wait], ENVIRONMENT, output, output)
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "go.waits").exists():
-            assert time.monotonic() < deadline, output.read_text()
+        while not last.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert_one_message(cli_in(tmp_path, *resume, ok=False), f"{RUN} is being trained by another process")
-        (tmp_path / "go").touch()
-        assert other.wait() == 0, output.read_text()
+        refused = cli_in(tmp_path, *command, ok=False, fork=False)
     finally:
-        other.close()
-    assert checkpoint(tmp_path / RUN / "checkpoints" / "last.ckpt")["global_step"] == 48
+        os.kill(pid, signal.SIGCONT)
+        assert forks.wait() == 0, output.read_text()
+    assert_one_message(refused, f"{RUN} is being trained by another process")
+    assert checkpoint(last)["global_step"] == 48
 
 
 KILLED = {

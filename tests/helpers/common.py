@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
@@ -46,20 +47,12 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def assert_same(one: object, other: object, where: str = "") -> None:
     """The same numbers, bit for bit, in any nest of containers."""
-    if isinstance(one, torch.Tensor):
-        assert isinstance(other, torch.Tensor), where
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert isinstance(other, dict), where
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where  # type: ignore[arg-type]
-        for i, pair in enumerate(zip(one, other, strict=True)):  # type: ignore[call-overload]
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert one == other, where
+
+    def bits(tensor: torch.Tensor) -> tuple[object, ...]:
+        return tensor.dtype, tensor.shape, tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()
+
+    ours, theirs = (apply_to_collection(tree, torch.Tensor, bits) for tree in (one, other))
+    assert ours == theirs, where
 
 
 def assert_one_message(done: subprocess.CompletedProcess[str], *parts: str) -> str:

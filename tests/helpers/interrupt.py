@@ -1,7 +1,9 @@
-"""What the tests of interruption put into a run: a network full of chance, and a signal at a chosen place."""
+"""What tests put into a run: a network full of chance, a signal at a chosen place, callbacks that look on."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import random
 import resource
@@ -97,6 +99,13 @@ class Phase(Callback):
         self.write("training")
 
 
+class StartMethod(Callback):
+    """Chooses how the processes of loaders start: fork, spawn or forkserver."""
+
+    def __init__(self, method: str) -> None:
+        multiprocessing.set_start_method(method, force=True)
+
+
 class WaitFor(Callback):
     """Waits before training until a file is there, and makes another one that says so."""
 
@@ -125,3 +134,66 @@ class Fail(Callback):
     def fail(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step in (20, 32):
             raise ZeroDivisionError("a mistake of mine")
+
+
+class Batches(Callback):
+    """Writes ``batches.RANK.json``: per epoch and batch its size, mean loss and number of correct predictions, and the
+    values that the run has last logged.
+
+    It looks at the loss function itself, and not at what Lightning and the engine make of its results.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epochs: list[list[list[float]]] = []
+        self.module = pl_module
+        self.hook = pl_module.loss.register_forward_hook(self.record)  # type: ignore[operator, union-attr]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epochs.append([])
+
+    def record(self, loss: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        if self.module.training:
+            preds, target = inputs
+            correct = (preds.argmax(1) == target).sum().item()
+            self.epochs[-1].append([len(target), output.item(), correct])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hook.remove()
+        logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        written = {"epochs": self.epochs, "logged": logged}
+        Path(f"batches.{trainer.global_rank}.json").write_text(json.dumps(written))
+
+
+class NoSync(Callback):
+    """Raises where the host waits for the GPU, in steps that log nothing and in the loading of their batches.
+
+    Not in the first epoch, in which libraries choose and compile their kernels.
+    """
+
+    def __init__(self) -> None:
+        self.checked = 0  # steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch and not self._logs(trainer):
+            torch.cuda.set_sync_debug_mode("error")
+            self.checked += 1
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._logs(trainer) or trainer.is_last_batch:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @staticmethod
+    def _logs(trainer: Trainer) -> bool:
+        """Whether the next step logs, of which there may be several in one of Lightning's."""
+        steps = getattr(trainer.lightning_module, "steps_per_execution", 1)
+        every = trainer.log_every_n_steps
+        return (trainer.global_step + steps) // every > trainer.global_step // every
+
+    def on_validation_start(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_train_end(self, *_: Any) -> None:
+        print(f"{self.checked} steps without a wait for the GPU")

@@ -45,7 +45,7 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), self.lr, 0.9)
 
 
-def data(number: int = 40, batch_size: int = 10) -> DataLoader:
+def noise(number: int = 40, batch_size: int = 10) -> DataLoader:
     """Noise with labels, in order."""
     generator = torch.Generator().manual_seed(2)
     images = torch.rand(number, 1, 8, 8, generator=generator)
@@ -63,11 +63,11 @@ class Weights(Callback):
         self.steps.append((trainer.current_epoch, state))
 
 
-def fit(model: LightningModule, folder: Path, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Trainer:
+def fit(model: LightningModule, folder: Path, *callbacks: Callback, data: Any = None, **options: Any) -> Trainer:
     """Train two epochs of four steps in a folder, with nothing but these callbacks."""
     off = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger")
-    chosen: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 2, "accelerator": "cpu"}
+    chosen: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 2, "accelerator": "cpu", "callbacks": [*callbacks]}
     chosen |= dict.fromkeys(off, False) | options
-    trainer = Trainer(default_root_dir=folder, callbacks=list(callbacks), **chosen)
-    trainer.fit(model, data(), data(), ckpt_path=ckpt_path, weights_only=True)
+    trainer = Trainer(default_root_dir=folder, **chosen)
+    trainer.fit(model, data or noise(), None if data else noise())
     return trainer

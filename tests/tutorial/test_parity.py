@@ -159,7 +159,9 @@ def test_rung_changes_nothing(ladders, model: str, rung) -> None:
         # against itself in float64. Two roundings are at most two such distances apart, and a factor of
         # 4 allows for one of them being lucky.
         wide, wide_below = ladder.in_float64(rung), ladder.in_float64(below_it)
-        assert 0 < distance(wide, wide_below) <= 8 * 2**-29 * distance(below, wide_below)
+        apart = distance(wide, wide_below)
+        assert apart <= 8 * 2**-29 * distance(below, wide_below)
+        assert apart > 0 or rung is tutorial.rung_4  # not every processor has another kernel
         assert wide.losses == pytest.approx(wide_below.losses, rel=1e-6)
     else:
         assert same_bits(outcome, below)
