@@ -1,5 +1,6 @@
 """``python -m mnist_lit``."""
 
+import atexit
 import gc
 import sys
 
@@ -25,6 +26,8 @@ def main() -> None:
 
     gc.freeze()
     gc.enable()
+    if "triton" in sys.modules:  # torch 2.15 imports it, and it reports whatever is not freed at exit
+        atexit.register(gc.unfreeze)
     commands = {"new": "mnist_lit.new", "serve": "mnist_lit.serve"}
     run("mnist_lit", "mnist_lit.MNISTDataModule", "configs/cnn.yaml", commands)
 
