@@ -240,10 +240,9 @@ class CLI(LightningCLI):
         self.run.to_save = self.pristine
         self.run.save_as = f"config-from-step-{resumed.step}.yaml" if resumed else "config.yaml"
         ours = made.best_checkpoint, made.last_checkpoint, made.dashboard
-        callbacks = default_callbacks(self.run, *as_list(made.trainer.callbacks), *ours, *self.callbacks)
-        for switch, kind in (("enable_checkpointing", Checkpointing), ("enable_progress_bar", ProgressBar)):
-            if config[switch] is False:
-                callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
+        switches = {"enable_checkpointing": Checkpointing, "enable_progress_bar": ProgressBar}
+        off = tuple(kind for switch, kind in switches.items() if config[switch] is False)
+        callbacks = default_callbacks(self.run, *as_list(made.trainer.callbacks), *ours, *self.callbacks, without=off)
         made.trainer.callbacks = None  # LightningCLI would add its callbacks to these
         return super().instantiate_trainer(**options, callbacks=callbacks)
 

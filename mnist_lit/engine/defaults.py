@@ -19,12 +19,14 @@ from mnist_lit.engine.resume import ResumeGuard
 from mnist_lit.engine.summary import Summary
 
 
-def default_callbacks(*own: Callback) -> list[Callback]:
+def default_callbacks(*own: Callback, without: type[Callback] | tuple[type[Callback], ...] = ()) -> list[Callback]:
     """Everything that the command line adds to a ``Trainer``: best and last checkpoint, exact resume, metrics,
     dashboard, provenance, progress bar and the table at the end.
 
     Args:
         own: further callbacks. One of the kind of a default takes its place.
+        without: kinds to leave out, such as Lightning's ``ProgressBar`` for a trainer with
+            ``enable_progress_bar=False``.
 
     Example:
         >>> trainer = Trainer(callbacks=default_callbacks(BestCheckpoint(monitor="val/acc")))
@@ -35,6 +37,7 @@ def default_callbacks(*own: Callback) -> list[Callback]:
     if any(isinstance(callback, AnyProgressBar) for callback in own):
         defaults.remove(ProgressBar)
     made = [make() for make in defaults if not any(isinstance(callback, make) for callback in own)]
+    kept = [callback for callback in (*own, *made) if not isinstance(callback, without)]
     # The means of a resumed epoch are completed before anything looks at them. The last checkpoint is saved after the
     # best, because what that knows is part of it.
-    return sorted([*own, *made], key=lambda each: isinstance(each, LastCheckpoint) - isinstance(each, ExactResume))
+    return sorted(kept, key=lambda each: isinstance(each, LastCheckpoint) - isinstance(each, ExactResume))
