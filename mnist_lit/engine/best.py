@@ -18,6 +18,7 @@ DEFAULT_MONITOR = "val/loss"
 LOWER_IS_BETTER = "loss error err mse rmse mae mape nll perplexity wer cer fid ece hamming".split()
 HIGHER_IS_BETTER = """acc accuracy f1 f1score precision recall specificity auroc auc ap map iou jaccard dice r2
 r2score psnr ssim bleu rouge kappa mcc pearson spearman""".split()
+KEPT = "best_epoch", "best_step", "best_metrics", "current_score"  # restored in addition to what Lightning restores
 
 
 def infer_mode(monitor: str, mode: str) -> Literal["min", "max"]:
@@ -68,7 +69,8 @@ class BestCheckpoint(ModelCheckpoint):
             **options,
         )
         self._warned = False
-        self.best_epoch, self.best_metrics = 0, dict[str, float]()  # counted from 1; all metrics of that epoch
+        self.best_epoch, self.best_step = 0, 0  # the epoch is counted from 1
+        self.best_metrics = dict[str, float]()  # all metrics then
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Absolute, because ModelCheckpoint forgets the best if its folder is named in another way.
@@ -98,6 +100,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._update(trainer, super().on_validation_end)
+        value = trainer.callback_metrics.get(str(self.monitor))
+        if value is not None and not value.isfinite():
+            rank_zero_warn(f"{self.monitor} is {value.item()} after step {trainer.global_step}: it cannot be the best")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._update(trainer, super().on_train_epoch_end)
@@ -114,7 +119,8 @@ class BestCheckpoint(ModelCheckpoint):
             before = self.best_model_score
             hook(trainer, trainer.lightning_module)
             if self.best_model_score is not before:  # a new best has a new score, if of the same value
-                self.best_epoch, self.best_metrics = trainer.current_epoch + 1, logged_values(trainer)
+                self.best_epoch, self.best_step = trainer.current_epoch + 1, trainer.global_step
+                self.best_metrics = logged_values(trainer)
         elif not self._warned:
             rank_zero_warn(f"no best.ckpt is kept: it is chosen by {self.monitor}, and {_way_out(trainer)}")
             self._warned = True
@@ -126,7 +132,7 @@ class BestCheckpoint(ModelCheckpoint):
         return os.path.join(folder, os.path.relpath(name, folder or ".").replace(os.sep, "_"))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "best_epoch": self.best_epoch, "best_metrics": self.best_metrics}
+        return {**super().state_dict(), **{name: getattr(self, name) for name in KEPT}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best ones so far, also if the run's folder was moved.
@@ -146,7 +152,7 @@ class BestCheckpoint(ModelCheckpoint):
             kept = state["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
             if all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept):
                 super().load_state_dict(state)
-                self.best_epoch, self.best_metrics = state["best_epoch"], state["best_metrics"]
+                vars(self).update({name: state[name] for name in KEPT})
 
 
 def best_checkpoint(trainer: Trainer) -> Checkpoint | None:

@@ -14,8 +14,8 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
-from mnist_lit.engine.best import logged_values
 from mnist_lit.engine.checkpoint import EXCEPTION, explain_write_errors
 from mnist_lit.engine.errors import UserError, explain_damage
 from mnist_lit.engine.run import Run, relative
@@ -49,8 +49,8 @@ class LastCheckpoint(Checkpoint):
         self._signal = 0  # the signal that all processes stop for
         self._handlers: dict[int, Any] = {}
         self._started = False
-        self._metrics: dict[str, float] = {}  # of an epoch that ends with the checkpoint
-        self._before: dict[str, float] = {}  # of this epoch, before the checkpoint
+        self._metrics: dict[str, Tensor] = {}  # what callbacks see
+        self._epoch_ends = False  # with the checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._run = Run.of(trainer)
@@ -60,16 +60,18 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():  # Python handles signals only there
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[signum] = signal.signal(signum, self._stop)
-        self._step_plateaus(trainer, pl_module, trainer.current_epoch, self._metrics)
-        self._metrics = {}
+        trainer.callback_metrics.update(self._metrics)
+        if self._epoch_ends:
+            self._step_plateaus(trainer, pl_module, trainer.current_epoch)
+        self._metrics, self._epoch_ends = {}, False
 
     @staticmethod
-    def _step_plateaus(trainer: Trainer, pl_module: LightningModule, epochs: int, metrics: dict[str, float]) -> None:
+    def _step_plateaus(trainer: Trainer, pl_module: LightningModule, epochs: int) -> None:
         """Step the schedulers that depend on a metric; Lightning does not when it resumes at an epoch's end."""
         for config in trainer.lr_scheduler_configs:
             due = config.reduce_on_plateau and config.interval == "epoch" and epochs % config.frequency == 0
-            if due and config.monitor in metrics:
-                pl_module.lr_scheduler_step(config.scheduler, metrics[config.monitor])
+            if due and config.monitor in trainer.callback_metrics:
+                pl_module.lr_scheduler_step(config.scheduler, trainer.callback_metrics[config.monitor])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._started = False
@@ -110,27 +112,24 @@ class LastCheckpoint(Checkpoint):
         return trainer.is_last_batch or validates
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics, self._before = {**self._before, **logged_values(trainer)}, {}
         # With max_steps, Lightning would count the epoch twice when it resumes from here.
         if trainer.max_steps == -1 and self._saved_step != trainer.global_step:
-            # Lightning steps the schedulers that depend on a metric after this hook. The metrics go into the
-            # checkpoint, and a resumed run makes up for that step.
-            self._metrics = metrics
+            # Lightning steps the schedulers that depend on a metric after this hook; a resumed run makes up for that.
+            self._epoch_ends = True
             self._save(trainer)
-            self._metrics = {}
+            self._epoch_ends = False
         if trainer.fit_loop.restarting:  # in the epoch that it was resumed in Lightning leaves that step out
-            self._step_plateaus(trainer, pl_module, trainer.current_epoch + 1, metrics)
+            self._step_plateaus(trainer, pl_module, trainer.current_epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self._metrics, "before": self._before}
+        return {"metrics": self._metrics, "epoch_ends": self._epoch_ends}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with explain_damage():
-            self._metrics, self._before = dict(state_dict["metrics"]), dict(state_dict["before"])
+            self._metrics, self._epoch_ends = dict(state_dict["metrics"]), state_dict["epoch_ends"]
 
     def _save(self, trainer: Trainer) -> None:
-        if not self._metrics:
-            self._before = {**self._before, **logged_values(trainer)}
+        self._metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self._run.checkpoints / PENDING, weights_only=False)
             self._pending, self._saved_step = True, trainer.global_step

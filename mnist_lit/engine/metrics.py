@@ -136,7 +136,8 @@ class Metrics(Callback):
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = {"interval": self._interval.state_dict(), "epoch": self._epoch.state_dict()}
+        state: dict[str, Any] = {"interval": self._interval.state_dict(), "epoch": self._epoch.state_dict()}
+        state["logged"] = sorted(self._logged)
         states = [state] * trainer.world_size
         if torch.distributed.is_initialized():
             torch.distributed.all_gather_object(states, state)
@@ -153,6 +154,7 @@ class Metrics(Callback):
                 state = states[trainer.global_rank]
                 self._interval.load_state_dict(state["interval"], trainer.strategy.root_device)
                 self._epoch.load_state_dict(state["epoch"], trainer.strategy.root_device)
+                self._logged = set(state["logged"])
 
 
 class _Means:

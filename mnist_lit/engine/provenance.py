@@ -96,6 +96,7 @@ class Provenance(Callback):
         best: Any = best_checkpoint(trainer)
         if path := getattr(best, "best_model_path", ""):
             self._metrics["best"] = {"checkpoint": Path(path).name, str(best.monitor): _finite(best.best_model_score)}
+            self._metrics["best"]["step"] = getattr(best, "best_step", None)
         if self._metrics:
             _write(self._folder / "metrics.json", self._metrics)
 

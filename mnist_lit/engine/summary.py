@@ -35,13 +35,14 @@ class Summary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        console, best, epochs = Console(), best_checkpoint(trainer), trainer.current_epoch
+        console, epochs = Console(), trainer.current_epoch
+        best: Any = best_checkpoint(trainer)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = getattr(datamodule, "dataset_used", type(datamodule or pl_module).__name__)
         taken = timedelta(seconds=round(time.monotonic() - self._started))
         title = f"{type(pl_module).__name__} on {dataset} after {epochs} epoch{'s' * (epochs != 1)}, {taken}"
         best_metrics: dict[str, float] = getattr(best, "best_metrics", {})
-        columns = ["last", *([f"best: epoch {getattr(best, 'best_epoch', 0)}"] if best_metrics else [])]
+        columns = ["last", *([f"best: epoch {best.best_epoch}, step {best.best_step}"] if best_metrics else [])]
         table = Table("metric", *(Column(name, justify="right") for name in columns), title=escape(title))
         table.min_width = len(title) + 2
         for name, value in sorted(trainer.callback_metrics.items()):
