@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import lightning.pytorch
 import torch
@@ -84,6 +84,14 @@ def run_options(
     """
 
 
+class Parser(LightningArgumentParser):
+    """Takes functions in the place of classes, too."""
+
+    def add_function_arguments(self, *args: Any, linked_targets: Any = None, **options: Any) -> list[str]:
+        """As in jsonargparse, where only classes may have arguments that are taken from the data module."""
+        return super().add_function_arguments(*args, **options)
+
+
 class CLI(LightningCLI):
     """``LightningCLI`` that keeps the best and the last checkpoint, reports mistakes early and ends with a table.
 
@@ -138,8 +146,12 @@ class CLI(LightningCLI):
         config = expand_home(self.config[command])
         if config.get("lr_scheduler") and not config.get("optimizer"):
             raise UserError("--lr_scheduler changes nothing without --optimizer: give both")
+        places = {"trainer.default_root_dir": config.trainer, "best_checkpoint.dirpath": config.best_checkpoint}
+        for option, section in places.items():
+            if "://" in str(place := section[option.partition(".")[2]]):
+                raise UserError(f"--{option}={place}: runs are written to folders; mount it, or copy the run later")
         own = LightningModule.train_dataloader
-        brings_data = getattr(pkgutil.resolve_name(config.model.class_path), "train_dataloader", own) is not own
+        brings_data = getattr(_model_class(config), "train_dataloader", own) is not own
         if brings_data and config.data == self.options.get_defaults().data:
             config.data = None  # the project's data module does not take the place of the model's own loaders
         if not any(arg.startswith("--weights_only") for arg in sys.argv):
@@ -204,7 +216,7 @@ class CLI(LightningCLI):
             self.run.lock()
         if self.run.exists:
             loggers = [logger for logger in as_list(config.trainer.logger) if isinstance(logger, Namespace)]
-            self.run.redirect_loggers(loggers, resumed.content if resumed else None)
+            self.run.redirect_loggers(loggers, resumed.step if resumed else None)
 
     def instantiate_classes(self) -> None:
         if self.checkpoint:
@@ -251,8 +263,13 @@ class CLI(LightningCLI):
         config, checkpoint = self.config[self.subcommand], self.checkpoint
         if checkpoint and checkpoint.content:
             checkpoint.check(self.model)
-        if self.subcommand != "fit":
-            return
+        if self.subcommand == "fit":
+            self._check_start(config, checkpoint)
+        if self.run.exists:
+            resumed = checkpoint if self.subcommand == "fit" else None
+            self.run.start_loggers(self.trainer.loggers, resumed.step if resumed else None)
+
+    def _check_start(self, config: Namespace, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
             if config.init_from is not None:
                 init_from(self.model, config.init_from, config.init_strict, config.weights_only is not False)
@@ -267,18 +284,19 @@ class CLI(LightningCLI):
                 f"{longer} to train longer"
             )
             sys.exit(0)
-        if self.run.exists:
-            self.run.keep_table(checkpoint.step)
         self.checkpoint = None  # frees its memory
 
     @staticmethod
     def configure_optimizers(
         lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
     ) -> Any:
-        """As Lightning does, also with a ``Schedule``, which depends on the length of the run."""
+        """As Lightning does, also with a ``Schedule``, which depends on the length of the run, and rare validations."""
         if isinstance(lr_scheduler, Schedule):
             return {"optimizer": optimizer, "lr_scheduler": lr_scheduler.make(lightning_module.trainer)}
-        return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        made = LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        if isinstance(lr_scheduler, lightning.pytorch.cli.ReduceLROnPlateau):  # its metric is there after a validation
+            made["lr_scheduler"]["frequency"] = lightning_module.trainer.check_val_every_n_epoch or 1
+        return made
 
     # --------------------------------------------------------------------------------- after the commands
 
@@ -321,9 +339,18 @@ def _take_from_checkpoint(checkpoint: Checkpoint, config: Namespace) -> None:
             options[name] = checkpoint.hparam(name)
 
 
-def parameters(kind: type) -> dict[str, Any]:
-    """Arguments of a class and of the classes that it inherits from, with their defaults."""
-    taken = [inspect.signature(base.__init__).parameters for base in reversed(kind.__mro__)]  # type: ignore[misc]
+def _model_class(config: Namespace) -> type:
+    """The model's class; for a function that makes it, the one that it says to return."""
+    kind = pkgutil.resolve_name(config.model.class_path)
+    return kind if isinstance(kind, type) else get_type_hints(kind)["return"]
+
+
+def parameters(kind: Any) -> dict[str, Any]:
+    """Arguments of a function, or of a class and of the classes that it inherits from, with their defaults."""
+    makers: list[Any] = [kind]
+    if isinstance(kind, type):
+        makers = [base.__init__ for base in reversed(kind.__mro__)]  # type: ignore[misc]
+    taken = [inspect.signature(maker).parameters for maker in makers]
     return {name: argument.default for each in taken for name, argument in each.items()}
 
 
@@ -371,6 +398,7 @@ def run(project: Project, args: list[str], callbacks: Sequence[Callback] = (), c
         callbacks,
         save_config_callback=None,
         trainer_class=Trainer,
+        parser_class=Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         parser_kwargs={

@@ -9,6 +9,7 @@ import math
 import os
 import pkgutil
 import re
+import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_lit.engine.checkpoint import no_such_checkpoint
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, require
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.provenance import written_here
 from mnist_lit.engine.run import Run, relative
@@ -78,17 +79,31 @@ def _with_classes(config: str, chosen: dict[str, str], project: Project) -> str:
         content = get_loader("yaml")(Path(config).read_text("utf-8"))  # as the parser: no dates, 1e-4 is a number
     except (OSError, ValueError, yaml.YAMLError):  # the parser reports it
         return config
-    changed = {}
+    changed = _interpolated(config, content) if "${" in str(content) else {}
+    content = {**content, **changed} if changed else content
     for key in chosen.keys() & content if isinstance(content, dict) else ():
         section = content[key] if isinstance(content[key], dict) else {"class_path": str(content[key])}
         named = section.get("class_path", project.data_module if key == "data" else "")
         old, new = _find(named), _find(chosen[key])
-        if new and named and not (old and issubclass(new, old)):
+        related = new is old or (isinstance(new, type) and isinstance(old, type) and issubclass(new, old))
+        if new and named and not related:
             changed[key] = {"class_path": chosen[key]}
         elif new:  # of an overlay that names no class, too
             options = section.get("init_args", {} if "class_path" in section else section)
             changed[key] = {"class_path": chosen[key], "init_args": options}
     return yaml.safe_dump({**content, **changed}, default_flow_style=True, width=math.inf) if changed else config
+
+
+def _interpolated(config: str, content: Any) -> Any:
+    """The content of a config with values in the place of ``${oc.env:NAME}`` and ``${other.option}``."""
+    require("omegaconf", "omegaconf")
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{config}: {error}") from error
 
 
 def _config_of_run(ckpt_path: Path, command: str, named: bool) -> list[str]:
@@ -115,11 +130,10 @@ def _config_of_run(ckpt_path: Path, command: str, named: bool) -> list[str]:
     return []
 
 
-def _find(path: str) -> type | None:
-    """A class by its import path, or an imported one by its name."""
+def _find(path: str) -> Any:
+    """A class or function by its import path, or an imported class by its name."""
     with suppress(Exception):  # whatever a user's module raises; the parser reports it
-        found = pkgutil.resolve_name(path) if "." in path else _classes()[path]
-        return found if isinstance(found, type) else None
+        return pkgutil.resolve_name(path) if "." in path else _classes()[path]
     return None
 
 
@@ -154,7 +168,10 @@ def did_you_mean(args: Sequence[str], parser: ArgumentParser) -> str:
         if names and names[-1] in OF_CLASSES:
             kind = (value if equals else following).rpartition(".")[2]
             meant[kind] = closest(kind, classes)
-    return "".join(f"\nDid you mean {close}, not {word}?" for word, close in meant.items() if close)
+    hints = [f"\nDid you mean {close}, not {word}?" for word, close in meant.items() if close]
+    if "pytorch_lightning" in sys.modules:  # imported by a module of the user's
+        hints += ["\nClasses of pytorch_lightning are not those of lightning.pytorch: import lightning.pytorch instead"]
+    return "".join(hints)
 
 
 def closest(word: str, known: Collection[str]) -> str:

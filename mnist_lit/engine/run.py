@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import csv
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import yaml
@@ -191,18 +194,24 @@ class Run(Callback):
         """The folder of best.ckpt and last.ckpt."""
         return self.folder / "checkpoints"
 
-    def redirect_loggers(self, loggers: list[Namespace], checkpoint: Mapping[str, Any] | None = None) -> None:
+    def redirect_loggers(self, loggers: list[Namespace], step: int | None = None) -> None:
         """Make the loggers in a config write into this run's folder, unless the config names another place.
 
-        Loggers with runs of their own continue those that are named in the checkpoint that is resumed.
+        Loggers with runs of their own continue those that an earlier start in this folder has made.
+
+        Args:
+            loggers: their sections of the config.
+            step: the step of the checkpoint that is resumed.
         """
-        known = list((checkpoint or {}).get("loggers", []))
+        known = list[tuple[str, str]]()
+        with suppress(OSError, ValueError, TypeError):  # not there, or damaged
+            known = [(kind, own) for kind, own in json.loads(self._own_runs.read_text("utf-8"))]
         for logger in loggers:
             options, kind = logger.get("init_args") or Namespace(), logger.class_path.rpartition(".")[2]
             if kind in ("TensorBoardLogger", "CSVLogger") and (options.name, options.get("version")) == (LOGS, None):
                 options["save_dir"], options["version"] = str(self.root), self.name
-                if checkpoint is not None and "purge_step" in options:
-                    options["purge_step"] = checkpoint["global_step"]
+                if "purge_step" in options:
+                    options["purge_step"] = step
             if kind in REMOTE_LOGGERS:
                 package, name, key = REMOTE_LOGGERS[kind]
                 require("trackers", package)
@@ -213,20 +222,46 @@ class Run(Callback):
             if kind == "WandbLogger" and options.get("save_dir") in (None, "."):
                 options["save_dir"] = str(self.folder)
 
-    def keep_table(self, step: int) -> None:
-        """Rename ``metrics.csv``, because CSVLogger overwrites it when a run is resumed from this step.
+    def start_loggers(self, loggers: Sequence[Any], step: int | None = None) -> None:
+        """Start the loggers' own runs, and keep their names for the next start in this folder.
 
-        If that was done before, the table only has rows after this step, which are logged again.
+        CSVLogger deletes its table when it starts. It gets the rows before the checkpoint back.
+
+        Args:
+            loggers: those of the trainer.
+            step: the step of the checkpoint that is resumed.
+
+        Raises:
+            UserError: if one cannot be started, such as without a key or a server.
         """
-        table = self.folder / "metrics.csv"
-        kept = table.with_name(f"metrics-to-step-{step}.csv")
-        if table.exists() and not kept.exists() and not rank_zero_only.rank:  # type: ignore[attr-defined]
-            table.replace(kept)
+        started = []
+        for logger in loggers:
+            kind = type(logger).__name__
+            if rank_zero_only.rank:  # type: ignore[attr-defined]
+                continue
+            if isinstance(logger, CSVLogger) and step and (table := Path(logger.log_dir, "metrics.csv")).is_file():
+                lines = table.read_text("utf-8").rpartition("\n")[0].splitlines()  # the last one may be incomplete
+                rows: list[Any] = [row for row in csv.DictReader(lines) if int(row["step"]) < step]
+                logger.experiment.metrics = rows
+                logger.save()
+            if kind not in REMOTE_LOGGERS:
+                continue
+            waiting = Timer(5, rank_zero_warn, [f"{kind} waits for its server; Ctrl-C ends that"])
+            waiting.start()
+            try:
+                _ = logger.experiment
+            except Exception as error:  # whatever a client raises: no key, no server
+                reason = str(error) or type(error).__name__
+                raise UserError(f"{kind} cannot start a run: {reason.splitlines()[0]}") from error
+            finally:
+                waiting.cancel()
+            started.append([kind, str(logger.version)])
+        if started:
+            self._own_runs.write_text(json.dumps(started), encoding="utf-8")
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the names of the loggers' own runs, which a resumed run continues."""
-        named = [(type(logger).__name__, logger) for logger in trainer.loggers]
-        checkpoint["loggers"] = [[kind, str(logger.version)] for kind, logger in named if kind in REMOTE_LOGGERS]
+    @property
+    def _own_runs(self) -> Path:
+        return self.folder / "loggers.json"
 
 
 def relative(path: str | Path) -> str:

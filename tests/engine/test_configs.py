@@ -84,7 +84,11 @@ BY_OVERLAY = {
     "profile": ("cnn", "", lambda run: re.search(r"Strategy\]SingleDeviceStrategy.backward\s+\|", run.stderr)),
     "early_stopping": ("logistic", "--model.lr=2", stops_after_three_epochs_without_gain),
     "cosine": ("logistic", "", ends_at_zero),
-    "plateau": ("logistic", "--optimizer.init_args.lr=3 --lr_scheduler.init_args.patience=0", cuts_the_rate),
+    "plateau": (
+        "logistic",
+        "--optimizer.init_args.lr=3 --lr_scheduler.init_args.patience=0 --trainer.check_val_every_n_epoch=2",
+        cuts_the_rate,
+    ),
     "early_stopping find_lr": ("cnn", "--trainer.max_epochs=2", uses_the_rate_that_was_found),
     "find_batch_size": ("cnn", "", lambda run: run.last["global_step"] == 2),  # 1,000 images
     "accumulate": ("cnn", "", lambda run: run.last["global_step"] == 2 * 4),  # of 16 batches to an epoch

@@ -72,7 +72,7 @@ def test_killed_resumed_and_tested(cli: Run, small: Path, tmp_path: Path, name: 
         assert "tensorboard --logdir elsewhere/mine\n" in done.stdout
     if "csv" in name:
         with (run / "metrics.csv").open() as file:
-            assert [int(row["step"]) for row in csv.DictReader(file) if row.get("val/loss")] == STEPS[1:]
+            assert [int(row["step"]) for row in csv.DictReader(file) if row.get("val/loss")] == STEPS
     if "wandb" in name:
         runs = wandb_runs(run)
         assert len(runs) == 2
@@ -82,6 +82,16 @@ def test_killed_resumed_and_tested(cli: Run, small: Path, tmp_path: Path, name: 
         assert list(runs[1].glob("files/media/images/val/confusion_matrix*.png"))
     if "mlflow" in name:
         assert_in_mlflow(tmp_path, small)
+
+
+def test_run_without_a_checkpoint_yet_continues_its_own_run(cli: Run, small: Path, tmp_path: Path) -> None:
+    """Killed in its first steps."""
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra [trackers]")
+    command = (*FIT, *LOGGERS["mlflow"], "--data.dataset", small, "--run_name=mine", "--ckpt_path=last")
+    cli(*command, *signal_at("SIGKILL", "on_train_batch_end", 3), ok=False)
+    cli(*command)
+    (run,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert run.info.run_name == "mine"
 
 
 def assert_in_mlflow(folder: Path, small: Path) -> None:

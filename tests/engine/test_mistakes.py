@@ -43,6 +43,11 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--optimizer=SDG", "Did you mean SGD, not SDG?"),
         ("--trainer.callbacks+=EarlyStoping", "Did you mean EarlyStopping, not EarlyStoping?"),
         ("--trainer.logger=CVSLogger", "Did you mean CSVLogger, not CVSLogger?"),
+        ("fit --model=other.Model", "not those of lightning.pytorch: import lightning.pytorch instead"),
+    ],
+    "place that is no folder": [
+        ("--trainer.default_root_dir=s3://bucket/x", "default_root_dir=s3://bucket/x: runs are written to folders"),
+        ("--best_checkpoint.dirpath=memory://x", "--best_checkpoint.dirpath=memory://x: runs are written to folders"),
     ],
     "schedule that does not fit": [
         (f"{{small}} {SCHEDULE} --trainer.max_epochs=-1", "needs a run with an end"),
@@ -69,6 +74,14 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("without optuna sweep", "optuna not installed: pip install 'mnist_lit[sweep]'"),
         ("without onnxruntime export {best}", "pip install 'mnist_lit[export]'"),
         (f"without wandb fit {CNN} --config={OVERLAYS / 'wandb.yaml'}", "pip install 'mnist_lit[trackers]'"),
+        (f"without omegaconf fit {CNN} --config=env.yaml", "pip install 'mnist_lit[omegaconf]'"),
+    ],
+    "tracker that does not start": [
+        (f"{{small}} --config={OVERLAYS / 'wandb.yaml'}", "WandbLogger cannot start a run"),
+        (
+            "{small} --trainer.logger=MLFlowLogger --trainer.logger.tracking_uri=http://127.0.0.1:{port}",
+            *("MLFlowLogger waits for its server", "MLFlowLogger cannot start a run", "{port}"),
+        ),
     ],
     "diverged": [("{small} --model.lr=1e30", "the loss is", "the learning rate 1e+30", "lower learning")],
     "monitor that nothing logs": [
@@ -103,9 +116,12 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
     "busy port": [("serve {best} --port={port}", "{port}")],
     "image that cannot be read": [("predict {best} --data.images=key.yaml", "key.yaml")],
 }
+TRACKERS = {"WANDB_API_KEY": "", "MLFLOW_HTTP_REQUEST_TIMEOUT": "7", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 FILES = {
     "key.yaml": "trainer: {max_epoch: 3}",
     "list.yaml": "{model: CNN, trainer: {callbacks: [{class_path: Timer, init_args: {dration: 3}}]}}",
+    "env.yaml": "data: {init_args: {dataset: '${oc.env:DATA}'}}",
+    "other.py": "from pytorch_lightning import LightningModule\nclass Model(LightningModule):\n    pass\n",
     "without.py": "import sys\nsys.modules[sys.argv.pop(1)] = None\nfrom mnist_lit.__main__ import main\nmain()\n",
 }
 
@@ -130,7 +146,7 @@ def port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-SLOW = "diverged", "missing extra", "no GPU"
+SLOW = "diverged", "missing extra", "no GPU", "tracker that does not start"
 
 
 def checkpoints(folder: Path) -> dict[Path, bytes]:
@@ -151,6 +167,8 @@ def test_mistake_is_one_message(
 ) -> None:
     if "gpu" in parts[0] and torch.cuda.is_available():
         pytest.skip("there is one")
+    if "Logger" in parts[0]:
+        pytest.importorskip("wandb" if "Wandb" in parts[0] else "mlflow", reason="needs the extra [trackers]")
     if command.startswith(("--", "{")):
         command = f"fit {CNN} {command}"
     for place, text in {"{small}": f"--data.dataset={small}", "{last}": LAST, "{best}": BEST}.items():
@@ -160,7 +178,7 @@ def test_mistake_is_one_message(
         line = [sys.executable, "without.py", *typed[1:]]
         refused = subprocess.run(line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     else:
-        refused = cli_in(folder, *typed, ok=False)
+        refused = cli_in(folder, *typed, ok=False, env=TRACKERS)
     assert_one_message(refused)
     for part in parts:
         assert part.replace("{port}", str(port)) in refused.stderr

@@ -93,10 +93,13 @@ def own(cli: Run, tmp_path: Path) -> Run:
     return partial(cli, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"})
 
 
-@pytest.mark.parametrize("config", ["cnn", *(pytest.param(c, marks=slow) for c in ("fast", "logistic"))])
-def test_classes_and_sizes_come_from_the_data(own: Run, tmp_path: Path, config: str) -> None:
+MODELS = [f"--config={CONFIGS / name}.yaml" for name in ("cnn", "fast", "logistic")] + ["--model=my_net.make"]
+
+
+@pytest.mark.parametrize("model", [MODELS[0], *(pytest.param(model, marks=slow) for model in MODELS[1:])])
+def test_classes_and_sizes_come_from_the_data(own: Run, tmp_path: Path, model: str) -> None:
     """But not the batches of 64 that a config has chosen for another data module."""
-    own("fit", "--config", CONFIGS / f"{config}.yaml", "--data=my_net.Stripes", "--trainer.max_epochs=1")
+    own("fit", model, "--data=my_net.Stripes", "--trainer.max_epochs=1")
     last = checkpoint(tmp_path / LAST)
     assert last["global_step"] == 30
     assert list(last["state_dict"].values())[-1].shape == (3,)  # the last layer's bias

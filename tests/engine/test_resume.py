@@ -46,7 +46,7 @@ SCHEDULES = {  # of every step; -1 is as long as the run
 }
 PLATEAU = "monitor=val/loss factor=0.5 patience=0 threshold=0.5".split()
 MODELS = {
-    "chance": ("--config", "chance.yaml"),
+    "chance": ("--config", "chance.yaml", "--config", OVERLAYS / "csv.yaml"),
     **{path.stem: ("--config", path) for path in CONFIGS.glob("*.yaml") if path.stem != "sweep"},
     **{
         overlay: ("--config", CONFIGS / "cnn.yaml", "--config", OVERLAYS / f"{overlay}.yaml")
@@ -82,6 +82,7 @@ SETTINGS = {
     "SIGTERM on_train_batch_end 20": ("--trainer.max_steps=40",),
 }
 CODES = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130, "SIGTERM": 143}
+BEST = ("best_epoch", "best_step", "best_metrics", "best_model_score", "current_score")
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "processes", "metrics", "global_step", "epoch")
 slow, matrix = pytest.mark.slow, pytest.mark.matrix
 
@@ -109,6 +110,11 @@ def assert_same_run(interrupted: Path, whole: Path) -> None:
     ours, theirs = (checkpoint(run / "checkpoints" / "last.ckpt") for run in (interrupted, whole))
     for key in STATE:
         assert_same(ours[key], theirs[key], key)
+    for key in BEST:
+        assert_same(*(last["callbacks"]["BestCheckpoint best"][key] for last in (ours, theirs)), key)
+    for table in ("metrics.json", "metrics.csv"):
+        if (whole / table).exists():
+            assert (interrupted / table).read_text() == (whole / table).read_text()
     best, other = (checkpoint(run / "checkpoints" / "best.ckpt") for run in (interrupted, whole))
     assert_same(best["state_dict"], other["state_dict"])
     assert curves(interrupted) == curves(whole)

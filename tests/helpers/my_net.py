@@ -37,6 +37,10 @@ def wide(width: int = 8) -> Wide:
     return Wide(width)
 
 
+def make(num_classes: int, width: int = 8) -> Classifier:
+    return Classifier(Net(width, num_classes), num_classes=num_classes)
+
+
 class Smooth(Classifier):
     def loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(scores, labels, label_smoothing=0.5)
