@@ -97,10 +97,9 @@ def _evenness(contrast: np.ndarray) -> float:
     """Otsu's criterion: the share of the variance that two classes explain."""
     values = (contrast * 255).astype(np.uint8)
     _, ink = cv2.threshold(values, 0, 1, cv2.THRESH_OTSU)
-    share = float(ink.mean())
-    if share in (0, 1):
+    if ink.min() == ink.max():
         return 0
-    return share * (1 - share) * float(values[ink > 0].mean() - values[ink == 0].mean()) ** 2 / float(values.var())
+    return float(np.corrcoef(values.ravel(), ink.ravel())[0, 1]) ** 2
 
 
 def _full(contrast: np.ndarray) -> float:
@@ -134,11 +133,12 @@ def _boxes(mask: np.ndarray) -> np.ndarray:
 def _without_lines(contrast: np.ndarray, faintest: float) -> np.ndarray:
     """The ink float32 (h, w) without level lines of ruled paper. Where strokes cross a line, they stay whole."""
     mask = _mask(contrast, faintest)
-    width = mask.shape[1]
-    found = cv2.HoughLines(mask, 1, np.pi / 360, round(0.7 * width), min_theta=1.45, max_theta=1.69)  # 7 degrees
+    found = cv2.HoughLines(
+        mask, 1, np.pi / 360, round(0.7 * mask.shape[1]), min_theta=1.45, max_theta=1.69
+    )  # 7 degrees
     lines = np.zeros_like(mask)
     for rho, theta in [] if found is None else found.reshape(-1, 2).tolist():
-        start, end = ((x, round((rho - x * np.cos(theta)) / np.sin(theta))) for x in (0, width))
+        start, end = ((x, round((rho - x * np.cos(theta)) / np.sin(theta))) for x in (0, mask.shape[1]))
         cv2.line(lines, start, end, 1, 2 * BLUR)
     thin = cv2.morphologyEx(mask, cv2.MORPH_TOPHAT, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (17, 17)))
     if not (lines & thin).any():

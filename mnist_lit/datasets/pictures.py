@@ -87,10 +87,9 @@ def _in_form(ink: np.ndarray, size: int) -> np.ndarray:
     if (height, width) != cut.shape:
         cut = np.asarray(Image.fromarray(cut).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
         cut = cut / cut.max()
-    corner = []
+    margins = []
     for axis, length in enumerate(cut.shape):
         mass = float(cut.sum(1 - axis) @ (np.arange(length) + 0.5) / cut.sum())
-        corner.append(min(max(math.ceil(SIDE / 2 - mass), 0), SIDE - length))  # the box stays inside the image
-    image = np.zeros((SIDE, SIDE), np.float32)
-    image[corner[0] : corner[0] + height, corner[1] : corner[1] + width] = cut
-    return (image * 255).round().astype(np.uint8)
+        before = min(max(math.ceil(SIDE / 2 - mass), 0), SIDE - length)  # the box stays inside the image
+        margins.append((before, SIDE - length - before))
+    return (np.pad(cut, margins) * 255).round().astype(np.uint8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +35,9 @@ def saved(pixels: np.ndarray, suffix: str = "PNG") -> io.BytesIO:
     return file
 
 
-# Of 200. The network of fast.yaml itself is wrong about two of MNIST's own images; the mean of three such sets is 196
-# or more almost everywhere, and a single set has up to five fewer or four more.
-ALMOST_ALL, MOST = 191, 180
+SEEDS = 101, 102  # by whose photos no rule was chosen
+# Of the digits that the network reads in the originals; here 0.98 or more, but networks differ between processors.
+ALMOST_ALL, MOST = 0.97, 0.9
 BARS = {
     **dict.fromkeys(("even", "mild", "medium", "strong", "soft shadow", "hard shadow", "vignette"), ALMOST_ALL),
     **dict.fromkeys(("specks", "ruled", "squared", "smudges", "crop"), ALMOST_ALL),
@@ -173,16 +172,23 @@ def model(cli_in: Run, mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.mnist
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in IN_CI else pytest.mark.matrix) for k in BARS])
 @torch.no_grad()
-def test_two_hundred_photos(model: FastCNN, mnist_archive: Path, kind: str, record_property: Callable) -> None:
+def test_four_hundred_photos(model: FastCNN, mnist_archive: Path, kind: str) -> None:
     images, labels = read_mnist(mnist_archive)["test"]
-    rng = np.random.default_rng([5, list(BARS).index(kind)])
-    chosen = rng.integers(0, len(images), 200)
-    found = [attempt(photo(images[index].reshape(28, 28), kind, rng)) for index in chosen]
-    predicted = model(torch.from_numpy(np.stack([image for image, _ in found])) / 256).argmax(1).numpy()
-    right, warned = int((predicted == labels[chosen]).sum()), sum(bool(warning) for _, warning in found)
-    record_property("right", f"{kind}: {right} of 200, {warned} warned of")
-    assert right >= BARS[kind]
-    assert warned <= (20 if kind in ("crop", "box") else 5)
+    found, warned, chosen = [], 0, []
+    for seed in SEEDS:
+        rng = np.random.default_rng([seed, list(BARS).index(kind)])
+        drawn = rng.integers(0, len(images), 200).tolist()
+        for image, warning in (attempt(photo(images[index].reshape(28, 28), kind, rng)) for index in drawn):
+            found.append(image)
+            warned += bool(warning)
+        chosen += drawn
+    read, clean = (
+        int((model(torch.from_numpy(pixels).view(-1, 1, 28, 28) / 256).argmax(1).numpy() == labels[chosen]).sum())
+        for pixels in (np.stack(found), images[chosen])
+    )
+    print(f"{kind:12} {read} of 400 right, {clean} of the originals, {warned} warned of")
+    assert read >= BARS[kind] * clean
+    assert warned <= (40 if kind in ("crop", "box") else 10)
 
 
 # ------------------------------------------------------------------------------------------------------ one by one
