@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.name.startswith("test_rung_changes_nothing[mnist"):  # the ladder's last rung is climbed in any case
             item.add_marker(pytest.mark.matrix)
-        if item.nodeid.startswith("tests/project/") and not item.name.endswith("[cnn]"):
+        if item.nodeid.startswith("tests/project/"):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("mnist") and not ARCHIVE:
             item.add_marker(pytest.mark.skip(reason="MNIST_LIT_ARCHIVE names no archive"))

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from common import CONFIGS, OVERLAYS, RUN, Run, checkpoint, curves
 
-slow = pytest.mark.slow
+slow, matrix = pytest.mark.slow, pytest.mark.matrix
 # Of many epochs they would take most of the time.
 NO_PICTURES = ("--dashboard.confusion_matrix=false", "--dashboard.mistakes=0")
 
@@ -121,8 +121,8 @@ def planned(total: int, warm_up: int) -> list[float]:
     [
         ("--trainer.max_epochs=2", 32, 2),  # 16 steps to an epoch, two epochs
         pytest.param("--trainer.accumulate_grad_batches=4", 8, 1, marks=slow),
-        pytest.param("--trainer.max_steps=20", 20, 1, marks=slow),
-        pytest.param("--model.steps_per_execution=8", 32, 2, marks=slow),
+        pytest.param("--trainer.max_steps=20", 20, 1, marks=[slow, matrix]),
+        pytest.param("--model.steps_per_execution=8", 32, 2, marks=[slow, matrix]),
         pytest.param("--lr_scheduler.milestones=[5]", 32, 5, marks=slow),
     ],
 )
@@ -133,7 +133,7 @@ def test_warm_up_and_cosine_are_as_long_as_the_run(fit, tmp_path: Path, setting:
 
 
 @slow
-@pytest.mark.parametrize("model", ["fast", pytest.param("cnn", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("model", ["fast", pytest.param("cnn", marks=matrix)])
 def test_checkpoints_hold_the_average_that_was_validated(fit, cli: Run, small: Path, model: str) -> None:
     settings = ("--trainer.max_epochs=3", "--data.batch_size=64", "--test_after_fit=true", *NO_PICTURES)
     printed = fit(model, "ema", settings=settings).stdout

@@ -26,6 +26,7 @@ SETTINGS = {
     "bf16": (*CNN, "--trainer.precision=bf16-mixed"),
     "one cycle": ("--config", CONFIGS / "fast.yaml", "--trainer.max_epochs=2"),
 }
+ALSO = "cnn", "scheduler", "bf16"
 
 
 def assert_same_training(run: Path, other: Path) -> None:
@@ -37,7 +38,7 @@ def assert_same_training(run: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(s, marks=[pytest.mark.matrix] * (s in ALSO)) for s in SETTINGS])
 def test_eight_steps_in_one_are_eight_steps(cli: Run, small: Path, tmp_path: Path, name: str) -> None:
     """16 or 21 batches an epoch, the last ones shorter: weights, optimizer and curves bit for bit."""
     common = ("fit", *SETTINGS[name], "--data.dataset", small, "--trainer.log_every_n_steps=3")

@@ -71,7 +71,8 @@ def test_network_that_fits_is_left_alone_and_a_head_may_be_a_convolution() -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "prefix"), [("pth", "module."), ("old", ""), ("nested", "backbone."), ("safetensors", "")]
+    ("kind", "prefix"),
+    [("old", "module."), *(pytest.param(*case, marks=slow) for case in (("nested", "backbone."), ("safetensors", "")))],
 )
 def test_plain_file_of_weights(cli: Run, five: Path, tmp_path: Path, kind: str, prefix: str) -> None:
     """Those that fit are taken, the first convolution's adapted, and the rest listed."""

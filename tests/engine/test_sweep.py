@@ -159,7 +159,10 @@ def test_grid_tries_every_combination(cli: Run, arguments: tuple, tmp_path: Path
     assert sorted(found) == [(0.1, 0.0), (0.1, 0.5), (0.5, 0.0), (0.5, 0.5)]
 
 
-@pytest.mark.parametrize(("name", "message"), [("lrr", "'lrr' is not accepted"), ("lr", "no trial came to an end")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("lrr", "'lrr' is not accepted"), pytest.param("lr", "no trial came to an end", marks=pytest.mark.slow)],
+)
 def test_wrong_sweep_is_one_message(cli: Run, arguments: tuple, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "space.yaml").write_text(f"model.init_args.{name}: {{choices: [1.0e+38]}}")
     assert_one_message(refused := cli(*arguments, "--trials=1", ok=False))
