@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
@@ -149,8 +150,10 @@ class BestCheckpoint(ModelCheckpoint):
         names = ("best_model_path", "kth_best_model_path", "last_model_path")
         with explain_damage():
             state = {**state_dict, **{name: here(state_dict[name]) for name in names}, "dirpath": str(self.dirpath)}
-            kept = state["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
-            if all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept):
+            kept = {here(path): torch.as_tensor(score).view(()) for path, score in state["best_k_models"].items()}
+            state["best_k_models"] = kept
+            ours = all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept)
+            if ours and state["kth_best_model_path"] in {"", *kept}:
                 super().load_state_dict(state)
                 vars(self).update({name: state[name] for name in KEPT})
 

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from mnist_lit.engine.errors import UserError, explain_damage, unusable
-from mnist_lit.engine.run import LOGS, Run, as_list
+from mnist_lit.engine.run import LOGS, Run
 from mnist_lit.engine.storage import atomic_save, printable
 
 EXCEPTION = "exception.ckpt"
-# Keys that every checkpoint of Lightning has, with values of their kinds; and those that it has if there are any.
+# Keys that every checkpoint of Lightning has, with values of their kinds; and those that it may have.
 LAYOUT = {"state_dict": {}, "loops": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2"}
 HPARAMS: dict[str, Any] = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}}
+OPTIONAL = HPARAMS | {"callbacks": {}, "loggers": [], "processes": [{"loaders": [], "sums": {}, "metrics": {}}]}
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -104,8 +105,8 @@ class Checkpoint:
         """
         content = load_file(path, weights_only)
         content = HPARAMS | content if isinstance(content, dict) else {}
-        for key, example in (LAYOUT | HPARAMS).items():
-            if not same_kinds(content.get(key), example, counts=True):
+        for key, example in (LAYOUT | OPTIONAL).items():
+            if not same_kinds(content.get(key, OPTIONAL.get(key)), example, counts=True):
                 raise UserError(f"{path} is not a checkpoint of Lightning (without {key})")
         if not all(isinstance(weight, Tensor) for weight in content["state_dict"].values()):
             raise UserError(f"{path} is not a checkpoint of Lightning (its state_dict does not only hold tensors)")
@@ -134,15 +135,12 @@ class Checkpoint:
         return {key: value for part in HPARAMS for key, value in self.content.get(part, {}).items()}
 
     def hparam(self, name: str) -> Any:
-        """A hyperparameter that a command takes; None if there is none.
-
-        Raises:
-            UserError: if it is larger than the file: as a number of classes or pixels it would fill the memory.
-        """
+        """A hyperparameter that a command takes; a number larger than the file would fill the memory with classes."""
         value = self.hparams.get(name)
-        if any(isinstance(size, int) and size > os.path.getsize(self.path) for size in as_list(value)):
+        sizes = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(size, (int, float)) and size > os.path.getsize(self.path) for size in sizes):
             raise UserError(f"{self.path} cannot be used as a checkpoint ({name} of {value} in so small a file)")
-        return value
+        return value if sizes else None
 
     def finished(self, trainer: Trainer) -> str:
         """How to train longer, if the trainer would have nothing left to do; else "".
@@ -153,16 +151,18 @@ class Checkpoint:
         if not same_kinds(self.content["loops"].get("fit_loop"), trainer.fit_loop.state_dict(), counts=True):
             raise UserError(f"{self.path} cannot be used as a checkpoint (its loops are not Lightning's)")
         with explain_damage(self.path):
-            epochs = self.content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            loops = self.content["loops"]["fit_loop"]
+            type(trainer.fit_loop)(trainer).load_state_dict(loops)
+            epochs = loops["epoch_progress"]["current"]["processed"]
+            stopped = [
+                int(state["wait_count"]) >= int(state["patience"])
+                for key, state in self.content.get("callbacks", {}).items()
+                if trainer.early_stopping_callbacks and key.startswith("EarlyStopping")
+            ]
         if self.step >= trainer.max_steps >= 0:
             return "raise --trainer.max_steps"
         if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
             return "raise --trainer.max_epochs"
-        stopped = [
-            state["wait_count"] >= state["patience"]
-            for key, state in self.content.get("callbacks", {}).items()
-            if trainer.early_stopping_callbacks and key.startswith("EarlyStopping")
-        ]
         return "it was stopped early, so leave out EarlyStopping" if any(stopped) else ""
 
     def check(self, model: LightningModule) -> None:
@@ -182,16 +182,14 @@ class Checkpoint:
 
 
 def same_kinds(theirs: Any, ours: Any, counts: bool = False) -> bool:
-    """Whether what two nests have in common is of the same kinds.
-
-    Args:
-        theirs: out of a file.
-        ours: an example. None stands for anything.
-        counts: whether numbers have to be whole and not negative.
+    """Whether what a nest has in common with an example is of its kinds. None in the example stands for anything, and
+    ``counts`` for numbers that are whole and not negative.
     """
     if isinstance(ours, Mapping):
-        same = isinstance(theirs, Mapping)
-        return same and all(same_kinds(theirs[key], ours[key], counts) for key in theirs if key in ours)
+        if not isinstance(theirs, Mapping):
+            return False
+        there = [key for key, value in ours.items() if key in theirs or type(value) in (int, float)]
+        return all(same_kinds(theirs.get(key), ours[key], counts) for key in there)
     if isinstance(ours, (list, tuple)):
         return isinstance(theirs, (list, tuple)) and all(map(same_kinds, theirs, ours))
     if isinstance(ours, (int, float)) and not isinstance(ours, bool):

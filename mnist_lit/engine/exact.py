@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,7 +156,8 @@ class ResumableLoader(DataLoader):
             with explain_damage(self.trainer.ckpt_path), _randomness_of(state_dict["start"]):
                 for states in (state_dict["own"], state_dict["now"]):
                     self._set_own(states)
-                state_dict |= {name: operator.index(state_dict[name]) for name in ("epoch", "epochs", "taken")}
+                state_dict |= {name: len(range(state_dict[name])) for name in ("epoch", "epochs", "taken")}
+                state_dict["shares"] = {name: int(state_dict["shares"][name]) for name in self._shares()}
 
     def _shares(self) -> dict[str, int]:
         return {"batch size": self.batch_size or 0, "number of processes": self.trainer.world_size}

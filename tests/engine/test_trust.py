@@ -129,9 +129,9 @@ class Mutations:
 
 
 @pytest.mark.slow
-@pytest.mark.matrix  # which values are drawn depends on the sizes of files, and so on versions
+@pytest.mark.matrix  # a few values for optimizers and normalization still end in a traceback
 def test_mutated_run_folders_do_no_harm(cli_in: Run, good: Path, small: Path, tmp_path: Path) -> None:
-    rng, canary, log = random.Random(1), tmp_path / "canary", tmp_path / "log"
+    canary, log = tmp_path / "canary", tmp_path / "log"
     bad = []
     kinds = ["flipped_bits", "renamed_keys", "changed", "foreign_paths", "code_in_checkpoint", "config", "links"]
     for number in range(NUMBER):
@@ -141,7 +141,8 @@ def test_mutated_run_folders_do_no_harm(cli_in: Run, good: Path, small: Path, tm
         canary.mkdir()
         (canary / "file").write_text("mine")
         run, kind = folder / RUN, kinds[number % len(kinds)]
-        getattr(Mutations(rng, run, canary), kind)()
+        # For each folder its own, because the bits that are flipped depend on the sizes of files.
+        getattr(Mutations(random.Random(number), run, canary), kind)()
         resume = ("--config", good / RUN / "config.yaml", "--ckpt_path=last", "--trainer.max_epochs=2")
         best = ("--ckpt_path", run / "checkpoints" / "best.ckpt")
         command = [("fit", *resume), ("test", *best), ("predict", *best), ("export", *best)][number % 4]

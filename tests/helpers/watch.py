@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from typing import Any
 
@@ -13,13 +14,14 @@ PROGRAMS = "os.system os.exec os.posix_spawn os.spawn pty.spawn".split()
 
 
 def watch(folder: str, secrets: str, log: str) -> None:
-    """From now on, append to a log what a run in a folder has no business with.
+    """From now on, append to a log what a run in a folder has no business with, and limit its memory to 8 GiB.
 
     Args:
         folder: of the run, and with it the temporary files that it may write.
         secrets: a folder that nothing may read.
         log: a file with a line for each event.
     """
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30,) * 2)
     allowed = tuple(map(os.path.realpath, (folder, "/dev", "/proc")))
     file = open(log, "a", buffering=1)  # noqa: SIM115, as long as the process
 

@@ -325,10 +325,11 @@ class ImageDataModule(LightningDataModule):
         """Resume in the checkpoint's order. Raises ``UserError`` if it was trained on another dataset."""
         if self.trainer is None or self.trainer.state.fn != "fit":
             return  # a model may be tested on another dataset than it was trained on
-        if state_dict["digest"] != self.digest:
-            raise UserError(
-                f"the checkpoint was trained on {state_dict['dataset']}, this run has {self.dataset_used}; "
-                f"resume with --data.dataset={state_dict['dataset']}, or start a new run without --ckpt_path"
-            )
         with explain_damage(self.trainer.ckpt_path):
-            self.seed = torch.Generator().manual_seed(operator.index(state_dict["seed"])).initial_seed()
+            dataset, digest = state_dict["dataset"], state_dict["digest"]
+            self.seed = torch.Generator().manual_seed(operator.index(state_dict["seed"]) % 2**63).initial_seed()
+        if digest != self.digest:
+            raise UserError(
+                f"the checkpoint was trained on {dataset}, this run has {self.dataset_used}; "
+                f"resume with --data.dataset={dataset}, or start a new run without --ckpt_path"
+            )
