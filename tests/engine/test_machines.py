@@ -26,16 +26,17 @@ def start(folder: Path, *arguments: object, processes: int = 2, nodes: tuple[str
     return subprocess.Popen(
         [*torchrun, "-m", "mnist_lit", *map(str, (*arguments, *on_cpu))],
         cwd=folder,
-        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+        # Without the second, restarted processes may read addresses of dead ones (pytorch issue 135712).
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def wait(*started: subprocess.Popen, ok: bool = True) -> str:
+def wait(*started: subprocess.Popen) -> str:
     outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert all((process.returncode == 0) == ok for process in started), outputs
+    assert not any(process.returncode for process in started), outputs
     return outputs[0]
 
 
@@ -68,23 +69,27 @@ def test_metrics_of_two_processes_are_those_of_one(cli_in: Run, fitted: Path) ->
 
 @pytest.mark.matrix
 def test_two_machines_are_two_processes(fitted: Path, tmp_path: Path) -> None:
+    """Which start at once, and share the folder with the data."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (*FIT, "--data.dataset", fitted / "uneven.npz", "--config", OVERLAYS / "nodes.yaml")
+    shared = tmp_path / "data"
+    arguments += ("--data=recorder.Reads", "--data.data_dir", shared)
     common = ("--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}")
     folders = [tmp_path / str(rank) for rank in range(2)]
     nodes = [(*common, f"--node_rank={rank}") for rank in range(2)]
     wait(*(start(folder, *arguments, processes=1, nodes=node) for folder, node in zip(folders, nodes, strict=True)))
     assert_same_end(folders[0], fitted)
-    for folder in folders:  # each has prepared the data for itself
-        assert list((folder / "data" / "copies").glob("*.pt"))
+    assert len(list(shared.glob("read-by-*"))) == 1
+    assert [path.suffix for path in sorted((shared / "copies").iterdir())] == ["", ".pt"]  # the lock and the copy
 
 
-def test_killed_process_ends_all_and_they_resume(fitted: Path, tmp_path: Path) -> None:
+def test_killed_process_restarts_the_group(fitted: Path, tmp_path: Path) -> None:
+    """From the last checkpoint, to the bytes of the uninterrupted run."""
     arguments = (*FIT, "--data.dataset", fitted / "uneven.npz", "--last_checkpoint.every_n_train_steps=8")
-    output = wait(start(tmp_path, *arguments, *signal_at("SIGKILL", "on_train_batch_start", 20, rank=1)), ok=False)
-    assert "Signal 9 (SIGKILL) received" in output
-    assert checkpoint(tmp_path / LAST)["global_step"] == 16
-    wait(start(tmp_path, *arguments, "--ckpt_path=last"))
+    kill = signal_at("SIGKILL", "on_train_batch_start", 20, rank=1)
+    restarts = ("--standalone", "--max-restarts=3")
+    wait(start(tmp_path, *arguments, *kill, "--ckpt_path=last", nodes=restarts))
+    assert (tmp_path / RUN / "config-from-step-16.yaml").exists()
     assert_same_end(tmp_path, fitted)

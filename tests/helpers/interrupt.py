@@ -50,6 +50,8 @@ class SignalAt(Callback):
         step: how many optimizer steps have been made by then.
         rank: of several processes the one, or all.
         run: of several runs in one process the one, by name, or all.
+
+    Processes that torchrun has started again get none.
     """
 
     def __init__(self, signum: str, hook: str, step: int, rank: int | None = None, run: str | None = None) -> None:
@@ -57,7 +59,8 @@ class SignalAt(Callback):
         setattr(self, hook, self.send)
 
     def send(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.sanity_checking or trainer.global_step != self.step:
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if restarted or trainer.sanity_checking or trainer.global_step != self.step:
             return
         if self.rank in (None, trainer.global_rank) and self.run in (None, Run.of(trainer).name):
             self.step = -1

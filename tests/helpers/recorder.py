@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from tutorial import Outcome
+
+from mnist_lit import MNISTDataModule
+
+
+class Reads(MNISTDataModule):
+    """Takes its time to read a dataset, and notes in ``data_dir`` which process did."""
+
+    def read(self, path: Path | str) -> Any:
+        time.sleep(1)
+        (self.data_dir / f"read-by-{os.getpid()}").touch()
+        return super().read(path)
 
 
 class Recorder(Callback):
