@@ -15,18 +15,16 @@ import logging
 import os
 import shlex
 import socket
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Lock, Semaphore
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from mnist_lit.engine.errors import ENGINE, UserError, require
 from mnist_lit.engine.images import Fit, FitPictures, read_picture
@@ -46,22 +44,21 @@ from starlette.requests import ClientDisconnect
 
 MAX_BYTES = 16 * 2**20  # of a request, five times a phone's photo
 MAX_IMAGES = 1000  # of a request
-MAX_VALUES = 2**20  # commas and brackets in JSON: to parse them takes a tenth of a second, in which nothing else runs
+MAX_VALUES = 2**20  # commas in JSON: to parse so many takes a tenth of a second, in which nothing else runs
 PATIENCE = 20  # seconds for a request to arrive
 DECODING = 2  # pictures at a time: each may need 200 MB
 THREADS = 32  # requests at a time
 TOGETHER = 64  # images that are computed at once
-# The page talks to this server alone.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+FEW = 2**15  # pixels: one thread computes so few sooner than it wakes others
 JSON = "application/json"
-Item = bytes | list[Any]  # an image file, or pixels (H, W), (C, H, W) or (H, W, C)
+Pixels = list[Any]  # (H, W), (C, H, W) or (H, W, C)
 Predict = Callable[[np.ndarray], np.ndarray]  # images uint8 (n, C, H, W) to predictions (n, ...)
 
 
 class Sent(BaseModel):
     """JSON: files in base64, or arrays of pixels of the model's size, whole numbers up to 255."""
 
-    images: list[str | list[Any]]
+    images: list[str | Pixels] = Field(max_length=MAX_IMAGES)
 
 
 class Prediction(BaseModel):
@@ -73,7 +70,7 @@ class Prediction(BaseModel):
     probabilities: dict[str, float] | None = None
     values: list[float] | None = None
     warning: str = ""  # why the prediction may be of something else than is meant
-    input: str | None = None  # with ?input=true the image that the model sees, as a data URL
+    input: Pixels | None = None  # with ?input=true what the model sees (C, H, W)
 
 
 class Answer(BaseModel):
@@ -119,74 +116,54 @@ def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
 
     built = build(project, str(path), args)
     assert built.checkpoint is not None
-    model, precision, device = built.model, built.trainer.precision_plugin, built.trainer.strategy.root_device
+    model, data, name = built.model, built.checkpoint.hparams, type(built.model).__name__
+    precision, device = built.trainer.precision_plugin, built.trainer.strategy.root_device
     model.load_state_dict(built.checkpoint.weights, strict=model.strict_loading)
-    data, name = built.checkpoint.hparams, type(model).__name__
+    precision.convert_module(model)
+    threads = torch.get_num_threads()
 
+    @torch.inference_mode()
     def predict(pixels: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return predictor(torch.from_numpy(pixels).to(device)).float().cpu().numpy()
+        torch.set_num_threads(threads if pixels.size > FEW else 1)
+        return predictor(torch.from_numpy(pixels).to(device)).float().cpu().numpy()
 
     try:
         shape = (int(data["channels"]), *map(int, data["image_size"]))
         example = np.zeros((2, *shape), np.uint8)
-        precision.convert_module(model)
         predictor = Predictor(model, built.datamodule, (example, None), precision).eval().to(device)
         found = torch.from_numpy(predict(example))
     except Exception as error:  # whatever a model does that wants another batch
         raise UserError(
-            f"{name} cannot be served from a checkpoint: its data module has no hyperparameters channels and "
-            f"image_size, or it does not predict (images uint8 (B, C, H, W), None) ({type(error).__name__}: {error}); "
+            f"{name} cannot be served from a checkpoint, where its data module needs hyperparameters channels and "
+            f"image_size, and it predicts (images uint8 (B, C, H, W), None) ({type(error).__name__}: {error}); "
             f"a file of export takes images alone: {project.command('export', '--ckpt_path', path)}"
         ) from error
     names = class_names(built.datamodule, found.shape[-1], built.checkpoint.content)
     return Served(predict, name, shape, data, names if are_probabilities(found) else None)
 
 
-class Together:
-    """Computes the images of several requests at once: while one thread computes, those of others gather."""
+def together(predict: Predict) -> Predict:
+    """Let images of several requests be computed at once: while one thread computes, those of others gather."""
+    lock, waiting, done = Lock(), dict[object, np.ndarray](), dict[object, np.ndarray]()
 
-    def __init__(self, predict: Predict) -> None:
-        self.predict, self.lock = predict, Lock()
-        self.waiting: SimpleQueue[tuple[np.ndarray, Future[np.ndarray]]] = SimpleQueue()
+    def compute(images: np.ndarray) -> np.ndarray:
+        ticket = object()
+        waiting[ticket] = images
+        with lock:
+            if ticket not in done:  # by the thread before
+                batch = dict([(ticket, images), *(waiting.popitem() for _ in range(len(waiting)))])
+                every = np.concatenate([*batch.values()])
+                rows = np.concatenate([predict(every[i : i + TOGETHER]) for i in range(0, len(every), TOGETHER)])
+                for each, images in batch.items():
+                    done[each], rows = rows[: len(images)], rows[len(images) :]
+            return done.pop(ticket)
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Predictions (n, ...) of images uint8 (n, C, H, W)."""
-        result: Future[np.ndarray] = Future()
-        self.waiting.put((images, result))
-        with self.lock:
-            if not result.done():  # by the thread before
-                batch = [self.waiting.get() for _ in range(self.waiting.qsize())]
-                try:
-                    images = np.concatenate([images for images, _ in batch])
-                    parts = (images[start : start + TOGETHER] for start in range(0, len(images), TOGETHER))
-                    rows = np.concatenate([self.predict(part) for part in parts])
-                    for images, future in batch:
-                        future.set_result(rows[: len(images)])
-                        rows = rows[len(images) :]
-                except Exception as error:  # whatever a model does
-                    for _, future in batch:
-                        future.set_exception(error)
-        return result.result()
+    return compute
 
 
-def from_json(body: bytes) -> list[tuple[str, Item]]:
-    """Files and arrays of pixels in JSON, each with an empty name."""
-    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise UserError(f"more than {MAX_VALUES:,} commas and brackets in JSON")
-    try:
-        images = Sent.model_validate_json(body).images
-        return [("", b64decode(i.rpartition("base64,")[2], validate=True) if isinstance(i, str) else i) for i in images]
-    except ValueError as error:  # pydantic's, and that of base64
-        expected = '{"images": [...]} with files in base64 or arrays of pixels'
-        raise UserError(f"not the JSON that is expected: {expected}") from error
-
-
-def png_url(image: np.ndarray) -> str:
-    """An image uint8 (C, H, W) as a PNG in a data URL."""
-    file = io.BytesIO()
-    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "PNG")
-    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
+def from_base64(text: str) -> bytes:
+    """A file, also from a data URL."""
+    return b64decode(text.rpartition("base64,")[2], validate=True)
 
 
 def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: list[str]) -> FastAPI:
@@ -194,7 +171,7 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
     app = FastAPI(title=about["name"], docs_url=None, redoc_url=None)
     # No web page elsewhere reaches the server under a name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-    compute, threads, decoding = Together(served.predict), ThreadPoolExecutor(THREADS), Semaphore(DECODING)
+    compute, threads, decoding = together(served.predict), ThreadPoolExecutor(THREADS), Semaphore(DECODING)
     classes, (channels, height, width) = served.classes, served.shape
     about = {**about, "classes": classes, "channels": channels, "image_size": [height, width], "draws": bool(fit)}
     info = json.dumps(about).replace("<", "\\u003c")  # no name ends the page's script
@@ -202,13 +179,37 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(page)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return about
 
-    def read(sent: Item) -> tuple[np.ndarray, str]:
+    async def receive(request: Request) -> list[tuple[str, bytes | Pixels]]:
+        """Names and images of a request."""
+        if "transfer-encoding" in request.headers or int(request.headers.get("content-length", 0)) > MAX_BYTES:
+            raise HTTPException(413, f"the request has no Content-Length, or more than {MAX_BYTES >> 20} MiB")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        try:
+            with anyio.fail_after(PATIENCE):
+                if kind == "multipart/form-data":
+                    form = (await request.form(max_files=MAX_IMAGES)).multi_items()
+                    uploads = [item for _, item in form if isinstance(item, UploadFile)]
+                    return [(file.filename or "", await file.read()) for file in uploads]
+                body = await request.body()
+        except (TimeoutError, ClientDisconnect) as error:
+            raise HTTPException(408, f"the request took more than {PATIENCE} s to arrive") from error
+        if kind != JSON:
+            return [("", body)]
+        with suppress(ValueError):  # pydantic's, and that of base64
+            if body.count(b",") <= MAX_VALUES:
+                images = Sent.model_validate_json(body).images
+                return [("", from_base64(image) if isinstance(image, str) else image) for image in images]
+        expected = f"files in base64, or arrays of pixels, at most {MAX_IMAGES:,} with {MAX_VALUES:,} pixels"
+        raise HTTPException(422, f'not the JSON that is expected: {{"images": [...]}} with {expected}')
+
+    def read(sent: bytes | Pixels) -> tuple[np.ndarray, str]:
+        """The image uint8 (C, H, W) that the model sees, and a warning or ""."""
         if isinstance(sent, bytes):
             with decoding:
                 return read_picture(io.BytesIO(sent), channels, (height, width), fit)
@@ -219,19 +220,18 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
             whole = pixels.dtype.kind in "iu" and pixels.shape in (served.shape, (height, width))
             if whole and pixels.min() >= 0 and pixels.max() <= 255:
                 return pixels, ""
-        size = f"{channels} x {height} x {width}"
-        raise UserError(f"{size} whole numbers up to 255 expected; images of other sizes come as files")
+        raise UserError(f"expected {channels} x {height} x {width} whole numbers up to 255, or a file")
 
-    def answer(items: list[tuple[str, Item]], show: bool) -> str:
-        if not 1 <= len(items) <= MAX_IMAGES:
-            raise UserError(f"{len(items):,} images, expected 1 to {MAX_IMAGES:,}")
-        images, predictions = np.empty((len(items), *served.shape), np.uint8), []
-        for index, (name, sent) in enumerate(items):
+    def answer(sent: list[tuple[str, bytes | Pixels]], show: bool) -> str:
+        if not sent:
+            raise HTTPException(422, "there is no image in the request")
+        images, predictions = np.empty((len(sent), *served.shape), np.uint8), []
+        for index, (name, image) in enumerate(sent):
             try:
-                images[index], warning = read(sent)
+                images[index], warning = read(image)
             except UserError as error:
-                raise UserError(f"{name[-100:] or f'image {index + 1}'}: {error}") from error
-            seen = png_url(images[index]) if show else None
+                raise HTTPException(422, f"{name[-100:] or f'image {index + 1}'}: {error}") from error
+            seen = images[index].tolist() if show else None
             predictions.append(Prediction(name=name, warning=warning, input=seen))
         for prediction, row in zip(predictions, compute(images), strict=True):  # row: (num_classes,), or any shape
             values = row.ravel().tolist()
@@ -246,24 +246,8 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
 
     @app.post("/predict", response_model=Answer, openapi_extra=schema)
     async def predict(request: Request) -> Response:
-        if "transfer-encoding" in request.headers or int(request.headers.get("content-length", 0)) > MAX_BYTES:
-            raise HTTPException(413, f"the request has no Content-Length, or more than {MAX_BYTES >> 20} MiB")
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        try:
-            with anyio.fail_after(PATIENCE):
-                if kind == "multipart/form-data":
-                    form = (await request.form(max_files=MAX_IMAGES)).multi_items()
-                    uploads = [item for _, item in form if isinstance(item, UploadFile)]
-                    items: list[tuple[str, Item]] = [(file.filename or "", await file.read()) for file in uploads]
-                else:
-                    body = await request.body()
-                    items = from_json(body) if kind == JSON else [("", body)]
-            show = request.query_params.get("input") == "true"
-            text = await asyncio.get_running_loop().run_in_executor(threads, answer, items, show)
-        except (TimeoutError, ClientDisconnect) as error:
-            raise HTTPException(408, f"the request took more than {PATIENCE} s to arrive") from error
-        except UserError as error:
-            raise HTTPException(422, str(error)) from error
+        sent, show = await receive(request), request.query_params.get("input") == "true"
+        text = await asyncio.get_running_loop().run_in_executor(threads, answer, sent, show)
         return Response(text, media_type=JSON)
 
     return app
