@@ -102,7 +102,7 @@ class BestCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._update(trainer, super().on_validation_end)
         value = trainer.callback_metrics.get(str(self.monitor))
-        if value is not None and not value.isfinite():
+        if value is not None and not value.isfinite() and not trainer.sanity_checking:
             rank_zero_warn(f"{self.monitor} is {value.item()} after step {trainer.global_step}: it cannot be the best")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

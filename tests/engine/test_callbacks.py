@@ -14,7 +14,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from plain import Model, Weights, fit, noise
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit.engine import Metrics, PredictionsFile, StopOnNonFinite
+from mnist_lit.engine import BestCheckpoint, Metrics, PredictionsFile, StopOnNonFinite
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.overhead import LessOverhead
 from mnist_lit.engine.progress import ProgressBar
@@ -38,6 +38,17 @@ def test_no_checkpoint_is_made_of_weights_that_are_not_finite(tmp_path: Path) ->
     with pytest.raises(UserError, match="the weights are no longer finite after step 8"):
         fit(Model(), tmp_path, StopOnNonFinite(), Break(), ModelCheckpoint(tmp_path), enable_checkpointing=True)
     assert len(list(tmp_path.glob("*.ckpt"))) == 1  # the first epoch's
+
+
+def test_validation_that_is_not_finite_warns(tmp_path: Path) -> None:
+    class Broken(Model):
+        def validation_step(self, batch: list[Any], batch_idx: int) -> None:
+            self.log("val_loss", math.nan)
+
+    with pytest.warns(UserWarning, match="val_loss is nan") as warned:
+        fit(Broken(), tmp_path, BestCheckpoint(dirpath=tmp_path), enable_checkpointing=True)
+    texts = [str(each.message) for each in warned if "nan" in str(each.message)]
+    assert texts == [f"val_loss is nan after step {step}: it cannot be the best" for step in (4, 8)]
 
 
 # --------------------------------------------------------------------------------------------------- the rest

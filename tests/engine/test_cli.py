@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,7 @@ def test_evaluation_without_a_checkpoint_warns(cli: Run, small: Path) -> None:
 
 
 MORE = "{run_name: 2026-01-02, trainer: {max_epochs: 9}, model: {init_args: {lr: 0.3}}}"
+ENV = "{trainer: {max_epochs: '${oc.env:EPOCHS}'}, data: {init_args: {dataset: '${oc.env:DATA}'}}}"
 CHOSEN = '{"class_path": "MNISTDataModule", "init_args": {"dataset": "digits"}}'
 
 
@@ -107,12 +109,18 @@ CHOSEN = '{"class_path": "MNISTDataModule", "init_args": {"dataset": "digits"}}'
         # Not the options of another class.
         pytest.param(f"--model=FastCNN -c={CONFIGS}/cnn.yaml", (2, 0.02, "auto"), marks=slow),
         ("--model=FastCNN -c more.yaml", (9, 0.3, "auto")),  # but those of an overlay that names no class
+        pytest.param(
+            *(f"-c={CONFIGS}/cnn.yaml -c env.yaml", (9, 0.1, "digits")),
+            marks=[slow, pytest.mark.skipif(find_spec("omegaconf") is None, reason="needs the extra [omegaconf]")],
+        ),
     ],
 )
 def test_command_line_wins_wherever_it_stands(cli: Run, tmp_path: Path, arguments: str, expected: tuple) -> None:
     """And a later config overrides the earlier one. What is printed prints the same."""
     (tmp_path / "more.yaml").write_text(MORE)
-    printed = cli("fit", *shlex.split(arguments), "--print_config").stdout
+    (tmp_path / "env.yaml").write_text(ENV)
+    environment = {"EPOCHS": "9", "DATA": "digits"}
+    printed = cli("fit", *shlex.split(arguments), "--print_config", env=environment).stdout
     config = yaml.safe_load(printed)
     model, data = (config[part]["init_args"] for part in ("model", "data"))
     assert (config["trainer"]["max_epochs"], model["lr"], data["dataset"]) == expected
