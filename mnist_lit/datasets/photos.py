@@ -131,11 +131,9 @@ def _boxes(mask: np.ndarray) -> np.ndarray:
 
 
 def _without_lines(contrast: np.ndarray, faintest: float) -> np.ndarray:
-    """The ink float32 (h, w) without level lines of ruled paper. Where strokes cross a line, they stay whole."""
+    """The ink float32 (h, w) without lines of ruled paper, level to 7 degrees. Strokes that cross a line stay whole."""
     mask = _mask(contrast, faintest)
-    found = cv2.HoughLines(
-        mask, 1, np.pi / 360, round(0.7 * mask.shape[1]), min_theta=1.45, max_theta=1.69
-    )  # 7 degrees
+    found = cv2.HoughLines(mask, 1, np.pi / 360, round(0.7 * mask.shape[1]), min_theta=1.45, max_theta=1.69)
     lines = np.zeros_like(mask)
     for rho, theta in [] if found is None else found.reshape(-1, 2).tolist():
         start, end = ((x, round((rho - x * np.cos(theta)) / np.sin(theta))) for x in (0, mask.shape[1]))
