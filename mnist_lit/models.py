@@ -61,7 +61,8 @@ class Classifier(LightningModule):
         steps_per_execution: int = 1,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["net", "loss", "metrics", "activation"])
+        # Lightning refuses hyperparameters that differ from the data's, as a None would.
+        self.save_hyperparameters(ignore=["net", "loss", "metrics", "activation", *["channels"] * (channels is None)])
         self.net = net
         if channels is not None and (adapted := adapt(net, channels, num_classes)):
             rank_zero_info(f"{type(net).__name__} was adapted to the data: {', '.join(adapted)}")

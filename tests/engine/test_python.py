@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from common import ENVIRONMENT, RUN, assert_same, checkpoint
 
-TABLE = ("CNN on", "best: epoch", "val/acc")
+TABLE = ("Classifier on", "best: epoch", "val/acc")
 SCRIPT = """
 import sys
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from interrupt import SignalAt
-from mnist_lit import CNN, MNISTDataModule
+from mnist_lit import Classifier, MNISTDataModule
 from mnist_lit.engine import BestCheckpoint, default_callbacks
+from mnist_lit.models import cnn
 
 dataset, signum, *ckpt_path = sys.argv[1:]
 seed_everything(1)
@@ -25,7 +26,7 @@ callbacks, shown = default_callbacks(*own, without=ProgressBar if ckpt_path else
 trainer = Trainer(
     max_epochs=2, log_every_n_steps=4, accelerator="cpu", callbacks=callbacks, enable_progress_bar=shown
 )
-trainer.fit(CNN(), datamodule=MNISTDataModule(dataset), ckpt_path=ckpt_path[0] if ckpt_path else None)
+trainer.fit(Classifier(cnn(10)), datamodule=MNISTDataModule(dataset), ckpt_path=ckpt_path[0] if ckpt_path else None)
 """
 
 
