@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy
 from itertools import chain, islice
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torchmetrics import Metric
 
@@ -39,57 +39,45 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-@contextmanager
-def _randomness_of(state: dict[str, Any]) -> Iterator[None]:
-    now = random_state()
-    try:
-        set_random_state(state)
-        yield
-    finally:
-        set_random_state(now)
-
-
 class Rest(Sampler):
-    """The part of a sampler's or batch sampler's epoch that comes after the first ``skip`` items.
+    """What is left of an epoch of a sampler or batch sampler, in an order that follows from a seed.
 
     Args:
         whole: the sampler.
+        generators: from which it draws, besides the global ones.
     """
 
-    def __init__(self, whole: Any) -> None:
-        self.whole, self.skip = whole, 0
+    def __init__(self, whole: Any, generators: list[torch.Generator]) -> None:
+        self.whole, self.generators = whole, generators
         self.sampler = getattr(whole, "sampler", whole)  # Lightning sets its epoch
+        self.seed, self.skip = 0, 0  # items to leave out
 
     def __len__(self) -> int:
         return len(self.whole)
 
     def __iter__(self) -> Iterator[Any]:
-        self._left: Iterator[Any] = islice(iter(self.whole), self.skip, None)
-        return self
-
-    def __next__(self) -> Any:
-        return next(self._left)
-
-    def draw(self) -> None:
-        """Make the sampler draw its random numbers now, and keep the item for later."""
-        self._left = chain(list(islice(self._left, 1)), self._left)
+        torch.manual_seed(self.seed)
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        for generator in self.generators:
+            generator.manual_seed(self.seed)
+        left = islice(iter(self.whole), self.skip, None)
+        return chain(list(islice(left, 1)), left)  # with the first item a sampler draws its random numbers
 
 
 class ResumableLoader(DataLoader):
-    """A ``DataLoader`` over a map-style dataset that can resume in the middle of an epoch.
+    """A map-style loader that resumes within an epoch.
 
-    It records the states of all generators at the start of an epoch. A resumed epoch draws its order from them, and its
-    sampler skips the batches before the checkpoint, so that they are not loaded. Random numbers that workers draw start
-    over where the epoch is resumed.
+    A pass over the data draws its order from a seed, which is 1 more than the last pass's; the first one is drawn at
+    random. A resumed pass leaves out the batches before the checkpoint, so that they are not loaded. Random numbers
+    that workers draw start over where it is resumed.
     """
 
     trainer: Trainer
     _rest: Rest
-    _epoch, _taken = -1, 0  # the epoch, and the number of batches taken from it
-    _epochs = 0  # number of epochs started
-    _start: dict[str, Any]  # the global generators at the start of the epoch
-    _own: list[Tensor]  # the loader's and samplers' own generators then
-    _resumed: dict[str, Any] | None = None
+    _seed, _epoch, _taken = -1, -1, 0  # of the present pass: its seed, its epoch, the number of batches taken from it
+    _size = _counted = 0  # number of samples in a batch of all processes, now and where the pass started
+    _resumes = False
 
     @classmethod
     def of(cls, loader: Any, trainer: Trainer) -> Any:
@@ -106,82 +94,55 @@ class ResumableLoader(DataLoader):
         same = copy(loader)
         same.__class__ = type(type(loader).__name__, (cls, type(loader)), {})
         kind = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        rest = Rest(getattr(loader, kind))
-        vars(same).update({"trainer": trainer, "_rest": rest, kind: rest})  # DataLoader's attributes are read-only
+        whole = getattr(loader, kind)
+        own = [getattr(each, "generator", None) for each in (loader, whole, getattr(whole, "sampler", None))]
+        rest = Rest(whole, [each for each in own if isinstance(each, torch.Generator)])
+        size = (loader.batch_size or 0) * trainer.world_size
+        vars(same).update({"trainer": trainer, "_rest": rest, "_size": size, kind: rest})  # DataLoader's are read-only
         return same
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator function, so that it starts with the epoch's first batch, after all hooks.
-        resumed, self._resumed = self._resumed, None
-        self._epoch, self._taken = self.trainer.current_epoch, 0
-        within = resumed is not None and resumed["epoch"] == self._epoch
-        before = resumed["epochs"] - within if resumed else self._epochs
-        if resumed and before and self.persistent_workers:
-            with _randomness_of(random_state()):  # they drew their seed in an earlier epoch
-                super().__iter__()
-        if resumed and within:
-            self._check(resumed["shares"])
-            self._start, self._own, self._taken = resumed["start"], resumed["own"], resumed["taken"]
-            self._set_own(self._own)
-            self._rest.skip = self._taken
-            with _randomness_of(self._start):
-                batches = super().__iter__()
-                self._rest.draw()
-            self._rest.skip = 0
-        else:
-            if resumed:
-                self._set_own(resumed["now"])
-            self._start, self._own = random_state(), self._get_own()
+        resumes, self._resumes = self._resumes and self._epoch == self.trainer.current_epoch, False
+        if resumes and self._counted != self._size:
+            raise UserError(
+                f"the checkpoint is of the middle of an epoch with a batch size of {self._counted}, not {self._size}, "
+                f"over all processes, and batches are counted; resume with {self._counted}, or start a new run from "
+                "its weights with --init_from"
+            )
+        if not resumes:
+            self._epoch, self._taken = self.trainer.current_epoch, 0
+            self._seed = self._seed + 1 if self._seed >= 0 else self._draw_seed()
+        self._rest.seed, self._rest.skip = self._seed, self._taken
+        with isolate_rng():
             batches = super().__iter__()
-        self._epochs = before + 1
         for batch in batches:
             self._taken += 1
             yield batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """The loader's position, and the random states that lead there."""
-        if self._epoch < 0:
-            return {}
-        state = {"epoch": self._epoch, "epochs": self._epochs, "taken": self._taken, "start": self._start}
-        return state | {"own": self._own, "now": self._get_own(), "shares": self._shares()}
+    def _draw_seed(self) -> int:
+        generator = next(iter(self._rest.generators), torch.default_generator)
+        return int(torch.randint(2**31, (), generator=generator, device=generator.device))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def state_dict(self) -> dict[str, int]:
+        """The loader's position, and the seed that leads there."""
+        state = {"seed": self._seed, "epoch": self._epoch, "taken": self._taken, "size": self._size}
+        return state if self._seed >= 0 else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Resume from this position when the next epoch starts.
 
         Raises:
             UserError: if it is damaged; or when the epoch starts, if it counts batches of another size.
         """
-        self._resumed = state_dict or None
-        if state_dict:
-            with explain_damage(self.trainer.ckpt_path), _randomness_of(state_dict["start"]):
-                for states in (state_dict["own"], state_dict["now"]):
-                    self._set_own(states)
-                state_dict |= {name: len(range(state_dict[name])) for name in ("epoch", "epochs", "taken")}
-                state_dict["shares"] = {name: int(state_dict["shares"][name]) for name in self._shares()}
-
-    def _shares(self) -> dict[str, int]:
-        return {"batch size": self.batch_size or 0, "number of processes": self.trainer.world_size}
-
-    def _check(self, shares: dict[str, int]) -> None:
-        for name, ours in self._shares().items():
-            if shares[name] != ours:
-                raise UserError(
-                    f"the checkpoint is of the middle of an epoch with a {name} of {shares[name]}, not {ours}, and "
-                    f"batches are counted; resume with {shares[name]}, or start a new run from its weights with "
-                    "--init_from"
-                )
-
-    def _generators(self) -> list[torch.Generator]:
-        owners = (self, self._rest.whole, self._rest.sampler)
-        found = [getattr(owner, "generator", None) for owner in owners]
-        return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
-
-    def _get_own(self) -> list[Tensor]:
-        return [generator.get_state() for generator in self._generators()]
-
-    def _set_own(self, states: list[Tensor]) -> None:
-        for generator, state in zip(self._generators(), states, strict=True):
-            generator.set_state(state)
+        if not state_dict:
+            return
+        with explain_damage(self.trainer.ckpt_path):
+            position = [operator.index(state_dict[name]) for name in ("seed", "epoch", "taken", "size")]
+            if min(position) < 0 or max(position) >= 2**32:
+                raise ValueError(f"{position} is not a position in an epoch")
+        self._seed, self._epoch, self._taken, self._counted = position
+        self._resumes = True
 
 
 class ExactResume(Callback):
@@ -198,7 +159,6 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}  # this process's part of the checkpoint
-        self._positions: list[Any] = []  # of the first process's loaders
         self._sums: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -222,16 +182,16 @@ class ExactResume(Callback):
         if trainer.state.fn != "fit":
             return
         states = checkpoint.get("processes", [])
-        self._positions = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader") or []
-        if len(states) != trainer.world_size:
+        if len(states) == trainer.world_size:
+            with explain_damage(trainer.ckpt_path):
+                self._state = states[trainer.global_rank]
+                set_random_state(self._state["random"])
+        else:
+            self._state = {"loaders": checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])}
             rank_zero_warn(
                 f"the checkpoint has the random state of {len(states)} processes, this run has "
                 f"{trainer.world_size}: it resumes, but not exactly as the uninterrupted run would have"
             )
-            return
-        with explain_damage(trainer.ckpt_path):
-            self._state = states[trainer.global_rank]
-            set_random_state(self._state["random"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state, self._state = self._state, {}
@@ -239,9 +199,8 @@ class ExactResume(Callback):
         # asks for trainer.estimated_stepping_batches sets up the loaders before the loops (Lightning issue 20550).
         loaders = _loaders(trainer)
         stateful = [loader for loader in loaders if hasattr(loader, "load_state_dict")]
-        for loader, first, own in zip(stateful, self._positions, state.get("loaders", self._positions), strict=False):
-            loader.load_state_dict(own or first)
-        self._positions = []
+        for loader, position in zip(stateful, state.get("loaders", []), strict=False):
+            loader.load_state_dict(position)
         if trainer.fit_loop.restarted_mid_epoch:
             self._sums = state.get("sums", {})
             for name, metric in _metrics(pl_module):
