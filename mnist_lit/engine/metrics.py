@@ -8,18 +8,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torchmetrics import Metric, MetricCollection, SumMetric
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from mnist_lit.engine.errors import explain_damage
-from mnist_lit.engine.outputs import Outputs, as_outputs, class_names, step_outputs
+from mnist_lit.engine.outputs import as_outputs, class_names, step_outputs
 
 # Batches are gathered up to one of these limits and then evaluated together.
 MAX_BATCHES = 64
 MAX_BYTES = 4 * 2**20
 
-Row = tuple[Tensor, int, Tensor | None, Tensor | None]  # loss (), batch size; preds and target if there are metrics
+Row = tuple[Any, ...]  # loss (), batch size; preds and target if there are metrics
 
 
 class Metrics(Callback):
@@ -34,7 +33,7 @@ class Metrics(Callback):
     and evaluated together. Checkpoints contain the gathered batches.
 
     Args:
-        metrics: metrics by the names to log them under.
+        metrics: metrics by the names to log them under, other than ``loss``.
 
     Example:
         >>> metrics = {"acc": MulticlassAccuracy(num_classes=10, average="micro")}
@@ -42,17 +41,17 @@ class Metrics(Callback):
     """
 
     def __init__(self, metrics: Mapping[str, Metric] | None = None) -> None:
-        self.metrics = dict(metrics or {})
-        self._interval, self._epoch = _Means(self.metrics), _Means(self.metrics)
-        self._logged_step = 0
+        self.metrics = {name: metric for name, metric in (metrics or {}).items() if name != "loss"}
+        self._trained = _Means(self.metrics, "interval", "epoch")
         self._evaluated: dict[int, _Means] = {}  # by dataloader
+        self._logged_step = 0
         self._logged: set[str] = set()  # names that this callback logs
 
     # ------------------------------------------------------------------------------------------- training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:  # a new run does not continue the sums of another
-            self._interval, self._epoch = _Means(self.metrics), _Means(self.metrics)
+            self._trained = _Means(self.metrics, "interval", "epoch")
         self._logged_step = trainer.global_step
 
     def on_train_batch_end(
@@ -63,53 +62,37 @@ class Metrics(Callback):
         # Lightning has divided the loss by the number of batches that it accumulates.
         scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         for step, output in enumerate(steps, trainer.global_step - len(steps) + 1):
-            if (found := as_outputs(output)) is not None:
-                row = self._row(found, scale)
-                self._interval.add(row)
-                self._epoch.add(row)
+            self._trained.add(output, scale)
             if every and step // every > self._logged_step // every:
                 self._logged_step = step
-                values = self._interval.compute(trainer, "train")
+                values = self._trained.compute("interval", trainer, "train")
                 # Lightning reads the bar's values after every step, which would wait for a GPU.
                 values = {name: value.cpu() for name, value in values.items()}
                 self._log(trainer, pl_module, values, step - 1, sync_dist=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = self._epoch.compute(trainer, "train", suffix="_epoch")
+        values = self._trained.compute("epoch", trainer, "train", suffix="_epoch")
         self._log(trainer, pl_module, values, trainer.global_step - 1)
-
-    def _row(self, outputs: Outputs, scale: int = 1) -> Row:
-        loss, target = outputs["loss"].detach() * scale, outputs["target"].detach()
-        size = len(target) if target.ndim else 1
-        if not self.metrics:
-            return loss, size, None, None
-        # A clone, because torch.compile(mode="reduce-overhead") reuses the memory of preds.
-        return loss, size, outputs["preds"].detach().clone(), target
 
     # ----------------------------------------------------------------------------------------- evaluation
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if (found := as_outputs(outputs)) is not None:
-            if dataloader_idx not in self._evaluated:
-                self._evaluated[dataloader_idx] = _Means(self.metrics)
-            self._evaluated[dataloader_idx].add(self._row(found))
+        if dataloader_idx not in self._evaluated:
+            self._evaluated[dataloader_idx] = _Means(self.metrics, "split")
+        self._evaluated[dataloader_idx].add(outputs)
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_evaluated(trainer, pl_module, "val", len(trainer.num_val_batches))
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_evaluated(trainer, pl_module, "test", len(trainer.num_test_batches))
-
-    def _log_evaluated(self, trainer: Trainer, pl_module: LightningModule, stage: str, loaders: int) -> None:
         evaluated, self._evaluated = self._evaluated, {}
         for index, means in evaluated.items():
-            suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""  # as in Lightning's own names
-            values = means.compute(trainer, stage, suffix)
+            suffix = f"/dataloader_idx_{index}" if len(evaluated) > 1 else ""  # as in Lightning's own names
+            values = means.compute("split", trainer, "test" if trainer.testing else "val", suffix)
             self._log(trainer, pl_module, values, max(trainer.global_step - 1, 0))
+
+    on_test_epoch_end = on_validation_epoch_end
 
     # -------------------------------------------------------------------------------------------- logging
 
@@ -136,8 +119,7 @@ class Metrics(Callback):
     # ---------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state: dict[str, Any] = {"interval": self._interval.state_dict(), "epoch": self._epoch.state_dict()}
-        state["logged"] = sorted(self._logged)
+        state = {**self._trained.state_dict(), "logged": sorted(self._logged)}
         states = [state] * trainer.world_size
         if torch.distributed.is_initialized():
             torch.distributed.all_gather_object(states, state)
@@ -152,82 +134,92 @@ class Metrics(Callback):
         if trainer.state.fn == "fit" and len(states) == trainer.world_size:  # else the means start again
             with explain_damage(trainer.ckpt_path):
                 state = states[trainer.global_rank]
-                self._interval.load_state_dict(state["interval"], trainer.strategy.root_device)
-                self._epoch.load_state_dict(state["epoch"], trainer.strategy.root_device)
+                self._trained.load_state_dict(state, trainer.strategy.root_device)
                 self._logged = set(state["logged"])
 
 
 class _Means:
-    """The mean loss and copies of the metrics over the same batches."""
+    """Batches, and the mean loss and copies of the metrics over those of each of some periods."""
 
-    def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        # Not a MeanMetric: in torchmetrics 1.9 it drops the weights unless it checks for NaN, which waits for a GPU.
-        self.loss, self.samples = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
-        self.metrics = {name: metric.clone() for name, metric in metrics.items()}
-        parts: dict[str, Any] = {" loss": self.loss, " samples": self.samples, **self.metrics}
-        self.parts = MetricCollection(parts, compute_groups=False)
-        self.parts.persistent(True)
-        self.reset()
+    def __init__(self, metrics: Mapping[str, Metric], *periods: str) -> None:
+        self.has_metrics, self.rows = bool(metrics), list[Row]()
+        self.periods: Any = nn.ModuleDict()
+        for period in periods:
+            copies = {name: metric.clone() for name, metric in {"loss": _MeanLoss(), **metrics}.items()}
+            for metric in copies.values():
+                metric.persistent(True)
+            self.periods[period] = nn.ModuleDict(copies)
 
-    def reset(self) -> None:
-        self.rows, self.bytes, self.updated = list[Row](), 0, False
-        self.parts.reset()
-
-    def add(self, row: Row) -> None:
-        """Gather a batch."""
-        self.rows.append(row)
-        self.bytes += sum(values.nbytes for values in row[2:] if isinstance(values, Tensor))
-        if len(self.rows) == MAX_BATCHES or self.bytes >= MAX_BYTES:
+    def add(self, outputs: Any, scale: int = 1) -> None:
+        """Gather a batch, if a step returned ``Outputs`` for it."""
+        if (found := as_outputs(outputs)) is None:
+            return
+        loss, target = found["loss"].detach() * scale, found["target"].detach()
+        # A clone, because torch.compile(mode="reduce-overhead") reuses the memory of preds.
+        pair = (found["preds"].detach().clone(), target) if self.has_metrics else ()
+        self.rows.append((loss, len(target) if target.ndim else 1, *pair))
+        if len(self.rows) == MAX_BATCHES or len(self.rows) * sum(values.nbytes for values in pair) >= MAX_BYTES:
             self._update()
 
     def _update(self) -> None:
         """Evaluate the gathered batches, at once if their shapes allow it."""
-        rows, self.rows, self.bytes, self.updated = self.rows, [], 0, True
+        if not self.rows:
+            return
+        rows, self.rows = self.rows, []
         losses = _widened(torch.stack([row[0] for row in rows]))  # (number of batches,)
-        self.parts.to(losses.device)
+        self.periods.to(losses.device)
         # The last batch may be smaller.
-        weights = torch.tensor([row[1] for row in rows]).to(losses.device, non_blocking=True)
-        self.loss.update((losses * weights).sum())
-        self.samples.update(weights.sum())
-        pairs = [(preds, target) for _, _, preds, target in rows if preds is not None and target is not None]
+        sizes = torch.tensor([row[1] for row in rows]).to(losses.device, non_blocking=True)
+        pairs = [pair for _, _, *pair in rows if pair]
         if len({(preds.shape[1:], target.shape[1:]) for preds, target in pairs}) == 1 and pairs[0][1].ndim:
-            every_preds, every_target = zip(*pairs, strict=True)
-            pairs = [(torch.cat(every_preds), torch.cat(every_target))]
-        for preds, target in pairs:
-            for metric in self.metrics.values():
-                metric.update(_widened(preds), _widened(target))
+            pairs = [[torch.cat(values) for values in zip(*pairs, strict=True)]]
+        pairs = [[_widened(values) for values in pair] for pair in pairs]
+        for period in self.periods.values():
+            for name, metric in period.items():
+                for values in [(losses, sizes)] if name == "loss" else pairs:
+                    metric.update(*values)
 
-    def compute(self, trainer: Trainer, stage: str, suffix: str = "") -> dict[str, Tensor]:
-        """The values over all processes by the names to log them under; then reset."""
-        if self.rows:
-            self._update()
-        if not self.updated:
-            return {}
-        values = {f"{stage}/loss{suffix}": self.loss.compute() / self.samples.compute()}
-        for name, metric in self.metrics.items():
+    def compute(self, period: str, trainer: Trainer, stage: str, suffix: str = "") -> dict[str, Tensor]:
+        """The values of a period over all processes by the names to log them under; then reset."""
+        self._update()
+        values: dict[str, Tensor] = {}
+        for name, metric in self.periods[period].items() if self.periods[period]["loss"].samples else ():
             value = metric.compute()
+            metric.reset()
             if isinstance(value, Tensor) and value.ndim == 1:
                 value = dict(zip(class_names(trainer, len(value)), value, strict=True))
-            if isinstance(value, Mapping):  # such as those of torchmetrics' ClasswiseWrapper
-                values |= {f"{stage}/{name}/{key}{suffix}": part for key, part in value.items()}
-            elif isinstance(value, Tensor) and value.ndim == 0:
-                values[f"{stage}/{name}{suffix}"] = value
-            else:
-                rank_zero_warn(f"{stage}/{name} is neither a number nor one number per class: not logged")
-        self.reset()
-        return {name: value.detach().float() for name, value in values.items()}
+            # Several are such as those of torchmetrics' ClasswiseWrapper.
+            parts = {f"/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {"": value}
+            values |= {f"{stage}/{name}{key}{suffix}": part.detach().float() for key, part in parts.items()}
+        return values
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": list(self.rows), "updated": self.updated, "parts": dict(self.parts.state_dict())}
+        return {"rows": list(self.rows), "sums": dict(self.periods.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore the metrics of the same names; new ones start here."""
-        self.reset()
-        self.updated = state["updated"]
-        self.parts.load_state_dict(state["parts"], strict=False)
-        for loss, size, *pair in state["rows"]:
-            preds, target = (values if values is None else values.to(device) for values in pair)
-            self.add((loss.to(device), size, preds, target))
+        self.periods.load_state_dict(state["sums"], strict=False)
+        rows = ((loss.to(device), size, *(values.to(device) for values in pair)) for loss, size, *pair in state["rows"])
+        self.rows = list(rows)
+
+
+class _MeanLoss(Metric):
+    """The mean over samples. torchmetrics' MeanMetric 1.9 drops weights unless it checks for NaN, waiting for a GPU."""
+
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), "sum")
+        self.add_state("samples", torch.tensor(0), "sum")
+
+    def update(self, losses: Tensor, sizes: Tensor) -> None:
+        self.total = self.total + (losses * sizes).sum()
+        self.samples = self.samples + sizes.sum()
+
+    def compute(self) -> Tensor:
+        return self.total / self.samples
 
 
 def _widened(values: Tensor) -> Tensor:
