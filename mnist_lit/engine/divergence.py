@@ -34,37 +34,34 @@ class StopOnNonFinite(Callback):
     """
 
     def __init__(self) -> None:
-        self._losses: list[tuple[int, float, Tensor]] = []  # step, learning rate, loss ()
+        self._losses: list[tuple[int, Tensor]] = []  # step, loss ()
         self._logs = 0  # number of logs at the last check
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         steps = step_outputs(outputs)
-        rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else float("nan")
         for step, output in enumerate(steps, trainer.global_step - len(steps) + 1):
             if isinstance(loss := output.get("loss"), Tensor):
-                self._losses.append((step, rate, loss.detach()))
+                self._losses.append((step, loss.detach()))
         # Steps that log wait for the GPU anyway.
         logs = trainer.global_step // max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
         if logs != self._logs:
             self._logs = logs
             self._check(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check(trainer)
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check(trainer)
         if not all(weight.isfinite().all() for weight in pl_module.parameters() if not is_lazy(weight)):
             raise DivergenceError(f"the weights are no longer finite after step {trainer.global_step}; {ADVICE}")
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check(trainer)
+
     def _check(self, trainer: Trainer) -> None:
         losses, self._losses = self._losses, []
-        if not losses or torch.stack([loss for *_, loss in losses]).isfinite().all():
+        if not losses or torch.stack([loss for _, loss in losses]).isfinite().all():
             return
-        step, rate, loss = next(row for row in losses if not row[-1].isfinite())
+        step, loss = next((step, loss) for step, loss in losses if not loss.isfinite())
+        rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else float("nan")
         raise DivergenceError(
             f"the loss is {loss.item()} at step {step} (epoch {trainer.current_epoch}), the learning rate {rate:g}; "
             f"{ADVICE}"

@@ -75,10 +75,6 @@ class StepsPerExecution(Callback):
                 "leave that out, or set --model.steps_per_execution=1"
             )
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.steps > 1:
-            pl_module.automatic_optimization = True
-
     def run(self, pl_module: LightningModule, batch: Any, step: Callable[[Any], Any]) -> Any:
         """Train on a batch of the loader.
 
