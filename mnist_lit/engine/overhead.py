@@ -15,7 +15,8 @@ from mnist_lit.engine.compat import restore_hooks, skip_empty_hooks
 class LessOverhead(Callback):
     """Skip hooks that do nothing, and the default profiler's work in the others.
 
-    Results are the same. Saves a fifth of an epoch of ``logistic.yaml``, and nothing for a large network.
+    Results are the same. Saves 17 % of an epoch of ``logistic.yaml`` and 8 % of one of ``cnn.yaml``: the hooks alone
+    5 % of each, the profiler alone 4 to 6 % (8 and 4 interleaved repeats on an idle AMD EPYC).
 
     Example:
         >>> Trainer(callbacks=[LessOverhead()])
