@@ -87,27 +87,17 @@ def _layers(module: nn.Module) -> list[tuple[str, Layer]]:
 
 
 def rename(theirs: Mapping[str, Tensor], ours: Iterable[str]) -> dict[str, Tensor]:
-    """Match the names of weights with a model's, with or without a prefix such as ``net.``.
-
-    Names that the model does not have stay as they are.
+    """Match the names of weights with a model's, with or without a first part such as ``net.``.
 
     Example:
         >>> list(rename({"conv1.weight": weight}, ["net.conv1.weight"]))
         ['net.conv1.weight']
     """
     known = set(ours)
-
-    def prefixes(names: Iterable[str]) -> list[str]:
-        return ["", *dict.fromkeys(name.partition(".")[0] + "." for name in names)]
-
-    def renamed(name: str, old: str, new: str) -> str:
-        other = new + name.removeprefix(old)
-        return other if name.startswith(old) and other in known else name
-
-    # The first of equally good ways wins, which is to change nothing.
-    ways = [(old, new) for old in prefixes(theirs) for new in prefixes(sorted(known))]
-    old, new = max(ways, key=lambda way: sum(renamed(name, *way) in known for name in theirs))
-    return {renamed(name, old, new): weight for name, weight in theirs.items()}
+    firsts = dict.fromkeys(["", *(name.partition(".")[0] + "." for name in sorted(known))])
+    bare = {name.partition(".")[2] or name: weight for name, weight in theirs.items()}
+    ways = [{first + name: weight for name, weight in each.items()} for each in (theirs, bare) for first in firsts]
+    return max(ways, key=lambda way: len(way.keys() & known))  # the first of equally good ones, which changes least
 
 
 class FineTuning(Callback):
