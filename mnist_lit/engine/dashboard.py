@@ -138,7 +138,7 @@ class Dashboard(Callback):
             self._listed = True
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    _add_charts_and_hparams(logger.experiment, trainer, pl_module)
+                    _add_charts_and_hparams(logger, [n for n in trainer.callback_metrics if n.startswith("val")])
         self._show(trainer, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,20 +184,19 @@ def _log_image(trainer: Trainer, name: str, sheet: Image.Image, step: int) -> No
             log(key=name, images=[sheet], step=step)
 
 
-def _add_charts_and_hparams(writer: SummaryWriter, trainer: Trainer, pl_module: LightningModule) -> None:
+def _add_charts_and_hparams(logger: TensorBoardLogger, metrics: list[str]) -> None:
     """Chart validation metrics with those of training, and list them with the hyperparameters.
 
-    The writer's own ``add_hparams`` would add another run, and points to the curves.
+    Lightning's ``log_hyperparams`` would log the metrics once more.
     """
-    names = [name for name in trainer.callback_metrics if name.startswith("val")]
-    charts = {name[4:]: ["Multiline", [f"train{name[3:]}_epoch", name]] for name in names}
+    writer: SummaryWriter = logger.experiment
+    charts = {name[4:]: ["Multiline", [f"train{name[3:]}_epoch", name]] for name in metrics}
     writer.add_custom_scalars({"training and validation": charts})
-    both = {**pl_module.hparams, **getattr(getattr(trainer, "datamodule", None), "hparams", {})}
     values = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
-        for name, value in both.items()
+        for name, value in logger.hparams.items()
         if not name.startswith("_")  # Lightning's notes to itself
     }
     assert writer.file_writer is not None
-    for summary in hparams(values, dict.fromkeys([*names, "train/loss"], 0)):
+    for summary in hparams(values, dict.fromkeys([*metrics, "train/loss"], 0)):
         writer.file_writer.add_summary(summary)

@@ -114,8 +114,8 @@ class ResumeGuard(Callback):
             if not same_kinds(states, fresh):
                 raise UserError(f"{trainer.ckpt_path} cannot be used as a checkpoint (its {name} do not fit)")
         for scheduler, state in zip(schedulers, self._states.get("lr_schedulers", []), strict=False):
-            lengths = dict(_horizons(scheduler.state_dict()))
-            for name, length in _horizons(state):
+            lengths = _horizons(scheduler.state_dict())
+            for name, length in _horizons(state).items():
                 if lengths.get(name, length) != length:
                     raise UserError(
                         f"{trainer.ckpt_path} has a {type(scheduler).__name__} with {name}={length}, and this "
@@ -125,12 +125,9 @@ class ResumeGuard(Callback):
         self._states = {}
 
 
-def _horizons(state: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def _horizons(state: Mapping[str, Any]) -> dict[str, Any]:
     """The ends in a scheduler's state, with those of the schedulers inside a sequence or chain."""
-    if isinstance(state, Mapping):
-        for name, value in state.items():
-            if name in HORIZONS:
-                yield f"{place}{name}", value
-            elif name == "_schedulers":
-                for index, inner in enumerate(value):
-                    yield from _horizons(inner, f"{place}{index}.")
+    ends = {name: state[name] for name in HORIZONS if name in state}
+    for index, inner in enumerate(state.get("_schedulers", [])):
+        ends |= {f"{index}.{name}": end for name, end in _horizons(inner).items()}
+    return ends
