@@ -183,9 +183,7 @@ class ExactResume(Callback):
             return
         states = checkpoint.get("processes", [])
         if len(states) == trainer.world_size:
-            with explain_damage(trainer.ckpt_path):
-                self._state = states[trainer.global_rank]
-                set_random_state(self._state["random"])
+            self._state = states[trainer.global_rank]
         else:
             self._state = {"loaders": checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])}
             rank_zero_warn(
@@ -201,6 +199,9 @@ class ExactResume(Callback):
         stateful = [loader for loader in loaders if hasattr(loader, "load_state_dict")]
         for loader, position in zip(stateful, state.get("loaders", []), strict=False):
             loader.load_state_dict(position)
+        if "random" in state:  # not before, because data that a loader draws has to be that of the first start
+            with explain_damage(trainer.ckpt_path):
+                set_random_state(state["random"])
         if trainer.fit_loop.restarted_mid_epoch:
             self._sums = state.get("sums", {})
             for name, metric in _metrics(pl_module):

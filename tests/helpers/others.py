@@ -60,12 +60,23 @@ class InConfigureModel(Own):
 
 
 class InSetup(Own):
+    """Draws its training data where it makes the loader, from the generator of all."""
+
     def make(self) -> None:
         pass
 
     def setup(self, stage: str) -> None:
         if not hasattr(self, "net"):
             super().make()
+
+    def train_dataloader(self) -> DataLoader:
+        data = TensorDataset(torch.rand(64, 3, 8, 8), torch.arange(64) % 3)
+        return DataLoader(data, batch_size=8, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Own.train_dataloader(self).dataset, batch_size=8)
+
+    test_dataloader = val_dataloader
 
 
 class Scaled(InConfigureModel):
