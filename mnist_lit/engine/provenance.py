@@ -86,18 +86,25 @@ class Provenance(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end(trainer, "finished")
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the metrics before the last checkpoint, after which a run that is killed is not resumed."""
+        self._save_metrics(trainer)
+
     def _end(self, trainer: Trainer, reason: str) -> None:
         if not self._starts or self._folder is None or not self._folder.exists():
             return
         self._starts[-1] |= {"end": _now(), "exit": reason, "epoch": trainer.current_epoch, "step": trainer.global_step}
         _write(self._folder / "provenance.json", self._starts)
+        self._save_metrics(trainer)
+
+    def _save_metrics(self, trainer: Trainer) -> None:
         # A test after a fit adds its metrics to the fit's.
         self._metrics |= {name: _finite(value) for name, value in sorted(trainer.callback_metrics.items())}
         best: Any = best_checkpoint(trainer)
         if path := getattr(best, "best_model_path", ""):
             self._metrics["best"] = {"checkpoint": Path(path).name, str(best.monitor): _finite(best.best_model_score)}
             self._metrics["best"]["step"] = getattr(best, "best_step", None)
-        if self._metrics:
+        if self._metrics and self._starts and self._folder:
             _write(self._folder / "metrics.json", self._metrics)
 
 
