@@ -48,7 +48,7 @@ class LastCheckpoint(Checkpoint):
         self._asked = 0  # the signal that this process got
         self._signal = 0  # the signal that all processes stop for
         self._handlers: dict[int, Any] = {}
-        self._started = False
+        self._started = self._stops = False  # whether training has started; whether it was asked to stop early
         self._metrics: dict[str, Tensor] = {}  # what callbacks see
         self._epoch_ends = False  # with the checkpoint
 
@@ -56,7 +56,7 @@ class LastCheckpoint(Checkpoint):
         self._run = Run.of(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started, self._saved_step = True, trainer.global_step
+        self._started, self._stops, self._saved_step = True, False, trainer.global_step
         if threading.current_thread() is threading.main_thread():  # Python handles signals only there
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[signum] = signal.signal(signum, self._stop)
@@ -93,9 +93,12 @@ class LastCheckpoint(Checkpoint):
             asked = torch.tensor(self._asked, device=pl_module.device)
             self._signal = int(trainer.strategy.reduce(asked, reduce_op="max"))
         due = trainer.global_step // self.every_n_train_steps > self._saved_step // self.every_n_train_steps
-        # Such as by max_time. After this hook Lightning takes the epoch for complete.
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch
+        # A stop, such as by max_time, waits for the optimizer step, because gradients are not saved.
+        self._stops = self._stops or trainer.should_stop
+        trainer.should_stop = self._stops and not accumulating
+        # After this hook Lightning takes the epoch for complete.
         stops = (trainer.should_stop or trainer.global_step == trainer.max_steps) and trainer.fit_loop.epoch_loop.done
-        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
         if (due or stops or self._signal) and not accumulating and not self._evaluation_follows(trainer, batch_idx):
             self._save(trainer)
 

@@ -158,12 +158,23 @@ def test_resumed_run_is_the_uninterrupted_one(
 
 
 @slow
-@pytest.mark.parametrize("end", [("--trainer.max_steps=20",), signal_at("should_stop", "on_train_batch_end", 20)])
-def test_run_that_ended_within_an_epoch_goes_on(cli_in: Run, small: Path, tmp_path: Path, whole, end: tuple) -> None:
+@pytest.mark.parametrize(
+    ("end", "options"),
+    [
+        (("--trainer.max_steps=20",), ()),
+        (signal_at("should_stop", "on_train_batch_end", 20), ()),
+        (signal_at("should_stop", "on_train_batch_start", 8), ("--trainer.accumulate_grad_batches=3",)),
+    ],
+    ids=["max_steps", "should_stop", "should_stop while gradients accumulate"],
+)
+def test_run_that_ended_within_an_epoch_goes_on(
+    cli_in: Run, small: Path, tmp_path: Path, whole, end: tuple, options: tuple
+) -> None:
     """With the rest of that epoch, ended by a number of steps or as ``max_time`` ends it; its end was logged, too."""
-    fit(cli_in, tmp_path, small, *MODELS["chance"], *end)
-    fit(cli_in, tmp_path, small, *MODELS["chance"], "--ckpt_path=last")
-    uninterrupted = whole(*MODELS["chance"])
+    settings = (*MODELS["chance"], *options)
+    fit(cli_in, tmp_path, small, *settings, *end)
+    fit(cli_in, tmp_path, small, *settings, "--ckpt_path=last")
+    uninterrupted = whole(*settings)
     ours, theirs = (checkpoint(run / "checkpoints" / "last.ckpt") for run in (tmp_path / RUN, uninterrupted))
     for key in STATE:
         assert_same(ours[key], theirs[key], key)
