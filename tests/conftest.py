@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from common import ARCHIVE, ENVIRONMENT, Run
-from forks import Forks
+from forks import Forks, start
 
-from mnist_lit.datasets.digits import make_digits
+# Torch is imported where it is needed: the process that only hands out tests starts without it.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One server of forks for all processes of the session."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(start(folder.name).communicate)
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     for item in items:
         if item.name.startswith("test_rung_changes_nothing[mnist"):  # the ladder's last rung is climbed in any case
             item.add_marker(pytest.mark.matrix)
@@ -32,9 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
-    server = Forks()
-    yield server
-    server.close()
+    yield (client := Forks())
+    client.socket.close()
 
 
 @pytest.fixture(scope="session")
@@ -78,20 +88,22 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits() -> np.ndarray:
-    """The images of the digits to train on, uint8 (n, 28, 28)."""
-    return make_digits()["train"][0]
-
-
-@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset file of 1,000 / 300 / 300 digits: trains in a second and has shorter last batches."""
+    from mnist_lit.datasets.digits import make_digits
+
     path = tmp_path_factory.mktemp("small") / "small.npz"
     arrays = {}
     for (name, (images, labels)), n in zip(make_digits().items(), (1000, 300, 300), strict=True):
         arrays[f"x_{name}"], arrays[f"y_{name}"] = images[:n], labels[:n]
     np.savez(path, **arrays)
     return path
+
+
+@pytest.fixture(scope="session")
+def digits(small: Path) -> np.ndarray:
+    """Its images to train on, uint8 (1000, 28, 28)."""
+    return np.load(small)["x_train"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""What tests share: places, and comparisons of what runs leave."""
+"""What tests share: places, and comparisons of what runs leave.
+
+Torch is imported where it is needed: the process that only hands out tests starts without it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -19,7 +22,6 @@ RUN = Path("lightning_logs/version_0")
 ARCHIVE = os.environ.get("MNIST_LIT_ARCHIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, each on one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}:{ROOT / 'tests' / 'tutorial'}",
@@ -30,6 +32,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def checkpoint(path: Path) -> dict:
+    import torch
+
     return torch.load(path, weights_only=True)
 
 
@@ -41,12 +45,16 @@ def predictions(run: Path) -> list[dict[str, str]]:
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: per tag the steps and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def assert_same(one: object, other: object, where: str = "") -> None:
     """The same numbers, bit for bit, in any nest of containers."""
+    import torch
+    from lightning_utilities.core.apply_func import apply_to_collection
 
     def bits(tensor: torch.Tensor) -> tuple[object, ...]:
         return tensor.dtype, tensor.shape, tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()

@@ -7,20 +7,33 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from watch import watch
 
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+ADDRESS = "MNIST_LIT_FORKS"  # the environment variable that tells it to all processes of a test session
 
 
-def serve() -> None:
-    """Per line of stdin: forks a run, prints its pid and then its exit code. Returns in the forks only."""
+def start(folder: str) -> subprocess.Popen:
+    """The server, which ends with its standard input; clients may connect before it has imported everything."""
+    os.environ[ADDRESS] = f"{folder}/forks"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.environ[ADDRESS])
+        listener.listen()
+        # Whatever is installed, the runs are of this checkout.
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        command, fds = [sys.executable, __file__, str(listener.fileno())], [listener.fileno()]
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, pass_fds=fds)
+
+
+def serve(fd: int) -> None:
+    """Serve each client in a fork: per line fork a run, answer with its pid and then with its exit code."""
     # ruff: noqa: F401, imported here once for all runs
     with suppress(ImportError):  # the extra export
         import onnxscript
@@ -30,13 +43,22 @@ def serve() -> None:
     from mnist_lit.engine import cli, sweep
 
     gc.freeze()  # what is imported is neither searched for garbage nor copied by any fork
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            become(**json.loads(line))
-            return __main__.main()
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    with socket.socket(fileno=fd) as listener:
+        while listener in select.select([listener, sys.stdin], [], [])[0]:
+            client, _ = listener.accept()
+            if os.fork() == 0:
+                break
+            client.close()
+        else:
+            return None
+    with client, client.makefile("rw") as lines:
+        for line in lines:
+            pid = os.fork()
+            if pid == 0:
+                become(**json.loads(line))
+                return __main__.main()
+            print(pid, file=lines, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=lines, flush=True)
     return None
 
 
@@ -68,10 +90,9 @@ class Forks:
     """Runs of ``serve``'s, one at a time."""
 
     def __init__(self) -> None:
-        # Whatever is installed, the runs are of this checkout.
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        self.server: Any = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(os.environ[ADDRESS])
+        self.lines = self.socket.makefile("rwb", buffering=0)
         self.pid = 0
 
     def start(self, folder: Path, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> int:
@@ -79,23 +100,16 @@ class Forks:
         wait_for_the_next_second(folder)
         run = {"folder": str(folder), "arguments": arguments, "environment": environment}
         run |= {"output": str(output), "errors": str(errors)}
-        self.server.stdin.write(json.dumps(run).encode() + b"\n")
-        self.pid = self._answer()
+        self.socket.sendall(json.dumps(run).encode() + b"\n")
+        self.pid = int(self.lines.readline())
         return self.pid
 
-    def wait(self, timeout: float = 600) -> int:
-        """The exit code of the run, negative for a signal; one that takes too long is killed."""
-        if not select.select([self.server.stdout], [], [], timeout)[0]:
+    def wait(self) -> int:
+        """The exit code of the run, negative for a signal; one that takes longer than ten minutes is killed."""
+        if not select.select([self.socket], [], [], 600)[0]:
             os.kill(self.pid, signal.SIGKILL)
-        return self._answer()
-
-    def _answer(self) -> int:
-        return int(self.server.stdout.readline())
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait()
+        return int(self.lines.readline())
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))
