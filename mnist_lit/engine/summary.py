@@ -33,6 +33,7 @@ class Summary(Callback):
         self._started = time.monotonic()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run, kept = Run.of(trainer), best_or_last(trainer)  # in every process, see Provenance
         if not trainer.is_global_zero:
             return
         console, epochs = Console(), trainer.current_epoch
@@ -51,8 +52,7 @@ class Summary(Callback):
                 numbers = (f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}" for value in values)
                 table.add_row(escape(name.removesuffix("_epoch")), *numbers)
         console.print(table)
-        run = Run.of(trainer)
-        if not (kept := best_or_last(trainer)):
+        if not kept:
             return
         commands = [shlex.join(viewer) for logger in trainer.loggers if (viewer := _viewer(logger))]
         if run.project:

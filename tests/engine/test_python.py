@@ -57,6 +57,20 @@ def test_script_has_what_the_command_line_has(small: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_script_of_two_processes_in_threads(small: Path, tmp_path: Path) -> None:
+    """As Ray starts them: not all is for the first process, and Python handles no signals in a thread."""
+    script = "from concurrent.futures import ThreadPoolExecutor as Pool\n" + SCRIPT.rstrip() + ".result()\n"
+    script = script.replace("trainer.fit(", "Pool().submit(trainer.fit, ")
+    script = script.replace('accelerator="cpu"', 'accelerator="cpu", devices=2, strategy="ddp"')
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "script.py", str(small), ""]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert all(shown in done.stdout for shown in (*TABLE, "The run is in lightning_logs/version_0"))
+    assert checkpoint(tmp_path / RUN / "checkpoints" / "last.ckpt")["global_step"] == 16
+
+
+@pytest.mark.slow
 def test_notebook_has_what_the_command_line_has(small: Path, tmp_path: Path) -> None:
     """The same in cells: an interrupted one ends with an error, and the next one resumes."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
