@@ -101,7 +101,9 @@ class Dashboard(Callback):
         scalars = {"train/lr": optimizer.param_groups[0]["lr"]}
         if self.gradient_norm:
             with self._part("gradient_norm"):
-                gradients = [weight.grad for weight in pl_module.parameters() if weight.grad is not None]
+                # Another optimizer's gradients may be left from its last step.
+                weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+                gradients = [weight.grad for weight in weights if weight.grad is not None]
                 scalars["train/gradient_norm"] = float(torch.nn.utils.get_total_norm(gradients))
         _log_scalars(trainer, scalars, trainer.global_step)
 

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -55,7 +56,7 @@ class Summary(Callback):
         if not kept:
             return
         commands = [shlex.join(viewer) for logger in trainer.loggers if (viewer := _viewer(logger))]
-        if run.project:
+        if run.project and is_overridden("test_step", pl_module):
             options = ("--config", relative(run.config), "--ckpt_path", relative(kept))
             commands.append(run.project.command("test", *options))
         console.print(f"The run is in {relative(run.folder)}. What comes next:", highlight=False, markup=False)

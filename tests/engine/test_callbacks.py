@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from common import assert_same
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from plain import Model, Weights, fit, noise
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit.engine import BestCheckpoint, Metrics, PredictionsFile, StopOnNonFinite
+from mnist_lit.engine import (
+    BestCheckpoint,
+    Dashboard,
+    LastCheckpoint,
+    Metrics,
+    PredictionsFile,
+    Project,
+    Run,
+    StopOnNonFinite,
+    Summary,
+)
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.overhead import LessOverhead
 from mnist_lit.engine.progress import ProgressBar
@@ -83,6 +96,48 @@ def test_less_overhead_changes_nothing(tmp_path: Path) -> None:
     assert (counts.calls, len(weights.steps)) == (8, 8)
     assert callable(counts.on_train_batch_start)  # as before
     assert type(trainer.profiler) is PassThroughProfiler  # type: ignore[attr-defined]
+
+
+def test_gradient_norm_is_of_the_optimizer_that_steps(tmp_path: Path) -> None:
+    """Gradients that another one left there do not count; they are not in a checkpoint either."""
+    norms: list[float] = []
+
+    class Two(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Any], batch_idx: int) -> None:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.zero_grad()
+                self.manual_backward(self.outputs(batch)["loss"])
+                gradients = [weight.grad.flatten() for weight in optimizer.param_groups[0]["params"]]
+                norms.append(torch.cat(gradients).norm().item())
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.net[0], self.net[-1])]
+
+    logger = CSVLogger(tmp_path)
+    fit(Two(), tmp_path, Dashboard(), logger=logger, log_every_n_steps=1)
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        logged = [float(row["train/gradient_norm"]) for row in csv.DictReader(file) if row["train/gradient_norm"]]
+    assert logged == pytest.approx(norms, rel=1e-5)
+    assert len(norms) == 16
+
+
+@pytest.mark.parametrize("tests", [True, False])
+def test_command_that_comes_next_is_one_that_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tests: bool
+) -> None:
+    class Untested(Model):
+        test_step = LightningModule.test_step  # type: ignore[assignment]
+
+    run = Run(tmp_path / "lightning_logs" / "version_0", Project("leaf_id"))
+    fit(Model() if tests else Untested(), tmp_path, run, LastCheckpoint(), Summary(), enable_checkpointing=True)
+    shown = capsys.readouterr().out
+    assert "The run is in" in shown
+    assert ("python -m leaf_id test" in shown) == tests
 
 
 @pytest.mark.parametrize("logger", [True, False])
