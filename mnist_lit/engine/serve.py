@@ -1,7 +1,7 @@
 """``serve``: a model behind HTTP, and a page to try it.
 
-One process: an event loop receives requests, and threads decode pictures and compute what has gathered. An ONNX file
-is served without torch.
+One process: an event loop receives requests, and answers small ones itself. Other threads decode large pictures and
+compute many images. An ONNX file is served without torch.
 """
 
 # ruff: noqa: E402
@@ -16,18 +16,18 @@ import os
 import shlex
 import socket
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from threading import Lock, Semaphore
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mnist_lit.engine.errors import ENGINE, UserError, require
-from mnist_lit.engine.images import Fit, FitPictures, read_picture
+from mnist_lit.engine.images import Fit, FitPictures, open_image, read_picture
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.threads import available_cpus
 
@@ -47,9 +47,8 @@ MAX_IMAGES = 1000  # of a request
 MAX_VALUES = 2**20  # commas in JSON: to parse so many takes a tenth of a second, in which nothing else runs
 PATIENCE = 20  # seconds for a request to arrive
 DECODING = 2  # pictures at a time: each may need 200 MB
-THREADS = 32  # requests at a time
 TOGETHER = 64  # images that are computed at once
-FEW = 2**15  # pixels: one thread computes so few sooner than it wakes others
+FEW = 2**15  # pixels: one thread is done with so few sooner than it wakes another
 JSON = "application/json"
 Pixels = list[Any]  # (H, W), (C, H, W) or (H, W, C)
 Predict = Callable[[np.ndarray], np.ndarray]  # images uint8 (n, C, H, W) to predictions (n, ...)
@@ -142,28 +141,28 @@ def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
     return Served(predict, name, shape, data, names if are_probabilities(found) else None)
 
 
-def together(predict: Predict) -> Predict:
-    """Let images of several requests be computed at once: while one thread computes, those of others gather."""
-    lock, waiting, done = Lock(), dict[object, np.ndarray](), dict[object, np.ndarray]()
+def together(predict: Predict) -> Callable[[np.ndarray], Awaitable[np.ndarray]]:
+    """Compute images of requests at once that arrive together, or while others are computed."""
+    waiting, turn = list[tuple[np.ndarray, asyncio.Future]](), asyncio.Lock()
 
     def compute(images: np.ndarray) -> np.ndarray:
-        ticket = object()
-        waiting[ticket] = images
-        with lock:
-            if ticket not in done:  # by the thread before
-                batch = dict([(ticket, images), *(waiting.popitem() for _ in range(len(waiting)))])
-                every = np.concatenate([*batch.values()])
-                rows = np.concatenate([predict(every[i : i + TOGETHER]) for i in range(0, len(every), TOGETHER)])
-                for each, images in batch.items():
-                    done[each], rows = rows[: len(images)], rows[len(images) :]
-            return done.pop(ticket)
+        return np.concatenate([predict(images[i : i + TOGETHER]) for i in range(0, len(images), TOGETHER)])
 
-    return compute
+    async def take_turn(images: np.ndarray) -> np.ndarray:
+        mine = asyncio.get_running_loop().create_future()
+        waiting.append((images, mine))
+        await asyncio.sleep(0)  # for those that are here already
+        async with turn:
+            if not mine.done():  # by the one before
+                batch, waiting[:] = waiting[:], []
+                every = np.concatenate([images for images, _ in batch])
+                rows = compute(every) if every.size <= FEW else await asyncio.to_thread(compute, every)
+                for images, future in batch:
+                    future.set_result(rows[: len(images)])
+                    rows = rows[len(images) :]
+        return await mine
 
-
-def from_base64(text: str) -> bytes:
-    """A file, also from a data URL."""
-    return b64decode(text.rpartition("base64,")[2], validate=True)
+    return take_turn
 
 
 def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: list[str]) -> FastAPI:
@@ -171,7 +170,7 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
     app = FastAPI(title=about["name"], docs_url=None, redoc_url=None)
     # No web page elsewhere reaches the server under a name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-    compute, threads, decoding = together(served.predict), ThreadPoolExecutor(THREADS), Semaphore(DECODING)
+    compute, threads = together(served.predict), ThreadPoolExecutor(DECODING)
     classes, (channels, height, width) = served.classes, served.shape
     about = {**about, "classes": classes, "channels": channels, "image_size": [height, width], "draws": bool(fit)}
     info = json.dumps(about).replace("<", "\\u003c")  # no name ends the page's script
@@ -204,15 +203,14 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
         with suppress(ValueError):  # pydantic's, and that of base64
             if body.count(b",") <= MAX_VALUES:
                 images = Sent.model_validate_json(body).images
-                return [("", from_base64(image) if isinstance(image, str) else image) for image in images]
+                return [("", _from_base64(image) if isinstance(image, str) else image) for image in images]
         expected = f"files in base64, or arrays of pixels, at most {MAX_IMAGES:,} with {MAX_VALUES:,} pixels"
         raise HTTPException(422, f'not the JSON that is expected: {{"images": [...]}} with {expected}')
 
     def read(sent: bytes | Pixels) -> tuple[np.ndarray, str]:
         """The image uint8 (C, H, W) that the model sees, and a warning or ""."""
         if isinstance(sent, bytes):
-            with decoding:
-                return read_picture(io.BytesIO(sent), channels, (height, width), fit)
+            return read_picture(io.BytesIO(sent), channels, (height, width), fit)
         with suppress(ValueError):  # rows of several lengths
             pixels = np.array(sent)
             if pixels.shape == (height, width, channels):
@@ -222,9 +220,7 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
                 return pixels, ""
         raise UserError(f"expected {channels} x {height} x {width} whole numbers up to 255, or a file")
 
-    def answer(sent: list[tuple[str, bytes | Pixels]], show: bool) -> str:
-        if not sent:
-            raise HTTPException(422, "there is no image in the request")
+    def read_all(sent: list[tuple[str, bytes | Pixels]], show: bool) -> tuple[np.ndarray, list[Prediction]]:
         images, predictions = np.empty((len(sent), *served.shape), np.uint8), []
         for index, (name, image) in enumerate(sent):
             try:
@@ -233,7 +229,10 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
                 raise HTTPException(422, f"{name[-100:] or f'image {index + 1}'}: {error}") from error
             seen = images[index].tolist() if show else None
             predictions.append(Prediction(name=name, warning=warning, input=seen))
-        for prediction, row in zip(predictions, compute(images), strict=True):  # row: (num_classes,), or any shape
+        return images, predictions
+
+    def answer(predictions: list[Prediction], rows: np.ndarray) -> str:
+        for prediction, row in zip(predictions, rows, strict=True):  # row: (num_classes,), or any shape
             values = row.ravel().tolist()
             if classes is None:
                 prediction.values = values
@@ -246,11 +245,31 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
 
     @app.post("/predict", response_model=Answer, openapi_extra=schema)
     async def predict(request: Request) -> Response:
-        sent, show = await receive(request), request.query_params.get("input") == "true"
-        text = await asyncio.get_running_loop().run_in_executor(threads, answer, sent, show)
-        return Response(text, media_type=JSON)
+        if not (sent := await receive(request)):
+            raise HTTPException(422, "there is no image in the request")
+        few = sum(_number_of_pixels(image) for _, image in sent) <= FEW
+        run = _at_once if few else partial(asyncio.get_running_loop().run_in_executor, threads)
+        images, predictions = await run(read_all, sent, request.query_params.get("input") == "true")
+        return Response(await run(answer, predictions, await compute(images)), media_type=JSON)
 
     return app
+
+
+def _from_base64(text: str) -> bytes:
+    """A file, also from a data URL."""
+    return b64decode(text.rpartition("base64,")[2], validate=True)
+
+
+def _number_of_pixels(sent: bytes | Pixels) -> int:
+    """Number of pixels to decode, by a file's header; 0 if it is no image, or an array."""
+    if isinstance(sent, bytes):
+        with suppress(UserError), open_image(io.BytesIO(sent)) as image:
+            return image.width * image.height
+    return 0
+
+
+async def _at_once(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def load(args: list[str], project: Project, fit_pictures: FitPictures | None) -> tuple[FastAPI, argparse.Namespace]:
