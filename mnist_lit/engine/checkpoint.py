@@ -49,8 +49,6 @@ class CheckpointFiles(TorchCheckpointIO):
             rank_zero_warn(f"{path} holds {foreign}: it loads only with --weights_only=false")
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        if "://" in str(path):
-            return super().load_checkpoint(path, weights_only=weights_only is not False)
         return load_file(path, weights_only is not False)
 
 

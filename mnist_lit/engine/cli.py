@@ -17,6 +17,7 @@ from typing import Any, Literal, get_type_hints
 import lightning.pytorch
 import torch
 import yaml
+from fsspec import open_local
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import PositiveInt, register_type
 from lightning.pytorch import LightningModule
@@ -108,6 +109,7 @@ class CLI(LightningCLI):
         self.project, self.command, self.callbacks = project, command, callbacks
         self.run = Run()  # which the command makes or resumes
         self.checkpoint: Checkpoint | None = None  # which it starts from
+        self.step = 0  # at which fit resumes
         self.ckpt_path: str | None = None  # as it was typed
         super().__init__(LightningModule, **options)  # and any data module, or none
 
@@ -176,8 +178,9 @@ class CLI(LightningCLI):
             if command != "fit":
                 rank_zero_warn(f"{command} without --ckpt_path: the model's weights are random")
             return None
-        if "://" in path or path == "hpc":
-            return Checkpoint(path, {})
+        if "://" in path:
+            with explain_damage(path):
+                path = open_local(f"simplecache::{path}", simplecache={"same_names": True})  # a copy of this process
         if not Path(path).exists():
             raise UserError(no_such_checkpoint("ckpt_path", path))
         if command == "fit" and Path(path).name == EXCEPTION:
@@ -199,6 +202,7 @@ class CLI(LightningCLI):
         if self.chosen:
             self.pristine["model"].setdefault("init_args", {}).update(self.chosen)
         if resumed:
+            self.step = resumed.step
             refuse_conflicts(resumed, self.pristine)
         if checkpoint:
             _take_from_checkpoint(checkpoint, config)
@@ -216,7 +220,7 @@ class CLI(LightningCLI):
             self.run.lock()
         if self.run.exists:
             loggers = [logger for logger in as_list(config.trainer.logger) if isinstance(logger, Namespace)]
-            self.run.redirect_loggers(loggers, resumed.step if resumed else None)
+            self.run.redirect_loggers(loggers, self.step)
 
     def instantiate_classes(self) -> None:
         if self.checkpoint:
@@ -234,7 +238,6 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **options: Any) -> lightning.pytorch.Trainer:
         config, made = self.config[self.subcommand].trainer, self.config_init[self.subcommand]
-        resumed = self.checkpoint if self.subcommand == "fit" else None
         if self.run.exists:
             options["default_root_dir"] = str(self.run.root)
             if config.logger in (None, True):
@@ -242,15 +245,14 @@ class CLI(LightningCLI):
                     self.run.root,
                     LOGS,
                     version=self.run.name,
-                    # Steps after the checkpoint are logged again.
-                    purge_step=resumed.step if resumed else None,
+                    purge_step=self.step,  # steps from there on are logged again
                     default_hp_metric=False,
                 )
         plugins = as_list(made.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             options["plugins"] = [*plugins, CheckpointFiles()]
         self.run.to_save = self.pristine
-        self.run.save_as = f"config-from-step-{resumed.step}.yaml" if resumed else "config.yaml"
+        self.run.save_as = f"config-from-step-{self.step}.yaml" if self.step else "config.yaml"
         ours = made.best_checkpoint, made.last_checkpoint, made.dashboard
         switches = {"enable_checkpointing": Checkpointing, "enable_progress_bar": ProgressBar}
         off = tuple(kind for switch, kind in switches.items() if config[switch] is False)
@@ -261,24 +263,23 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check that the checkpoint fits the model, or load the initial weights, before anything takes time."""
         config, checkpoint = self.config[self.subcommand], self.checkpoint
-        if checkpoint and checkpoint.content:
+        if checkpoint:
             checkpoint.check(self.model)
         if self.subcommand == "fit":
             self._check_start(config, checkpoint)
         if self.run.exists:
-            resumed = checkpoint if self.subcommand == "fit" else None
-            self.run.start_loggers(self.trainer.loggers, resumed.step if resumed else None)
+            self.run.start_loggers(self.trainer.loggers, self.step)
 
     def _check_start(self, config: Namespace, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
             if config.init_from is not None:
                 init_from(self.model, config.init_from, config.init_strict, config.weights_only is not False)
             return
-        if checkpoint.content and not {"optimizer_states", "lr_schedulers"} <= checkpoint.content.keys():
+        if not {"optimizer_states", "lr_schedulers"} <= checkpoint.content.keys():
             raise UserError(
                 f"{checkpoint.path} holds weights alone: start a new run with --init_from={checkpoint.path}"
             )
-        if checkpoint.content and (longer := checkpoint.finished(self.trainer)):
+        if longer := checkpoint.finished(self.trainer):
             rank_zero_info(
                 f"{checkpoint.path} is of a finished run, with {checkpoint.step} steps: there is nothing left to do; "
                 f"{longer} to train longer"

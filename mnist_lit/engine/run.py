@@ -194,14 +194,14 @@ class Run(Callback):
         """The folder of best.ckpt and last.ckpt."""
         return self.folder / "checkpoints"
 
-    def redirect_loggers(self, loggers: list[Namespace], step: int | None = None) -> None:
+    def redirect_loggers(self, loggers: list[Namespace], step: int = 0) -> None:
         """Make the loggers in a config write into this run's folder, unless the config names another place.
 
         Loggers with runs of their own continue those that an earlier start in this folder has made.
 
         Args:
             loggers: their sections of the config.
-            step: the step of the checkpoint that is resumed.
+            step: the step of the checkpoint that is resumed; 0 for a new run.
         """
         known = list[tuple[str, str]]()
         with suppress(OSError, ValueError, TypeError):  # not there, or damaged
@@ -222,7 +222,7 @@ class Run(Callback):
             if kind == "WandbLogger" and options.get("save_dir") in (None, "."):
                 options["save_dir"] = str(self.folder)
 
-    def start_loggers(self, loggers: Sequence[Any], step: int | None = None) -> None:
+    def start_loggers(self, loggers: Sequence[Any], step: int = 0) -> None:
         """Start the loggers' own runs, and keep their names for the next start in this folder.
 
         CSVLogger deletes its table when it starts. It gets the rows before the checkpoint back.

@@ -73,6 +73,8 @@ def test_last_is_the_last_and_best_the_best_also_in_the_table(cli: Run, small: P
     last, best = map(float, re.findall(r"val/loss +│ +([\d.]+) +│ +([\d.]+)", done.stdout)[0])
     assert best < last
     assert f"The run is in {RUN}" in done.stdout
+    address = (folder / "last.ckpt").as_uri()  # of a copy elsewhere
+    assert "is of a finished run" in cli(*LOGISTIC, "--data.dataset", small, "--ckpt_path", address).stderr
 
 
 @slow

@@ -57,6 +57,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("fit --config=nowhere.yaml", "nowhere.yaml"),
         ("fit --config", "--config: expected one argument"),
         ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
+        ("--ckpt_path=memory://nowhere.ckpt", "memory://nowhere.ckpt cannot be used as a checkpoint"),
         ("--init_from=nowhere.ckpt", "--init_from=nowhere.ckpt: no such checkpoint"),
         ("--data.dataset=nowhere.npz", "nowhere.npz"),
         (f"export {CNN}", "export needs the path of a checkpoint"),

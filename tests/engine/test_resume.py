@@ -71,12 +71,15 @@ POINTS = [
     *("on_train_batch_end 15", "on_validation_batch_start 16", "on_train_epoch_end 16", "on_train_epoch_start 16"),
     *("on_train_batch_end 17", "on_train_batch_start 40", "on_train_batch_end 46"),
 ]
+AT_ONCE = "=TensorBoardLogger", ".save_dir=.", ".flush_secs=0"
 TWO_PROCESSES = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
 SETTINGS = {
     "SIGKILL on_train_batch_end 21": ("--data.num_workers=2",),
     "SIGTERM on_train_batch_end 3": ("--trainer.accumulate_grad_batches=3",),  # of 6 steps to an epoch
     "SIGTERM on_train_batch_end 3 0": TWO_PROCESSES,  # one of the two is asked to stop, which stops both
     "SIGKILL on_train_batch_end 11": TWO_PROCESSES,
+    # Before the first checkpoint, so that it starts again in its folder.
+    "SIGKILL on_train_batch_end 4": ("--run_name=version_0", *(f"--trainer.logger{option}" for option in AT_ONCE)),
     "SIGINT on_train_batch_end 12": ("--trainer.log_every_n_steps=1",),
     "SIGTERM on_train_batch_end 8": ("--trainer.val_check_interval=5",),
     "SIGTERM on_train_batch_end 20": ("--trainer.max_steps=40",),
