@@ -21,7 +21,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from mnist_lit.engine.errors import UserError, explain_damage, unusable
+from mnist_lit.engine.errors import UserError, explain_damage, no_pipe, unusable
 from mnist_lit.engine.run import LOGS, Run
 from mnist_lit.engine.storage import atomic_save, printable
 
@@ -221,6 +221,7 @@ def load_file(path: str | Path, weights_only: bool, old: bool = False) -> Any:
     Raises:
         UserError: if it cannot be read, is damaged, or can only be loaded by running code in it.
     """
+    no_pipe(path)
     try:
         if not old or zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 ENGINE = __name__.partition(".")[0]  # the package that the extras belong to, whichever project runs
@@ -32,6 +33,14 @@ def explain_damage(path: Any = None) -> Iterator[None]:
         yield
     except Exception as error:  # whatever is in a damaged file
         raise unusable(path or "--ckpt_path", error) from error
+
+
+def no_pipe(path: str | Path) -> Path:
+    """The path. Raises ``UserError`` for a pipe or a device, which might be read without an end."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device; expected a file")
+    return path
 
 
 def require(extra: str, *modules: str) -> None:

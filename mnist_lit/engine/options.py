@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_lit.engine.checkpoint import no_such_checkpoint
-from mnist_lit.engine.errors import UserError, require
+from mnist_lit.engine.errors import UserError, no_pipe, require
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.provenance import written_here
 from mnist_lit.engine.run import Run, relative
@@ -76,7 +76,7 @@ def _with_classes(config: str, chosen: dict[str, str], project: Project) -> str:
     jsonargparse would keep every option of the same name: ``--model=FastCNN`` would silently get the ``lr`` of CNN.
     """
     try:
-        content = get_loader("yaml")(Path(config).read_text("utf-8"))  # as the parser: no dates, 1e-4 is a number
+        content = get_loader("yaml")(no_pipe(config).read_text("utf-8"))  # as the parser: no dates, 1e-4 is a number
     except (OSError, ValueError, yaml.YAMLError):  # the parser reports it
         return config
     changed = _interpolated(config, content) if "${" in str(content) else {}

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mnist_lit.engine.best import best_checkpoint
-from mnist_lit.engine.errors import ENGINE
+from mnist_lit.engine.errors import ENGINE, no_pipe
 from mnist_lit.engine.run import Run
 from mnist_lit.engine.storage import atomic_write
 
@@ -150,7 +150,7 @@ def engine_version() -> str:
 def _read_starts(folder: Path) -> list[Any]:
     file = folder / "provenance.json"
     with suppress(OSError, ValueError):
-        starts = [] if file.is_symlink() else json.loads(file.read_text(encoding="utf-8"))
+        starts = [] if file.is_symlink() else json.loads(no_pipe(file).read_text(encoding="utf-8"))
         return starts if isinstance(starts, list) else []
     return []
 

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from mnist_lit.engine.errors import UserError, require
+from mnist_lit.engine.errors import UserError, no_pipe, require
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.storage import atomic_write
 
@@ -109,7 +109,7 @@ class Run(Callback):
             return
         # Somebody else may have made the folder; nothing is written outside of it.
         for path in (*self.folder.iterdir(), *self.checkpoints.glob("*")):
-            if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(self.folder.resolve()):
                 raise UserError(
                     f"{relative(path)} is a link out of the run's folder; remove it to train in that folder"
                 )
@@ -183,7 +183,7 @@ class Run(Callback):
     def options(self) -> dict[str, Any]:
         """The options in that file; empty if there is no file, or it is not a run's."""
         with suppress(OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError):
-            content = yaml.safe_load(self.config.read_text("utf-8"))
+            content = yaml.safe_load(no_pipe(self.config).read_text("utf-8"))
             chosen = [content["model"], *as_list(content["trainer"].get("callbacks"))]
             kinds = [(type(each["class_path"]), type(each.get("init_args") or {})) for each in chosen]
             return content if set(kinds) == {(str, dict)} else {}
@@ -205,7 +205,7 @@ class Run(Callback):
         """
         known = list[tuple[str, str]]()
         with suppress(OSError, ValueError, TypeError):  # not there, or damaged
-            known = [(kind, own) for kind, own in json.loads(self._own_runs.read_text("utf-8"))]
+            known = [(kind, own) for kind, own in json.loads(no_pipe(self._own_runs).read_text("utf-8"))]
         for logger in loggers:
             options, kind = logger.get("init_args") or Namespace(), logger.class_path.rpartition(".")[2]
             if kind in ("TensorBoardLogger", "CSVLogger") and (options.name, options.get("version")) == (LOGS, None):

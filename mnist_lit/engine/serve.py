@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_lit.engine.errors import ENGINE, UserError, require
+from mnist_lit.engine.errors import ENGINE, UserError, no_pipe, require
 from mnist_lit.engine.images import Fit, FitPictures, open_image, read_picture
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.threads import available_cpus
@@ -95,7 +95,7 @@ def open_onnx(path: Path, threads: int | None) -> Served:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or available_cpus(), 3
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(no_pipe(path).read_bytes(), options, providers=["CPUExecutionProvider"])
     about, (images,) = session.get_modelmeta().custom_metadata_map, session.get_inputs()
     classes = [*map(str, json.loads(about["classes"]))] if "classes" in about else None
 

@@ -32,7 +32,7 @@ from rich.markup import escape
 from mnist_lit.engine.best import infer_mode
 from mnist_lit.engine.cli import run
 from mnist_lit.engine.divergence import DivergenceError
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, no_pipe
 from mnist_lit.engine.options import with_config
 from mnist_lit.engine.project import Project
 from mnist_lit.engine.run import LOGS, relative
@@ -152,7 +152,7 @@ def main(args: list[str], project: Project) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     try:
-        space: Space = get_loader("yaml")(known.space.read_text("utf-8"))  # as a config: 1e-4 is a number
+        space: Space = get_loader("yaml")(no_pipe(known.space).read_text("utf-8"))  # as a config: 1e-4 is a number
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--space={known.space}: {error}") from error
     grid, options = None, dict[str, Any]()

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from mnist_lit.engine.checkpoint import load_file, misfits, no_such_checkpoint
-from mnist_lit.engine.errors import UserError, require
+from mnist_lit.engine.errors import UserError, no_pipe, require
 from mnist_lit.engine.finetuning import first_convolution, rename, to_channels
 
 
@@ -27,7 +27,7 @@ def init_from(model: LightningModule, path: str, strict: bool = True, weights_on
     Raises:
         UserError: if they do not fit, or cannot be read.
     """
-    if not Path(path).exists():
+    if not no_pipe(path).exists():
         raise UserError(no_such_checkpoint("init_from", path))
     ours = model.state_dict()
     weights, done = rename(_read(path, weights_only), ours), [f"Started from the weights of {path}"]

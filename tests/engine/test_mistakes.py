@@ -4,6 +4,7 @@ it can be known before.
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -60,11 +61,20 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--ckpt_path=memory://nowhere.ckpt", "memory://nowhere.ckpt cannot be used as a checkpoint"),
         ("--init_from=nowhere.ckpt", "--init_from=nowhere.ckpt: no such checkpoint"),
         ("--data.dataset=nowhere.npz", "nowhere.npz"),
+        ("--data.dataset=loop", "loop: no such dataset"),
         (f"export {CNN}", "export needs the path of a checkpoint"),
         ("predict --ckpt_path=foreign.ckpt", "is not in a run's folder", "--config=FILE"),
         ("--ckpt_path=foreign.ckpt", "foreign.ckpt holds pathlib", "--weights_only=false"),
         (f"sweep {CNN} --space=nowhere.yaml", "nowhere.yaml"),
         ("{small} --trainer.default_root_dir=key.yaml", "cannot write in", "--trainer.default_root_dir"),
+    ],
+    "pipe instead of a file": [
+        (command, "pipe")
+        for command in (
+            *("fit --config=pipe", "--ckpt_path=pipe", "--init_from=pipe", "--init_from=pipe.safetensors"),
+            *("--data.dataset=pipe", "predict {best} --data.images=pipe", "serve --ckpt_path=pipe.onnx"),
+            f"sweep {CNN} --space=pipe",
+        )
     ],
     "wrong class counts": [
         ("{small} --model.num_classes=3", "--model.num_classes=3: the data say 10"),
@@ -134,6 +144,9 @@ def folder(cli_in: Run, small: Path, tmp_path_factory: pytest.TempPathFactory) -
     for name, text in FILES.items():
         (folder / name).write_text(text)
     torch.save({"state_dict": {}, "extra": folder}, folder / "foreign.ckpt")
+    for suffix in ("", ".onnx", ".safetensors"):
+        os.mkfifo(folder / f"pipe{suffix}")
+    (folder / "loop").symlink_to("loop")
     stop = signal_at("SIGTERM", "on_train_batch_end", 20)
     cli_in(folder, "fit", CNN, "--data.dataset", small, *stop, ok=False)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ class ImageDataModule(LightningDataModule):
         self.save_hyperparameters({"dataset_used": name, "channels": channels, "image_size": size, **known})
 
     def _found(self, name: str, place: Path | str) -> Source:
-        path = place.resolve() if isinstance(place, Path) else place
+        path = Path(os.path.realpath(place)) if isinstance(place, Path) else place
         key = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
         copy = self.data_dir / "copies" / f"{Path(name).name}-{key}.pt"
         if isinstance(path, str):  # its content may differ by a rounding between machines
