@@ -61,7 +61,7 @@ class ProjectSuite:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two commands run at the same time
         # On Linux, each is forked from a process that has imported the engine.
         context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        context.set_forkserver_preload(["mnist_lit.engine.cli", __name__, "onnxscript", "torch.onnx"])
+        context.set_forkserver_preload(["mnist_lit.engine.cli", __name__, "omegaconf", "onnxscript", "torch.onnx"])
 
         def start(command: str, *options: str, folder: str = "run") -> Callable[..., Path]:
             places = f"--config={config}", f"--trainer.default_root_dir={tmp_path / folder}"

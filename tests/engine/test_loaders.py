@@ -168,9 +168,11 @@ LOADERS: dict[str, Callable[[Model], Any]] = {
 EPOCHS: tuple[dict[str, Any], ...] = {"limit_train_batches": 7}, {"accumulate_grad_batches": 2}
 # Twice within one epoch, the second time in the first step after a resume; and before an epoch's last step.
 CASES = [*((name, {}, (12, 13, 18)) for name in LOADERS), *(("own generator", epoch, (4, 9)) for epoch in EPOCHS)]
+QUICK = "shuffle", "batch sampler", "two of other lengths", "with a state", "workers"
+MARKED = [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] not in QUICK)) for case in CASES]
 
 
-@pytest.mark.parametrize(("name", "options", "stops"), CASES, ids=str)
+@pytest.mark.parametrize(("name", "options", "stops"), MARKED, ids=str)
 def test_any_loader_resumes_bit_for_bit(tmp_path: Path, name: str, options: dict, stops: tuple[int, ...]) -> None:
     whole, seen, means = fit(tmp_path / "whole", LOADERS[name], **options)
     resumed, seen_too, means_too = fit(tmp_path / "stopped", LOADERS[name], *stops, **options)

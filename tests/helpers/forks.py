@@ -35,7 +35,8 @@ def start(folder: str) -> subprocess.Popen:
 def serve(fd: int) -> None:
     """Serve each client in a fork: per line fork a run, answer with its pid and then with its exit code."""
     # ruff: noqa: F401, imported here once for all runs
-    with suppress(ImportError):  # the extra export
+    with suppress(ImportError):  # extras, of which jsonargparse imports the first in any case
+        import omegaconf
         import onnxscript
         import torch.onnx._internal.exporter._core  # takes a second and a half
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import CONFIGS, OVERLAYS, RUN, Run, assert_one_message, checkpoint, predictions
+from common import CONFIGS, OVERLAYS, RUN, Run, checkpoint, predictions
 from interrupt import signal_at
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -81,12 +79,6 @@ def test_folders_of_splits_are_kept(tmp_path: Path, valid: str | None) -> None:
     assert all(b"/test/" in path for path in splits["test"][0])
 
 
-def one_class(root: Path) -> None:
-    make_pets(root, 3, (20, 20))
-    for name in list(CLASSES)[1:]:
-        shutil.rmtree(root / name)
-
-
 def with_pets(change: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda root: change(make_pets(root, 4, (20, 20)) / "red box")
 
@@ -99,7 +91,6 @@ MISTAKES = {
     "nothing": (lambda root: None, "no such dataset"),
     "a pipe": (os.mkfifo, "no such dataset; .* and no device or pipe"),
     "an empty folder": (lambda root: (root / "cats").mkdir(parents=True), "no images in folders of their own"),
-    "one class": (one_class, "has one class, expected two"),
     "several sizes": (lambda root: make_pets(root, 4), "images of 12 sizes, .*choose one with --data.image_size"),
     "half an image": (with_pets(lambda pets: half(pets / "0000.png")), r"0000\.png: not a readable image"),
     "a device as an image": (with_pets(lambda pets: (pets / "1.png").symlink_to("/dev/zero")), "a link to nothing"),
@@ -153,13 +144,14 @@ def test_every_mode_becomes_what_a_viewer_shows(tmp_path: Path) -> None:
     assert read_image(tmp_path / "rgb.png", 3, (8, 8)).shape == (3, 8, 8)
 
 
-def test_image_that_breaks_off_is_named_by_a_worker(cli: Run, tmp_path: Path) -> None:
+def test_image_that_breaks_off_is_named_by_a_worker(tmp_path: Path) -> None:
     folder = make_pets(tmp_path / "pets", 6, (32, 32)) / "red box"
     half(folder / "0000.png")
     for path in folder.iterdir():
         path.with_suffix(".png").write_bytes((folder / "0000.png").read_bytes())
-    lazy = ("--data.memory_limit=1e-9", "--data.num_workers=2")
-    assert_one_message(cli(*FIT, *lazy, ok=False), "red box/000", ".png: not a readable image")
+    data = opened(tmp_path / "pets", tmp_path / "data", memory_limit=1e-9, num_workers=1)
+    with pytest.raises(UserError, match=r"red box/000\d\.png: not a readable image"):
+        list(data.train_dataloader())
 
 
 def test_fast_copy_follows_names_sizes_and_times(tmp_path: Path) -> None:
@@ -181,8 +173,8 @@ def test_fast_copy_follows_names_sizes_and_times(tmp_path: Path) -> None:
 
 def test_colour_from_training_to_prediction(cli: Run, tmp_path: Path) -> None:
     make_pets(tmp_path / "pets")
-    cli(*FIT, "--trainer.max_epochs=6")
-    saved, logs = checkpoint(tmp_path / BEST), tmp_path / "lightning_logs"
+    cli(*FIT)
+    saved = checkpoint(tmp_path / BEST)
     assert saved["class_names"] == list(CLASSES)
     assert saved["datamodule_hyper_parameters"]["image_size"] == [32, 32]
     events = EventAccumulator(str(tmp_path / RUN), size_guidance={"images": 0}).Reload()
@@ -191,39 +183,30 @@ def test_colour_from_training_to_prediction(cli: Run, tmp_path: Path) -> None:
 
     shutil.rmtree(tmp_path / "data")  # predicting needs nothing of the training data
     (tmp_path / "pets").rename(tmp_path / "new")
+    # A file with a pattern's characters in its name, and one that is not UTF-8.
+    for name in (b"[d].png", b"a\xff.png"):
+        shutil.copy(tmp_path / "new/blue box/0000.png", os.path.join(os.fsencode(tmp_path / "new/blue box"), name))
     done = cli("predict", "--ckpt_path", BEST, "--data.images", "new")
-    rows = predictions(logs / "version_1")
-    right = sum(Path(row["file"]).parent.name == row["class"] for row in rows)
-    assert f"Right: {right} of 180, an accuracy of {right / 180:.4f}" in done.stdout
-    assert right > 160
-    assert np.ptp(np.asarray(Image.open(logs / "version_1" / "predictions.png"), int), 2).max() > 60
-
-    # Files as a shell finds them, a file with a pattern's characters in its name, one that is not UTF-8, a pattern.
-    (tmp_path / "some [1]").mkdir()
-    for name in (b"[d].png", b"a\xff.png", b".hidden.png", b"notes.txt"):
-        shutil.copy(tmp_path / "new" / "blue box" / "0000.png", os.path.join(os.fsencode(tmp_path / "some [1]"), name))
-    done = cli("predict", "--ckpt_path", BEST, "--data.images", "some [1]", "new/blue box/0001.jpg", "new/g*/*.bmp")
-    rows = predictions(logs / "version_2")
-    first = ["some [1]/[d].png", "some [1]/a\\xff.png", "new/blue box/0001.jpg", "new/green box/0002.bmp"]
-    assert [row["file"] for row in rows[:4]] == first
+    rows = predictions(tmp_path / "lightning_logs" / "version_1")
+    assert {"new/blue box/[d].png", "new/blue box/a\\xff.png", "new/red box/0001.jpg"} <= {row["file"] for row in rows}
     assert list(rows[0]) == ["file", "class", "confidence", "warning", *(f"p_{name}" for name in CLASSES)]
-    assert "accuracy" not in done.stdout  # not every folder is named like a class
+    right = sum(Path(row["file"]).parent.name == row["class"] for row in rows)
+    assert f"Right: {right} of 182, an accuracy of {right / 182:.4f}" in done.stdout
+    assert right > 160
+    sheet = Image.open(tmp_path / "lightning_logs" / "version_1" / "predictions.png")
+    assert np.ptp(np.asarray(sheet, int), 2).max() > 60
 
 
 PETS = ("--data.dataset=pets", "--data.image_size=32", "--data.batch_size=16")
-DIGITS = ("--data.dataset=digits.npz",)
-AUGMENT = ("--config", OVERLAYS / "augment.yaml", *DIGITS)
+AUGMENT, MIX = (("--config", OVERLAYS / name, "--data.dataset=digits.npz") for name in ("augment.yaml", "mixup.yaml"))
 STEPS = ("--model.steps_per_execution=4", "--data.num_workers=1")
 FILES = ("--data.memory_limit=1e-9", "--data.num_workers=0")
 BY_WORKERS = ("--data.memory_limit=1e-9", "--data.num_workers=2")
 RESUMES = {  # options of all runs, of the killed one, of the one that resumes it
     "files, resumed in memory": (PETS, FILES, ()),
     "files by workers, as in memory": (PETS, BY_WORKERS, BY_WORKERS),
-    "folder in memory": (PETS, (), ()),
-    "pickle": (("--data.dataset=digits.pkl.gz",), (), ()),
-    "augmented npz": (AUGMENT, (), ()),
     "augmented, in other executions": (AUGMENT, STEPS, STEPS),
-    "mixed npz": (("--config", OVERLAYS / "mixup.yaml", *DIGITS), (), ()),
+    "mixed": (MIX, (), ()),
 }
 
 
@@ -233,12 +216,9 @@ def test_resumed_run_equals_the_whole_one(cli: Run, small: Path, tmp_path: Path,
     options, cut, resumed = RESUMES[case]
     make_pets(tmp_path / "pets", 40)
     (tmp_path / "digits.npz").symlink_to(small)
-    with np.load(small) as arrays, gzip.open(tmp_path / "digits.pkl.gz", "wb") as file:
-        pickle.dump([(arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "valid", "test")], file)
     fit = ("fit", "--config", CONFIGS / "fast.yaml", *options)
     fit += ("--trainer.max_epochs=2", "--trainer.log_every_n_steps=3", "--last_checkpoint.every_n_train_steps=1")
-    whole = cli(*fit, "--run_name=whole")
-    assert "train/acc" in whole.stdout
+    cli(*fit, "--run_name=whole")
     kill = signal_at("SIGKILL", "on_train_batch_end", 8 if cut == STEPS else 5)
     assert cli(*fit, *cut, *kill, "--run_name=cut", ok=False).returncode == -9
     cli(*fit, *resumed, "--ckpt_path=lightning_logs/cut/checkpoints/last.ckpt")
