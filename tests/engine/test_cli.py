@@ -110,7 +110,8 @@ CHOSEN = '{"class_path": "MNISTDataModule", "init_args": {"dataset": "digits"}}'
         (f"--model.lr=0.5 -c={CONFIGS}/cnn.yaml -c more.yaml --data='{CHOSEN}'", (9, 0.5, "digits")),
         # Not the options of another class.
         pytest.param(f"--model=FastCNN -c={CONFIGS}/cnn.yaml", (2, 0.02, "auto"), marks=slow),
-        ("--model=FastCNN -c more.yaml", (9, 0.3, "auto")),  # but those of an overlay that names no class
+        # But those of an overlay that names no class.
+        pytest.param("--model=FastCNN -c more.yaml", (9, 0.3, "auto"), marks=slow),
         pytest.param(
             *(f"-c={CONFIGS}/cnn.yaml -c env.yaml", (9, 0.1, "digits")),
             marks=[slow, pytest.mark.skipif(find_spec("omegaconf") is None, reason="needs the extra [omegaconf]")],

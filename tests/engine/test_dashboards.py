@@ -25,6 +25,7 @@ from mnist_lit.engine.outputs import display
 from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
 
 
+@pytest.mark.slow
 def test_server_has_scalars_images_charts_and_hparams(cli: Run, small: Path, tmp_path: Path) -> None:
     """Of a run and a test of it."""
     common = ("--config", CONFIGS / "cnn.yaml", "--data.dataset", small, "--trainer.log_every_n_steps=4")
