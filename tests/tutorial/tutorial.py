@@ -107,15 +107,6 @@ class LogisticByHand(nn.Module):
         return xb @ self.weights + self.bias
 
 
-class Logistic(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(784, 10)
-
-    def forward(self, xb: Tensor) -> Tensor:
-        return self.lin(xb)
-
-
 def set_parameters(model: nn.Module, start: Weights) -> nn.Module:
     """Starts a model from the weights of another one with the same parameters in the same order."""
     model.to(next(iter(start.values())).dtype)
@@ -146,11 +137,11 @@ def rung_3(problem: Problem, start: Weights) -> Outcome:
 
 def rung_4(problem: Problem, start: Weights) -> Outcome:
     """nn.Linear."""
-    return over_parameters(problem, set_parameters(Logistic(), start))
+    return over_parameters(problem, set_parameters(nn.Linear(784, 10), start))
 
 
 def get_model(problem: Problem, start: Weights) -> tuple[nn.Module, optim.Optimizer]:
-    model = set_parameters(Logistic(), start)
+    model = set_parameters(nn.Linear(784, 10), start)
     return model, optim.SGD(model.parameters(), lr=problem.lr)
 
 
@@ -178,11 +169,9 @@ def rung_5(problem: Problem, start: Weights) -> Outcome:
 
 def rung_6(problem: Problem, start: Weights) -> Outcome:
     """TensorDataset: images and labels are cut out together."""
-    train_ds = TensorDataset(problem.x_train, problem.y_train)
-    starts = range(0, len(train_ds), problem.bs)
-    return over_batches(
-        problem, start, (train_ds[order[i : i + problem.bs]] for order in problem.order for i in starts)
-    )
+    train_ds, bs = TensorDataset(problem.x_train, problem.y_train), problem.bs
+    batches = (train_ds[order[i : i + bs]] for order in problem.order for i in range(0, len(train_ds), bs))
+    return over_batches(problem, start, batches)
 
 
 class Shuffled(Sampler[int]):
@@ -190,9 +179,6 @@ class Shuffled(Sampler[int]):
 
     def __init__(self, order: list[list[int]]) -> None:
         self.order, self.epoch = order, 0
-
-    def __len__(self) -> int:
-        return len(self.order[0])
 
     def __iter__(self) -> Iterator[int]:
         self.epoch += 1
@@ -202,10 +188,8 @@ class Shuffled(Sampler[int]):
 def get_data(problem: Problem) -> tuple[DataLoader, DataLoader]:
     train_ds = TensorDataset(problem.x_train, problem.y_train)
     valid_ds = TensorDataset(problem.x_valid, problem.y_valid)
-    return (
-        DataLoader(train_ds, batch_size=problem.bs, sampler=Shuffled(problem.order)),
-        DataLoader(valid_ds, batch_size=problem.bs * 2),
-    )
+    train_dl = DataLoader(train_ds, batch_size=problem.bs, sampler=Shuffled(problem.order))
+    return train_dl, DataLoader(valid_ds, batch_size=problem.bs * 2)
 
 
 def rung_7(problem: Problem, start: Weights) -> Outcome:
@@ -306,9 +290,6 @@ class WrappedDataLoader:
 
     def __init__(self, dl: DataLoader, func: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         self.dl, self.func = dl, func
-
-    def __len__(self) -> int:
-        return len(self.dl)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.dl:
