@@ -7,7 +7,6 @@ are medians, in brackets the least and the most, and ratios to the first row.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from itertools import pairwise
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from benchmarks.measure import CLOCK, ROOT, Result, described, machine, medians, start
+from benchmarks.measure import ROOT, Result, described, machine, medians, start
 
 EQUAL = "--data.batch_size=64", "--trainer.max_epochs=2"  # as the tutorial
 NO_DASHBOARD = "--dashboard.every_n_epochs=0", "--dashboard.gradient_norm=false"
@@ -25,22 +24,22 @@ SPEED = ("--config", str(ROOT / "configs" / "overlays" / "speed.yaml"))
 QUICK = "tutorial", "stock", "mnist_lit"
 
 
-def script(name: str, model: str, *options: str) -> list[str]:
+def script(name: str, model: str) -> list[str]:
     """A contender in contenders.py."""
-    return ["benchmarks.contenders", name, model, "DATA", "clock.json", "--seed=SEED", *options]
+    return ["benchmarks.contenders", name, model, "DATA", "SEED"]
 
 
 def mnist_lit(config: str, *options: str, root: Path = ROOT) -> list[str]:
     """A command of mnist_lit's, with the clock as one more callback; checkouts do not share their fast copies."""
     data = "--data.dataset=DATA", f"--data.data_dir=data/{root.name}", "--seed_everything=SEED"
-    clock = f"--trainer.callbacks+={json.dumps(CLOCK)}"
-    return ["mnist_lit", "fit", "--config", str(root / "configs" / f"{config}.yaml"), *options, *data, clock]
+    clock = "--trainer.callbacks+=benchmarks.contenders.clock", "--trainer.callbacks.path=clock.json"
+    return ["mnist_lit", "fit", "--config", str(root / "configs" / f"{config}.yaml"), *options, *data, *clock]
 
 
 def epochs(model: str) -> dict[str, list[str]]:
     """Two epochs of one of the tutorial's models. The configs of mnist_lit ask for one thread, too."""
     contenders = {
-        "tutorial": script("tutorial", model, "--threads=1"),
+        "tutorial": script("tutorial", model),
         "stock": script("stock", model),
         "mnist_lit": mnist_lit(model, *EQUAL),
         "mnist_lit, no dashboard": mnist_lit(model, *EQUAL, *NO_DASHBOARD),
@@ -52,7 +51,7 @@ def epochs(model: str) -> dict[str, list[str]]:
 
 
 ACCURACY = {  # to 99 % of the test images
-    "recipe": script("recipe", "cnn", "--epochs=1", "--batch_size=256"),
+    "recipe": script("recipe", "cnn"),
     "fast.yaml": mnist_lit("fast", "--test_after_fit=true"),
     "accurate.yaml": mnist_lit("accurate", "--test_after_fit=true"),
 }

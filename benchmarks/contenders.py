@@ -1,8 +1,8 @@
 """What mnist_lit is compared with, each in a process of its own, and the clock that all of them carry.
 
-``python -m benchmarks.contenders NAME MODEL DATA CLOCK`` trains one of them:
+``python -m benchmarks.contenders NAME MODEL DATA SEED`` trains one of them and leaves its clock in ``clock.json``:
 
-- ``tutorial``: the tutorial's script, from its archive to its last loop, as it stands there;
+- ``tutorial``: the tutorial's script, from its archive to its last loop, as it stands there, with one thread;
 - ``stock``: Lightning as its documentation teaches it: loss and accuracy logged, progress bar,
   TensorBoard, checkpoints;
 - ``recipe``: the network and schedule that are published as the fastest to 99 %.
@@ -12,14 +12,14 @@ mnist_lit itself runs through its own command line and configs, with ``Clock`` a
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import pickle
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +28,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.tutorial.tutorial import WrappedDataLoader, cnn_layers, fit
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback
-
 Pair = tuple[Tensor, Tensor]
+EPOCHS, BATCH = 2, 64  # of the tutorial's models
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Marks:
     """Moments of a run, in seconds since 1970, and the most memory that it took, in bytes."""
 
-    def __init__(self, path: str) -> None:
-        self.path, self.epochs = Path(path), list[float]()
-        self.moments: dict[str, Any] = {"epochs": self.epochs}  # when each began, and when the last ended
+    def __init__(self, path: str = "clock.json") -> None:
+        self.path, self.epochs = Path(path), list[float]()  # when each epoch began, and when the last ended
+        self.moments: dict[str, Any] = {"epochs": self.epochs}
 
     def epoch(self) -> None:
         if torch.cuda.is_available():
@@ -51,7 +50,7 @@ class Marks:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
         self.moments["peak_memory"] = int(peak) * 1024
-        self.path.write_text(json.dumps(self.moments))
+        self.path.write_text(json.dumps(self.moments), encoding="utf-8")
 
 
 class Timed:
@@ -72,17 +71,11 @@ def read(path: str) -> tuple[Pair, ...]:
     return tuple((torch.tensor(x), torch.tensor(y)) for x, y in splits)
 
 
-def network(name: str) -> nn.Module:
-    """The tutorial's two models: rows (B, 784) or images (B, 1, 28, 28) to scores (B, 10)."""
-    if name == "logistic":
-        return nn.Linear(784, 10)
-    return cnn_layers(nn.AdaptiveAvgPool2d(1))
-
-
-def optimizer(args: argparse.Namespace, model: nn.Module) -> optim.Optimizer:
-    """The tutorial's."""
-    lr, momentum = {"logistic": (0.5, 0.0), "cnn": (0.1, 0.9)}[args.model]
-    return optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+def network(name: str) -> tuple[nn.Module, optim.Optimizer]:
+    """The tutorial's two models, rows (B, 784) or images (B, 1, 28, 28) to scores (B, 10), and their optimizers."""
+    model = (nn.Linear(784, 10) if name == "logistic" else cnn_layers(nn.AdaptiveAvgPool2d(1))).to(DEVICE)
+    lr, momentum = (0.5, 0.0) if name == "logistic" else (0.1, 0.9)
+    return model, optim.SGD(model.parameters(), lr=lr, momentum=momentum)
 
 
 def shape(name: str, x: Tensor) -> Tensor:
@@ -90,23 +83,27 @@ def shape(name: str, x: Tensor) -> Tensor:
     return x if name == "logistic" else x.view(-1, 1, 28, 28)
 
 
+def loaders(path: str) -> list[Any]:
+    """Those of training and validation, as the tutorial makes them."""
+    train, valid, *_ = (TensorDataset(*pair) for pair in read(path))
+    return [DataLoader(train, batch_size=BATCH, shuffle=True), DataLoader(valid, batch_size=BATCH * 2)]
+
+
 # ------------------------------------------------------------------------------------------- tutorial
 
 
-def tutorial(args: argparse.Namespace, mark: Marks) -> None:
+def tutorial(name: str, data: str, mark: Marks) -> None:
     """``get_data``, ``get_model``, ``fit``; the device of its last section only where there is a GPU."""
-    train, valid, *_ = read(args.data)
-    dev = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train_dl: Any = DataLoader(TensorDataset(*train), batch_size=args.batch_size, shuffle=True)
-    valid_dl: Any = DataLoader(TensorDataset(*valid), batch_size=args.batch_size * 2)
-    if args.model == "cnn" or dev.type == "cuda":
+    torch.set_num_threads(1)
+    train_dl, valid_dl = loaders(data)
+    if name == "cnn" or DEVICE.type == "cuda":
 
         def preprocess(x: Tensor, y: Tensor) -> Pair:
-            return shape(args.model, x).to(dev), y.to(dev)
+            return shape(name, x).to(DEVICE), y.to(DEVICE)
 
         train_dl, valid_dl = (WrappedDataLoader(dl, preprocess) for dl in (train_dl, valid_dl))
-    model = network(args.model).to(dev)
-    outcome = fit(args.epochs, model, F.cross_entropy, optimizer(args, model), Timed(train_dl, mark), valid_dl)
+    model, opt = network(name)
+    outcome = fit(EPOCHS, model, F.cross_entropy, opt, Timed(train_dl, mark), valid_dl)
     mark.epoch()
     print(outcome.valid_losses)
 
@@ -114,7 +111,7 @@ def tutorial(args: argparse.Namespace, mark: Marks) -> None:
 # ---------------------------------------------------------------------------------------------- stock
 
 
-def stock(args: argparse.Namespace, mark: Marks) -> None:
+def stock(name: str, data: str, mark: Marks) -> None:
     """After https://lightning.ai/docs/pytorch/stable/starter/introduction.html and torchmetrics' page on
     Lightning, https://lightning.ai/docs/torchmetrics/stable/pages/lightning.html.
     """
@@ -125,11 +122,11 @@ def stock(args: argparse.Namespace, mark: Marks) -> None:
     class LitModel(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net = network(args.model)
+            self.net, self.opt = network(name)
             self.train_acc, self.val_acc = MulticlassAccuracy(10), MulticlassAccuracy(10)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.net(shape(args.model, x))
+            return self.net(shape(name, x))
 
         def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
             x, y = batch
@@ -148,23 +145,21 @@ def stock(args: argparse.Namespace, mark: Marks) -> None:
             self.log("val_acc", self.val_acc, prog_bar=True)
 
         def configure_optimizers(self) -> optim.Optimizer:
-            return optimizer(args, self)
+            return self.opt
 
-    train, valid, *_ = read(args.data)
-    trainer = L.Trainer(max_epochs=args.epochs, logger=TensorBoardLogger("."), callbacks=[clock(args.clock, mark)])
-    trainer.fit(
-        LitModel(),
-        DataLoader(TensorDataset(*train), batch_size=args.batch_size, shuffle=True),
-        DataLoader(TensorDataset(*valid), batch_size=args.batch_size * 2),
-    )
+    trainer = L.Trainer(max_epochs=EPOCHS, logger=TensorBoardLogger("."), callbacks=[clock("clock.json", mark)])
+    trainer.fit(LitModel(), *loaders(data))
 
 
 # --------------------------------------------------------------------------------- the recipe for 99 percent
 
 
-def recipe_network() -> nn.Module:
-    """Images (B, 1, 28, 28) to scores (B, 10), after https://github.com/tuomaso/train_mnist_fast."""
-    return nn.Sequential(
+def recipe(_: str, data: str, mark: Marks) -> None:
+    """The one epoch of https://github.com/tuomaso/train_mnist_fast: batches of 256 in the order of the archive, nothing
+    looked at before the test.
+    """
+    (x_train, y_train), _, (x_test, y_test) = ((x.view(-1, 1, 28, 28).to(DEVICE), y.to(DEVICE)) for x, y in read(data))
+    model = nn.Sequential(
         nn.Conv2d(1, 24, 5),  # (B, 24, 24, 24)
         nn.MaxPool2d(2),
         nn.ReLU(),
@@ -175,26 +170,15 @@ def recipe_network() -> nn.Module:
         nn.Linear(800, 256),
         nn.ReLU(),
         nn.Linear(256, 10),
-    )
-
-
-def recipe(args: argparse.Namespace, mark: Marks) -> None:
-    """Batches in the order of the archive, nothing looked at before the test, as published."""
-    dev = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, _, test = ((x.view(-1, 1, 28, 28).to(dev), y.to(dev)) for x, y in read(args.data))
-    (x_train, y_train), (x_test, y_test) = train, test
-    model = recipe_network().to(dev)
-    # Adam with a one-cycle learning rate over all epochs.
+    ).to(DEVICE)
+    batches = list(zip(x_train.split(256), y_train.split(256), strict=True))
     adam = optim.Adam(model.parameters(), lr=1e-2, betas=(0.7, 0.9))
-    steps = args.epochs * -(-len(x_train) // args.batch_size)
-    schedule = optim.lr_scheduler.OneCycleLR(adam, max_lr=1e-2, total_steps=steps, cycle_momentum=False)
-    batches = Timed(list(zip(x_train.split(args.batch_size), y_train.split(args.batch_size), strict=True)), mark)
-    for _ in range(args.epochs):
-        for xb, yb in batches:
-            adam.zero_grad()
-            F.cross_entropy(model(xb), yb).backward()
-            adam.step()
-            schedule.step()
+    schedule = optim.lr_scheduler.OneCycleLR(adam, max_lr=1e-2, total_steps=len(batches), cycle_momentum=False)
+    for xb, yb in Timed(batches, mark):
+        adam.zero_grad()
+        F.cross_entropy(model(xb), yb).backward()
+        adam.step()
+        schedule.step()
     mark.epoch()
     model.eval()
     with torch.no_grad():
@@ -203,7 +187,7 @@ def recipe(args: argparse.Namespace, mark: Marks) -> None:
     print(mark.moments["accuracy"])
 
 
-def clock(path: str, mark: Marks | None = None) -> Callback:
+def clock(path: str, mark: Marks | None = None) -> Any:
     """A callback that takes the marks of a run of Lightning's; configs can name it."""
     from lightning.pytorch.callbacks import LambdaCallback
 
@@ -221,19 +205,8 @@ def clock(path: str, mark: Marks | None = None) -> Callback:
 
 
 if __name__ == "__main__":
-    contenders = {"tutorial": tutorial, "stock": stock, "recipe": recipe}
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=contenders)
-    parser.add_argument("model", choices=["logistic", "cnn"], help="of the tutorial")
-    parser.add_argument("data")
-    parser.add_argument("clock")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
-    torch.set_num_threads(arguments.threads)
-    marks = Marks(arguments.clock)
-    contenders[arguments.name](arguments, marks)
+    contender, model, data, seed = sys.argv[1:]
+    torch.manual_seed(int(seed))
+    marks = Marks()
+    {"tutorial": tutorial, "stock": stock, "recipe": recipe}[contender](model, data, marks)
     marks.save()

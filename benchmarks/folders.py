@@ -19,6 +19,7 @@ from benchmarks.measure import described, machine
 from mnist_lit.engine import ImageDataModule
 
 SIDE = 64  # pixels to which they are brought
+WORKERS = 2
 
 
 def make(path: Path) -> None:
@@ -49,14 +50,11 @@ def main() -> None:
     """Print medians of interleaved repeats: seconds to the first batch and to the last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.folders", description=__doc__)
     parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
+    images, about = parser.parse_args().images, machine()
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    about = machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"
-        names = (f"{index % 10}/{index}.{'jpg' if index % 2 else 'png'}" for index in range(options.images))
+        names = (f"{index % 10}/{index}.{'jpg' if index % 2 else 'png'}" for index in range(images))
         with Pool() as processes:
             processes.map(make, [folder / name for name in names])
 
@@ -68,12 +66,12 @@ def main() -> None:
             return data.train_dataloader()
 
         loaders = {
-            "plain": lambda _: DataLoader(Plain(folder), 64, shuffle=True, num_workers=options.workers),
-            "from files": lambda repeat: ours(repeat, 1e-9, options.workers),
+            "plain": lambda _: DataLoader(Plain(folder), 64, shuffle=True, num_workers=WORKERS),
+            "from files": lambda repeat: ours(repeat, 1e-9, WORKERS),
             "in memory, first start": lambda repeat: ours(repeat, 2.0, 0),
             "in memory, later start": lambda repeat: ours(repeat, 2.0, 0),
         }
-        for repeat in range(options.repeats):
+        for repeat in range(3):
             for name, loader in loaders.items():
                 started = time.perf_counter()
                 ends = [time.perf_counter() - started for _ in loader(repeat)]
@@ -81,7 +79,7 @@ def main() -> None:
     for name, seconds in times.items():
         first, last = (statistics.median(each) for each in zip(*seconds, strict=True))
         print(f"{name:24} first batch {first:6.2f} s, epoch {last:6.2f} s")
-    print(f"{options.images:,} images, {options.workers} workers; {described(about)}")
+    print(f"{images:,} images, {WORKERS} workers; {described(about)}")
 
 
 if __name__ == "__main__":

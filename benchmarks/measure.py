@@ -19,7 +19,6 @@ import torch
 from mnist_lit.engine.threads import available_cpus
 
 ROOT = Path(__file__).parents[1]
-CLOCK = {"class_path": "benchmarks.contenders.clock", "init_args": {"path": "clock.json"}}  # a callback of mnist_lit's
 Result = dict[str, float]
 
 

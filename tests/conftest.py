@@ -82,12 +82,6 @@ def cli(cli_in: Run, tmp_path: Path) -> Run:
 
 
 @pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder whose fast copy of the digits is made once for all tests."""
-    return tmp_path_factory.mktemp("digits")
-
-
-@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset file of 1,000 / 300 / 300 digits: trains in a second and has shorter last batches."""
     from mnist_lit.datasets.digits import make_digits

@@ -32,10 +32,10 @@ def test_server_has_scalars_images_charts_and_hparams(cli: Run, small: Path, tmp
     cli("fit", *common)
     cli("test", *common, "--ckpt_path", RUN / "checkpoints" / "best.ckpt")
     with tensorboard(tmp_path / "lightning_logs", runs=2) as address:
-        assert_server_has_all(f"{address}/data/plugin")
+        assert_served(f"{address}/data/plugin")
 
 
-def assert_server_has_all(plugins: str) -> None:
+def assert_served(plugins: str) -> None:
     def get(path: str, **parameters: Any) -> Any:
         response = requests.get(f"{plugins}/{path}", params=parameters, timeout=30)
         response.raise_for_status()
@@ -48,11 +48,6 @@ def assert_server_has_all(plugins: str) -> None:
     expected = {"train/loss", "train/acc", "train/loss_epoch", "train/acc_epoch", "val/loss", "val/acc"}
     expected |= {"train/lr", "train/gradient_norm", *(f"val_acc_of_class/{digit}" for digit in range(10))}
     assert expected <= scalars.keys()
-    learning_rates = get("scalars/scalars", run="version_0", tag="train/lr")
-    assert [(step, value) for _, step, value in learning_rates] == [
-        (step, pytest.approx(0.1)) for step in range(3, 32, 4)
-    ]
-
     images = get("images/tags")
     assert {"train/samples", "val/confusion_matrix", "val/mistakes"} == images["version_0"].keys()
     assert {"test/confusion_matrix", "test/mistakes"} == images["version_1"].keys()
@@ -67,13 +62,8 @@ def assert_server_has_all(plugins: str) -> None:
     experiment = post("hparams/experiment", experimentName="")
     assert {"lr", "momentum", "batch_size"} <= {info["name"] for info in experiment["hparamInfos"]}
     assert {"val/loss", "val/acc"} <= {info["name"]["tag"] for info in experiment["metricInfos"]}
-    groups = post(
-        "hparams/session_groups",
-        allowedStatuses=["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
-        colParams=[{"metric": {"tag": "val/loss"}, "order": "ORDER_ASC"}],
-        startIndex=0,
-        sliceSize=10,
-    )
+    asked = {"allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]}
+    groups = post("hparams/session_groups", **asked, colParams=[], startIndex=0, sliceSize=10)
     found = {value["name"]["tag"]: value["value"] for value in groups["sessionGroups"][0]["metricValues"]}
     losses = get("scalars/scalars", run="version_0", tag="val/loss")
     assert found["val/loss"] == pytest.approx(losses[-1][2])
@@ -150,12 +140,3 @@ def test_confusion_matrix_is_shaded_by_the_share_of_its_row() -> None:
     corners = sheet[margin + 5 :: cell, margin + 5 :: cell]  # where no number is
     roots = np.sqrt([[0.75, 0.25, 0], [0, 0, 0], [0.01, 0, 0.99]])
     assert corners.tolist() == np.round(255 * (1 - roots)).tolist()
-
-
-def test_contact_sheet_shows_every_image_in_its_colour() -> None:
-    sheet = contact_sheet(torch.zeros(12, 1, 28, 28, dtype=torch.uint8), ["7"] * 12, columns=5)
-    assert sheet.size == (420, 300)
-    images = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
-    images[0, 0], images[1, 2] = 255, 200
-    colours = np.asarray(contact_sheet(images, ["red", "blue"]))
-    assert colours[40, [42, 84 + 42]].tolist() == [[255, 0, 0], [0, 0, 200]]
