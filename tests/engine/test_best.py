@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,17 @@ from interrupt import signal_at
 
 FIT = ("fit", "--config", CONFIGS / "logistic.yaml", "--model.lr=2", "--trainer.max_epochs=5")
 FIT += ("--trainer.log_every_n_steps=4", "--dashboard.every_n_epochs=0")
+MORE = product(("val/acc", "val/loss"), ("auto", "max"), (1, 3), (None, "my/{step}"), ("whole", "resumed", "moved"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("monitor", "mode", "k", "name", "how"),
     [
-        pytest.param("val/acc", "auto", 1, None, "resumed", marks=pytest.mark.slow),
-        *(
-            pytest.param(monitor, mode, k, name, how, marks=[pytest.mark.slow, *also])
-            for monitor, mode in (("val/acc", "auto"), ("val/acc", "max"), ("val/loss", "auto"), ("val/loss", "max"))
-            for k, name in ((1, None), (3, None), (2, "{epoch}-{val/loss:.3f}"), (1, "my/{step}"))
-            for how in ("whole", "resumed", "moved")
-            for also in ([] if mode == "auto" and how == "moved" and k > 1 else [pytest.mark.matrix],)
-        ),
+        ("val/acc", "auto", 1, None, "resumed"),
+        ("val/acc", "auto", 3, None, "moved"),
+        ("val/loss", "auto", 2, "{epoch}-{val/loss:.3f}", "moved"),
+        *(pytest.param(*case, marks=pytest.mark.matrix) for case in MORE),
     ],
 )
 def test_best_is_the_best(

@@ -81,7 +81,7 @@ BY_OVERLAY = {
         lambda run: run.last["global_step"] == 100 and run.values("train/loss_epoch")[-1] < 0.01,
     ),
     "debug": ("fast", "", lambda run: "using 3 batch(es)" in run.stderr and not run.folder.exists()),
-    "profile": ("cnn", "", lambda run: re.search(r"Strategy\]SingleDeviceStrategy.backward\s+\|", run.stderr)),
+    "profile": ("cnn", "", lambda run: "SingleDeviceStrategy.backward" in run.stderr),
     "early_stopping": ("logistic", "--model.lr=2", stops_after_three_epochs_without_gain),
     "cosine": ("logistic", "", ends_at_zero),
     "plateau": (

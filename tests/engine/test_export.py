@@ -19,12 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mnist_lit import CNN, FastCNN, Logistic
+from mnist_lit import FastCNN
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.export import Trainer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
-onnx = pytest.importorskip("onnx", reason="needs the extra [export]")
 
 BEST = Path("lightning_logs/version_0/checkpoints/best.ckpt")
 
@@ -96,16 +95,15 @@ def test_what_cannot_be_exported_is_one_message_and_leaves_no_file(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [CNN, FastCNN, Logistic])
-def test_file_agrees_with_the_checkpoint(cli: Run, small: Path, tmp_path: Path, kind: type[LightningModule]) -> None:
-    config = CONFIGS / f"{kind.__name__.lower().replace('cnn', '') or 'cnn'}.yaml"
+def test_file_agrees_with_the_checkpoint(cli: Run, small: Path, tmp_path: Path) -> None:
+    """Every other config of a model is exported in ``tests/project``."""
     names = "zero one two three four five six seven eight nine".split()
     classes = f"--data.class_names=[{', '.join(names)}]"
-    cli("fit", "--config", config, "--data.dataset", small, classes, "--trainer.max_epochs=1")
-    model = kind.load_from_checkpoint(tmp_path / BEST, weights_only=True).eval()
+    cli("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset", small, classes, "--trainer.max_epochs=1")
+    model = FastCNN.load_from_checkpoint(tmp_path / BEST, weights_only=True).eval()
     with np.load(small) as arrays:
         images = torch.from_numpy(arrays["x_test"])[:, None]
-    for format in ("onnx", "pt2") if kind is FastCNN else ("onnx",):
+    for format in ("onnx", "pt2"):
         path = BEST.with_suffix(f".{format}")
         printed = cli("export", "--ckpt_path", BEST, "--format", format).stdout  # with the config.yaml of the run
         assert f"Wrote {path}, which takes batches of images (1, 28, 28); " in printed
@@ -116,10 +114,9 @@ def test_file_agrees_with_the_checkpoint(cli: Run, small: Path, tmp_path: Path, 
             torch.testing.assert_close(predict(batch), expected, rtol=0, atol=1e-5)
         assert metadata["classes"] == names
         assert metadata["dataset"] == str(small)
-        assert metadata["global_step"] == (4 if kind is FastCNN else 16)
+        assert metadata["global_step"] == 4
         assert metadata["versions"]["torch"] == torch.__version__
     assert not list((tmp_path / BEST).parent.glob(".part*"))
-    onnx.checker.check_model(tmp_path / BEST.with_suffix(".onnx"), full_check=True)
 
     example = re.search(r"```python\n(.*?onnxruntime.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert example is not None

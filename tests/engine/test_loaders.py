@@ -56,7 +56,7 @@ class Model(LightningModule):
         self.net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
         self.mean, self.loader = MeanMetric(), loader
         self.seen: list[list[int]] = []
-        self.kept = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        self.generator = torch.Generator().manual_seed(3)
 
     def train_dataloader(self) -> Any:
         return self.loader(self)
@@ -145,19 +145,16 @@ def loader(**options: Any) -> Callable[[Model], DataLoader]:
     return lambda model: DataLoader(Numbered(), **{"batch_size": BATCH, **options})
 
 
-WEIGHTS = torch.arange(N).float()
 TENSORS = TensorDataset(torch.arange(3.0 * N).reshape(N, 3) / N, torch.arange(N))
 BATCHES = TensorDataset(*(tensor.unflatten(0, (-1, BATCH)) for tensor in TENSORS.tensors))  # whole ones, by one index
 LOADERS: dict[str, Callable[[Model], Any]] = {
     "shuffle": loader(shuffle=True),
-    "in order": loader(),
-    "own generator": lambda model: loader(shuffle=True, generator=model.kept[0])(model),
-    "weighted": loader(sampler=WeightedRandomSampler(WEIGHTS, N)),
-    "replacement": lambda model: loader(sampler=RandomSampler(range(N), True, N, model.kept[0]))(model),
+    "own generator": lambda model: loader(shuffle=True, generator=model.generator)(model),
+    "weighted": loader(sampler=WeightedRandomSampler(torch.arange(N).float(), N)),
     "batch sampler": loader(batch_size=1, batch_sampler=BatchSampler(RandomSampler(range(N)), BATCH, True)),
     "whole batches": lambda model: DataLoader(BATCHES, batch_size=None, shuffle=True),
     "of the engine": lambda model: train_dataloader(TENSORS, BATCH, seed=5),
-    "two": lambda model: [loader(shuffle=True)(model), loader(shuffle=True, generator=model.kept[1])(model)],
+    "two": lambda model: [loader(shuffle=True)(model), loader(shuffle=True, generator=model.generator)(model)],
     "two of other lengths": lambda model: CombinedLoader(
         {"a": loader(shuffle=True)(model), "b": DataLoader(Numbered(), 16, shuffle=True)}, "max_size_cycle"
     ),

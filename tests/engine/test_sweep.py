@@ -48,8 +48,7 @@ def trials(folder: Path, study: str = "sweep") -> list[optuna.trial.FrozenTrial]
 def test_killed_sweep_goes_on_and_leaves_runs_the_best_config_and_plots(
     cli: Run, arguments: tuple, tmp_path: Path
 ) -> None:
-    kill = {"signum": "SIGKILL", "hook": "on_train_batch_end", "step": 8, "run": "sweep-1"}
-    killed = ("--trainer.callbacks+=interrupt.SignalAt", *(f"--trainer.callbacks.{k}={v}" for k, v in kill.items()))
+    killed = signal_at("SIGKILL", "on_train_batch_end", 8, run="sweep-1")
     assert cli(*arguments, "--trials=2", *killed, ok=False).returncode == -signal.SIGKILL
     assert (tmp_path / "lightning_logs" / "sweep-1" / "config.yaml").exists()
     for number in (2, 2, 3):  # the same command again makes the missing trials
@@ -75,7 +74,7 @@ def test_killed_sweep_goes_on_and_leaves_runs_the_best_config_and_plots(
     assert score.item() == best.value
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.matrix)])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The address of an empty database."""
     if request.param == "sqlite":

@@ -25,14 +25,8 @@ class Chance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 8, 3, 2, 1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Dropout(0.2),
-            nn.Flatten(),
-            nn.Linear(1568, 10),
-        )
+        conv, norm = nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.layers = nn.Sequential(conv, norm, nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(1568, 10))
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
@@ -70,9 +64,9 @@ class SignalAt(Callback):
                 os.kill(os.getpid(), getattr(signal, self.signum))
 
 
-def signal_at(signum: str, hook: str, step: int, rank: int | None = None) -> tuple[str, ...]:
+def signal_at(signum: str, hook: str, step: int, rank: int | None = None, **run: str) -> tuple[str, ...]:
     """The options that put ``SignalAt`` into a run."""
-    settings = {"signum": signum, "hook": hook, "step": step, "rank": rank}
+    settings = {"signum": signum, "hook": hook, "step": step, "rank": rank, **run}
     given = (f"--trainer.callbacks.{key}={value}" for key, value in settings.items() if value is not None)
     return ("--trainer.callbacks+=interrupt.SignalAt", *given)
 
@@ -193,9 +187,6 @@ class NoSync(Callback):
         return (trainer.global_step + steps) // every > trainer.global_step // every
 
     def on_validation_start(self, *_: Any) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-
-    def on_exception(self, *_: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
     def on_train_end(self, *_: Any) -> None:
