@@ -4,8 +4,6 @@ Every run is a process of its own, the contenders take turns, with another seed 
 are medians, in brackets the least and the most, and ratios to the first row.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

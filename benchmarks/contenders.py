@@ -10,8 +10,6 @@
 mnist_lit itself runs through its own command line and configs, with ``Clock`` as one more callback.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import pickle

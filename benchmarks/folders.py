@@ -1,7 +1,5 @@
 """``python -m benchmarks.folders``: reads a folder of images beside a plain ``DataLoader`` with Pillow."""
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

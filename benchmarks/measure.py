@@ -1,7 +1,5 @@
 """Processes that are measured, and what to say of the machine that they ran on."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,29 +1,16 @@
 """What the tests share: the command line as a process, a small dataset, the real archive if there is one."""
 
-from __future__ import annotations
-
-import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from common import ARCHIVE, ENVIRONMENT, Run
-from forks import Forks, start
+from forks import Forks
 
 # Torch is imported where it is needed: the process that only hands out tests starts without it.
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """One server of forks for all processes of the session."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        folder = tempfile.TemporaryDirectory()
-        config.add_cleanup(start(folder.name).communicate)
-        config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
@@ -42,9 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    yield (client := Forks())
-    client.socket.close()
+def forks() -> Forks:
+    return Forks()
 
 
 @pytest.fixture(scope="session")

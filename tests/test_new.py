@@ -1,7 +1,5 @@
 """A new project, made, installed, tested and updated as its owner would."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """best.ckpt is the best, by a reading of the curves that knows nothing of how it is chosen."""
 
-from __future__ import annotations
-
 import os
 import re
 from itertools import product

@@ -1,7 +1,5 @@
 """The overlays in configs/, each on top of a model's config."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

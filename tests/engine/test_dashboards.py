@@ -1,7 +1,5 @@
 """TensorBoard as it is seen: the real server on a run's folder, over HTTP."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One file out of a checkpoint, and what it predicts where mnist_lit is not."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import CONFIGS, ROOT, Run
+from common import BEST, CONFIGS, ROOT, Run
 from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor, nn
@@ -24,8 +22,6 @@ from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.export import Trainer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
-
-BEST = Path("lightning_logs/version_0/checkpoints/best.ckpt")
 
 
 def exported(path: Path) -> tuple[Callable[..., Tensor], dict]:

@@ -1,7 +1,5 @@
 """Transfer learning: networks and weights for other images and classes, and a start with the head alone."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from common import CONFIGS, RUN, Run, assert_one_message, checkpoint
+from common import CONFIGS, LAST, RUN, Run, assert_one_message, checkpoint
 from hostile import Calls
 from my_net import Wide
 from plain import Model, Weights, fit
@@ -17,7 +15,6 @@ from torch import nn
 
 from mnist_lit.engine import FineTuning, adapt
 
-LAST = RUN / "checkpoints" / "last.ckpt"
 QUICK = (
     *("--dashboard.every_n_epochs=0", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=4"),
     *("--data.batch_size=64", "--last_checkpoint.every_n_train_steps=5"),

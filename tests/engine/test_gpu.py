@@ -1,7 +1,5 @@
 """On a GPU: no step waits for it, and compiled models train, test and resume."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

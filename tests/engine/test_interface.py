@@ -1,7 +1,5 @@
 """The public interface: complete, documented, and the only thing that is imported from the engine."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

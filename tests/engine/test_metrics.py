@@ -1,7 +1,5 @@
 """The means that are logged are those of what was trained on."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,15 +34,9 @@ def mean(batches: list[Batch]) -> tuple[float, float]:
     return loss, sum(correct for _, _, correct in batches) / samples
 
 
-def optimizer_steps(epoch: list[Batch], accumulate: int) -> list[list[Batch]]:
-    """The batches of each step; the last step of an epoch takes what is left."""
-    return [epoch[start : start + accumulate] for start in range(0, len(epoch), accumulate)]
-
-
 def since_last_log(steps: list[list[Batch]], every: int) -> dict[int, list[Batch]]:
     """The batches between two logs, by the step at which they are logged, counted from 0."""
-    ends = range(every, len(steps) + 1, every)
-    return {end - 1: sum(steps[end - every : end], []) for end in ends}
+    return {end - 1: sum(steps[end - every : end], []) for end in range(every, len(steps) + 1, every)}
 
 
 def assert_logged(
@@ -72,10 +64,10 @@ def test_logged_means_are_over_all_batches_since_the_last_log(
     sizes = [64] * 15 + [40] if processes == 1 else [64] * 7 + [52]
     assert all([[size for size, _, _ in epoch] for epoch in of_one] == [sizes] * 2 for of_one in epochs)
     assert len({json.dumps(of_one) for of_one in epochs}) == processes
-    steps = []  # per epoch, with the batches of all processes
+    steps = []  # per epoch the batches of all processes by step, of which the last takes what is left
     for each in zip(*epochs, strict=True):
-        parts = zip(*(optimizer_steps(epoch, accumulate) for epoch in each), strict=True)
-        steps.append([sum(step, []) for step in parts])
+        starts = range(0, len(sizes), accumulate)
+        steps.append([sum((epoch[start : start + accumulate] for epoch in each), []) for start in starts])
     found = curves(tmp_path / RUN)
     assert_logged(found, since_last_log(sum(steps, []), every))
     ends = [len(steps[0]) * epoch - 1 for epoch in (1, 2)]

@@ -1,7 +1,5 @@
 """What made a run, with how many threads, and how it ended."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -53,11 +51,10 @@ def test_run_tells_what_made_it_and_how_it_ended(cli: Run, small: Path, tmp_path
 
     metrics = json.loads((tmp_path / RUN / "metrics.json").read_text())
     assert metrics["best"]["checkpoint"] == "best.ckpt"
-    tested = cli("test", "--ckpt_path", RUN / "checkpoints" / "best.ckpt")
+    cli("test", "--ckpt_path", RUN / "checkpoints" / "best.ckpt")
     table = json.loads((tmp_path / "lightning_logs" / "version_1" / "metrics.json").read_text())
     for name in ("test/loss", "test/acc"):
         assert name in done.stdout
-        assert str(metrics[name])[:6] in tested.stdout
         assert metrics[name] == table[name]
 
 

@@ -1,7 +1,5 @@
 """Sweeps: killed and gone on with, shared, pruned, and what they leave."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """A real TensorBoard server, and Chromium to draw on the page of ``serve``."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

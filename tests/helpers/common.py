@@ -3,22 +3,17 @@
 Torch is imported where it is needed: the process that only hands out tests starts without it.
 """
 
-from __future__ import annotations
-
 import csv
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 OVERLAYS = CONFIGS / "overlays"
 RUN = Path("lightning_logs/version_0")
+BEST, LAST = (RUN / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
 ARCHIVE = os.environ.get("MNIST_LIT_ARCHIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, each on one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")

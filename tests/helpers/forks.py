@@ -1,70 +1,24 @@
 """Starts mnist_lit again and again and imports it once: every run is a fork, and so a process of its own."""
 
-from __future__ import annotations
-
 import gc
-import json
+import multiprocessing
 import os
-import select
-import signal
-import socket
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from watch import watch
 
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-ADDRESS = "MNIST_LIT_FORKS"  # the environment variable that tells it to all processes of a test session
+PRELOADED = """__main__ forks omegaconf onnxscript torch.onnx._internal.exporter._core mnist_lit.__main__ mnist_lit.data
+mnist_lit.models mnist_lit.engine.cli mnist_lit.engine.sweep mnist_lit.engine.testing""".split()
 
 
-def start(folder: str) -> subprocess.Popen:
-    """The server, which ends with its standard input; clients may connect before it has imported everything."""
-    os.environ[ADDRESS] = f"{folder}/forks"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.environ[ADDRESS])
-        listener.listen()
-        # Whatever is installed, the runs are of this checkout.
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        command, fds = [sys.executable, __file__, str(listener.fileno())], [listener.fileno()]
-        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, pass_fds=fds)
-
-
-def serve(fd: int) -> None:
-    """Serve each client in a fork: per line fork a run, answer with its pid and then with its exit code."""
-    # ruff: noqa: F401, imported here once for all runs
-    with suppress(ImportError):  # extras, of which jsonargparse imports the first in any case
-        import omegaconf
-        import onnxscript
-        import torch.onnx._internal.exporter._core  # takes a second and a half
-
-    from mnist_lit import __main__, data, models
-    from mnist_lit.engine import cli, sweep
-
-    gc.freeze()  # what is imported is neither searched for garbage nor copied by any fork
-    with socket.socket(fileno=fd) as listener:
-        while listener in select.select([listener, sys.stdin], [], [])[0]:
-            client, _ = listener.accept()
-            if os.fork() == 0:
-                break
-            client.close()
-        else:
-            return None
-    with client, client.makefile("rw") as lines:
-        for line in lines:
-            pid = os.fork()
-            if pid == 0:
-                become(**json.loads(line))
-                return __main__.main()
-            print(pid, file=lines, flush=True)
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=lines, flush=True)
-    return None
-
-
-def become(folder: str, arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
-    """What a shell does for a new process."""
+def run(folder: Path, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> None:
+    """What a shell does for a new process, and then the command."""
+    multiprocessing.set_start_method(None, force=True)  # the platform's, and not that of this process
+    gc.freeze()  # what is imported is neither searched for garbage nor copied
     for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, APPEND), (2, errors, APPEND)):
         os.dup2(os.open(path, flags), number)
     os.chdir(folder)
@@ -73,7 +27,10 @@ def become(folder: str, arguments: list[str], environment: dict[str, str], outpu
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = ["mnist_lit", *arguments]
     if watched := environment.get("WATCH"):
-        watch(folder, *watched.split(os.pathsep))
+        watch(str(folder), *watched.split(os.pathsep))
+    from mnist_lit.__main__ import main
+
+    main()
 
 
 def wait_for_the_next_second(folder: Path) -> None:
@@ -88,29 +45,22 @@ def wait_for_the_next_second(folder: Path) -> None:
 
 
 class Forks:
-    """Runs of ``serve``'s, one at a time."""
+    """Runs, one at a time."""
 
     def __init__(self) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(os.environ[ADDRESS])
-        self.lines = self.socket.makefile("rwb", buffering=0)
-        self.pid = 0
+        self.context: Any = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
 
-    def start(self, folder: Path, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> int:
-        """The pid of a run that appends what it prints to two files."""
+    def start(self, folder: Path, *run_of: Any) -> int:
+        """The pid of a run with arguments and environment, that appends what it prints to two files."""
         wait_for_the_next_second(folder)
-        run = {"folder": str(folder), "arguments": arguments, "environment": environment}
-        run |= {"output": str(output), "errors": str(errors)}
-        self.socket.sendall(json.dumps(run).encode() + b"\n")
-        self.pid = int(self.lines.readline())
-        return self.pid
+        self.process = self.context.Process(target=run, args=(folder, *run_of))
+        self.process.start()
+        return self.process.pid
 
     def wait(self) -> int:
         """The exit code of the run, negative for a signal; one that takes longer than ten minutes is killed."""
-        if not select.select([self.socket], [], [], 600)[0]:
-            os.kill(self.pid, signal.SIGKILL)
-        return int(self.lines.readline())
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+        self.process.join(600)
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode

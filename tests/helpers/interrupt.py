@@ -1,7 +1,5 @@
 """What tests put into a run: a network full of chance, a signal at a chosen place, callbacks that look on."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """A model whose predictions are known: it takes every cat for a dog."""
 
-from __future__ import annotations
-
 import plain
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """What somebody has in a folder of their own; nothing of it knows the command line."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule

@@ -1,7 +1,5 @@
 """Modules as people write them who do not know this project: with loaders, layers and names of their own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A module and its data as anybody writes them, for callbacks in a plain ``Trainer``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several labels per image, in batches of both kinds; knows nothing of the engine."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Writes down what a process does outside of its folder: files it changes, secrets it reads, programs it starts."""
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

@@ -1,7 +1,5 @@
 """Folders of images: found, split, decoded, trained on, resumed, predicted and exported, in colour."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import CONFIGS, OVERLAYS, RUN, Run, checkpoint, predictions
+from common import BEST, CONFIGS, OVERLAYS, RUN, Run, checkpoint, predictions
 from interrupt import signal_at
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,7 +25,6 @@ FIT = (
     *("fit", "--config", CONFIGS / "fast.yaml", "--data.dataset=pets", "--data.image_size=32"),
     *("--data.batch_size=64", "--trainer.max_epochs=3"),
 )
-BEST = RUN / "checkpoints" / "best.ckpt"
 
 
 def make_pets(folder: Path, n: int = 60, size: tuple[int, int] | None = None) -> Path:

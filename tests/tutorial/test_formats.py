@@ -1,14 +1,12 @@
 """Arrays as people have them: decoded, trained on, tested, predicted and resumed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from common import CONFIGS, OVERLAYS, RUN, Run, checkpoint, predictions
+from common import BEST, CONFIGS, OVERLAYS, Run, checkpoint, predictions
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import Subset, TensorDataset, random_split
@@ -18,7 +16,6 @@ from mnist_lit.engine import ImageDataModule, UserError, eval_dataloader, train_
 from mnist_lit.transforms import MixUp
 
 FIT = ("fit", "--config", CONFIGS / "cnn.yaml", "--trainer.max_steps=10", "--dashboard.every_n_epochs=0")
-BEST = RUN / "checkpoints" / "best.ckpt"
 CLASSES = np.arange(400) % 4
 RANDOM = np.random.default_rng(0)
 BYTES = RANDOM.integers(0, 256, (400, 12, 12)).astype(np.uint8)

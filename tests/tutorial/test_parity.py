@@ -4,8 +4,6 @@ Each rung of ``tutorial.py`` trains from the weights and on the batches of a run
 compared with the rung below it; the last rung is that run.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache

@@ -1,7 +1,5 @@
 """Photos of digits: what the light, the paper and the table do to a picture changes nothing about the digit."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

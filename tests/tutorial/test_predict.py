@@ -1,7 +1,5 @@
 """Image files of digits: brought into the form of the training data, predicted, written down; broken ones are named."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,9 +36,8 @@ VARIANTS: dict[str, tuple[Callable[[np.ndarray], Image.Image], str]] = {
     "16 bits": (lambda pixels: Image.fromarray(pixels.astype(np.uint16) * 257), "png"),
     "shifted": (lambda pixels: Image.fromarray(np.pad(pixels, ((9, 1), (0, 12)))), "png"),
     "rgb": (lambda pixels: Image.fromarray(pixels).convert("RGB"), "bmp"),
-    "on paper": (on_paper, "png"),
+    "on paper": (on_paper, "webp"),
     "jpeg": (lambda pixels: Image.fromarray(255 - np.asarray(on_paper(pixels))), "jpg"),
-    "webp": (on_paper, "webp"),
 }
 
 

@@ -1,7 +1,5 @@
 """The figures that the README promises, on the real data, through the command line."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ on the same batches in the same order, and refactors the rung before it as the t
 here knows of Lightning or of mnist_lit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
