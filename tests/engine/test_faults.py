@@ -86,7 +86,7 @@ def test_corrupted_checkpoints_never_run_and_are_named(saved: Path, tmp_path: Pa
     whole, chance = saved.read_bytes(), random.Random(1)
     original, marker, path = checkpoint(saved), tmp_path / "executed", tmp_path / "bad.ckpt"
     bad = hostile_checkpoints(whole, marker)
-    for number in range(165):
+    for number in range(174):
         place, source, damaged = chance.randrange(len(whole)), chance.randrange(len(whole)), bytearray(whole)
         if number % 3 == 0:
             del damaged[place:]
