@@ -153,7 +153,7 @@ class Checkpoint:
             type(trainer.fit_loop)(trainer).load_state_dict(loops)
             epochs = loops["epoch_progress"]["current"]["processed"]
             stopped = [
-                int(state["wait_count"]) >= int(state["patience"])
+                int(state["wait_count"]) >= max(int(state["patience"]), 1)
                 for key, state in self.content.get("callbacks", {}).items()
                 if trainer.early_stopping_callbacks and key.startswith("EarlyStopping")
             ]
@@ -161,7 +161,8 @@ class Checkpoint:
             return "raise --trainer.max_steps"
         if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
             return "raise --trainer.max_epochs"
-        return "it was stopped early, so leave out EarlyStopping" if any(stopped) else ""
+        early = any(stopped) and epochs >= (trainer.min_epochs or 0) and self.step >= (trainer.min_steps or 0)
+        return "it was stopped early, so leave out EarlyStopping" if early else ""
 
     def check(self, model: LightningModule) -> None:
         """Compare the weights with a model's.

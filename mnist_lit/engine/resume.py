@@ -8,7 +8,13 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mnist_lit.engine.checkpoint import Checkpoint, same_kinds
@@ -20,6 +26,13 @@ from mnist_lit.engine.run import as_list
 RESTORED = ("seed_everything", "model", "optimizer", "lr_scheduler", "monitor", "mode", "best_checkpoint", "init_from")
 # Keys in a scheduler's state dict for its end.
 HORIZONS = ("total_steps", "T_max", "T_0", "total_iters", "milestones", "_milestones", "total_size")
+# Callbacks that Lightning does not restore exactly, with what it does.
+INEXACT = {
+    StochasticWeightAveraging: "its average and schedule are restored in part; use EMAWeightAveraging",
+    ModelPruning: "its masks are not restored; train in one piece",
+    LearningRateFinder: "the run would start over; leave it out, the checkpoint has the learning rate",
+    BatchSizeFinder: "the run would start over; leave it out, and give the batch size that it found",
+}
 ANOTHER_WAY = "it resumes, but the last bits of its results may differ from those of the uninterrupted run"
 
 
@@ -83,7 +96,7 @@ class ResumeGuard(Callback):
     """Refuse to resume with a schedule of another length, and warn about another engine.
 
     Raises:
-        UserError: for such a schedule, or for weight averaging that Lightning does not restore exactly.
+        UserError: for such a schedule, or for a callback that Lightning does not restore exactly.
     """
 
     def __init__(self) -> None:
@@ -95,6 +108,9 @@ class ResumeGuard(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
+        for callback in trainer.callbacks if trainer.ckpt_path else ():  # type: ignore[attr-defined]
+            if advice := INEXACT.get(type(callback)):
+                raise UserError(f"{type(callback).__name__} cannot be resumed exactly: {advice}")
         theirs, ours = checkpoint.get("engine"), engine_version()
         if theirs != ours:
             rank_zero_warn(f"the checkpoint was written by {theirs}, this is {ours}: {ANOTHER_WAY}")
@@ -102,12 +118,6 @@ class ResumeGuard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the schedules, which exist by now and are not restored yet."""
-        averages = any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if trainer.ckpt_path and averages:
-            raise UserError(
-                "StochasticWeightAveraging cannot be resumed exactly, its average and schedule are restored in part; "
-                "train in one piece, or use EMAWeightAveraging"
-            )
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         ours = [[each.state_dict() for each in made] for made in (trainer.optimizers, schedulers)]
         for (name, states), fresh in zip(self._states.items(), ours, strict=False):

@@ -11,7 +11,14 @@ import pytest
 import torch
 from common import assert_same
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from plain import Model, Weights, fit, noise
@@ -19,6 +26,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lit.engine import (
     BestCheckpoint,
+    Checkpoint,
     Dashboard,
     LastCheckpoint,
     Metrics,
@@ -31,6 +39,7 @@ from mnist_lit.engine import (
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.overhead import LessOverhead
 from mnist_lit.engine.progress import ProgressBar
+from mnist_lit.engine.resume import ResumeGuard
 
 # ------------------------------------------------------------------------------------------------- divergence
 
@@ -62,6 +71,52 @@ def test_validation_that_is_not_finite_warns(tmp_path: Path) -> None:
         fit(Broken(), tmp_path, BestCheckpoint(dirpath=tmp_path), enable_checkpointing=True)
     texts = [str(each.message) for each in warned if "nan" in str(each.message)]
     assert texts == [f"val_loss is nan after step {step}: it cannot be the best" for step in (4, 8)]
+
+
+# --------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        StochasticWeightAveraging(0.1),
+        ModelPruning("l1_unstructured"),
+        LearningRateFinder(num_training_steps=2),
+        BatchSizeFinder(max_trials=1),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_run_with_a_callback_that_is_not_restored_is_not_resumed(tmp_path: Path, callback: Callback) -> None:
+    class Loads(Model):
+        batch_size = 10  # for the finder, which takes no loaders from elsewhere
+
+        def train_dataloader(self) -> Any:
+            return noise(40, self.batch_size)
+
+    fit(Model(), tmp_path).save_checkpoint(tmp_path / "last.ckpt")
+    trainer = Trainer(max_epochs=3, accelerator="cpu", callbacks=[callback, ResumeGuard()], default_root_dir=tmp_path)
+    with pytest.raises(UserError, match=f"{type(callback).__name__} cannot be resumed exactly"):
+        trainer.fit(Loads(), ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("improves", "patience", "min_epochs", "early"),
+    [(False, 0, None, True), (True, 0, None, False), (False, 1, None, True), (False, 1, 4, False)],
+)
+def test_run_that_was_stopped_early_is_finished(
+    tmp_path: Path, improves: bool, patience: int, min_epochs: int | None, early: bool
+) -> None:
+    """One whose metric still improves is not, nor is one that has epochs left to train in any case."""
+
+    class Scored(Model):
+        def validation_step(self, batch: list[Any], batch_idx: int) -> None:
+            self.log("score", -float(self.current_epoch) if improves else 1.0)
+
+    stop = EarlyStopping("score", patience=patience)
+    fit(Scored(), tmp_path, stop, num_sanity_val_steps=0).save_checkpoint(tmp_path / "last.ckpt")
+    longer = Trainer(max_epochs=5, min_epochs=min_epochs, accelerator="cpu", callbacks=[stop], logger=False)
+    assert bool(Checkpoint.read(tmp_path / "last.ckpt").finished(longer)) == early
 
 
 # --------------------------------------------------------------------------------------------------- the rest
