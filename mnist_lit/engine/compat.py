@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from torchmetrics import Metric
 
 # Hooks of every step.
 STEP_HOOKS = """on_train_batch_start on_before_zero_grad on_before_backward on_after_backward on_before_optimizer_step
@@ -83,3 +84,16 @@ def epoch_sums(trainer: Trainer, add: dict[str, Any] | None = None) -> dict[str,
             extreme = result.meta.is_max_reduction or result.meta.is_min_reduction
             setattr(result, name, result.meta.reduce_fx(ours, value) if extreme else ours + value)
     return {key: value for key, value in add.items() if key not in sums}
+
+
+def epoch_metrics(trainer: Trainer) -> list[Metric]:
+    """The metrics that the training epoch has logged and resets at its end; see ``epoch_sums`` on ``_results``."""
+    return [result.value for result in trainer.fit_loop.epoch_loop._results.values() if not result.is_tensor]
+
+
+def set_update_count(metric: Metric, count: int) -> None:
+    """Set the number of updates, by which torchmetrics weighs what it has and knows whether there is anything.
+
+    torchmetrics 1.9 only has a getter for it. If a later version renames it, means of resumed epochs differ.
+    """
+    metric._update_count = count

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torchmetrics import Metric
 
-from mnist_lit.engine.compat import epoch_sums, wrap_training_loaders
+from mnist_lit.engine.compat import epoch_metrics, epoch_sums, set_update_count, wrap_training_loaders
 from mnist_lit.engine.errors import UserError, explain_damage
 
 
@@ -160,6 +160,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}  # this process's part of the checkpoint
         self._sums: dict[str, Any] = {}
+        self._metrics: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -167,11 +168,15 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._add_sums(trainer)
+        metrics = [(name, metric) for name, metric in _metrics(pl_module) if metric.update_called]
+        reset = [*map(id, epoch_metrics(trainer))]
         state = {
             "random": random_state(),
             "loaders": [each.state_dict() for each in _loaders(trainer) if hasattr(each, "state_dict")],
             "sums": {**self._sums, **epoch_sums(trainer)},
-            "metrics": {name: metric.metric_state for name, metric in _metrics(pl_module) if metric.update_called},
+            "metrics": {name: metric.metric_state for name, metric in metrics},
+            "updates": {name: metric.update_count for name, metric in metrics},
+            "reset": [name for name, metric in metrics if id(metric) in reset],
         }
         states = [state] * trainer.world_size
         if torch.distributed.is_initialized():
@@ -199,26 +204,46 @@ class ExactResume(Callback):
         stateful = [loader for loader in loaders if hasattr(loader, "load_state_dict")]
         for loader, position in zip(stateful, state.get("loaders", []), strict=False):
             loader.load_state_dict(position)
-        if "random" in state:  # not before, because data that a loader draws has to be that of the first start
-            with explain_damage(trainer.ckpt_path):
+        ends = not trainer.fit_loop.restarted_mid_epoch
+        self._sums = {} if ends else state.get("sums", {})
+        with explain_damage(trainer.ckpt_path):
+            if "random" in state:  # not before, because data that a loader draws has to be that of the first start
                 set_random_state(state["random"])
-        if trainer.fit_loop.restarted_mid_epoch:
-            self._sums = state.get("sums", {})
-            for name, metric in _metrics(pl_module):
-                for key, value in state.get("metrics", {}).get(name, {}).items():
-                    setattr(metric, key, _to(value, metric.device))
+            metrics = state.get("metrics", {})
+            updates, reset = state.get("updates", {}), state.get("reset", metrics)  # not in older checkpoints
+            kept = {name: values for name, values in metrics.items() if not (ends and name in reset)}
+            self._metrics = {name: (values, updates.get(name, 1)) for name, values in kept.items()}
         if len(stateful) < len(loaders):
             rank_zero_warn(
                 "the training loader has no state_dict and no map-style dataset: a run that is stopped within an epoch "
                 "resumes with its weights, and with the loader's first batches"
             )
 
+    # The first hooks after the module's own on_train_start, which may reset its metrics.
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._restore_metrics(trainer, pl_module)
         self._add_sums(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_metrics(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_metrics(trainer, pl_module)
         self._add_sums(trainer)
         self._sums = {}
+
+    def _restore_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._metrics:
+            return
+        with explain_damage(trainer.ckpt_path):
+            for name, metric in _metrics(pl_module):
+                if name in self._metrics:
+                    values, updates = self._metrics[name]
+                    for key, value in values.items():
+                        setattr(metric, key, _to(value, metric.device))
+                    set_update_count(metric, updates)
+        self._metrics = {}
 
     def _add_sums(self, trainer: Trainer) -> None:
         """Add the sums from the checkpoint to the values, each as soon as it has been logged again."""

@@ -26,7 +26,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
-from torchmetrics import MeanMetric
+from torchmetrics import MaxMetric, MeanMetric, Metric
 
 from mnist_lit.engine import default_callbacks, train_dataloader
 
@@ -44,8 +44,24 @@ class Numbered(Dataset):
         return torch.full((3,), index / N) + 0.01 * torch.randn(3) + 0.01 * random.random(), index
 
 
+class Average(Metric):
+    """Weighs its state by the number of updates."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("value", torch.zeros(()), "mean")
+
+    def update(self, value: Tensor) -> None:
+        self.value = value
+
+    def compute(self) -> Tensor:
+        return self.value
+
+
 class Model(LightningModule):
-    """Draws random numbers, logs means of its own, and has a schedule as long as the run.
+    """Draws random numbers, logs means of its own, keeps the largest, and has a schedule as long as the run.
 
     Args:
         loader: makes its training loader.
@@ -54,7 +70,7 @@ class Model(LightningModule):
     def __init__(self, loader: Callable[[Model], Any]) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
-        self.mean, self.loader = MeanMetric(), loader
+        self.mean, self.average, self.best, self.loader = MeanMetric(), Average(), MaxMetric(), loader
         self.seen: list[list[int]] = []
         self.generator = torch.Generator().manual_seed(3)
 
@@ -67,10 +83,19 @@ class Model(LightningModule):
         self.seen.append([int(number) for _, numbers in parts for number in numbers])
         loss = sum((F.mse_loss(self.net(x)[:, 0], x.sum(1)) for x, _ in parts), torch.zeros(()))
         self.mean(loss.detach())
+        self.average(loss.detach())
         self.log_dict({"mean": loss, "size": float(len(parts[0][0]))}, on_step=False, on_epoch=True, batch_size=BATCH)
         self.log("largest", loss, on_step=False, on_epoch=True, reduce_fx="max", batch_size=BATCH)
         self.log("metric", self.mean, on_step=False, on_epoch=True)
+        self.log("average", self.average, on_step=False, on_epoch=True)
         return loss
+
+    def on_train_start(self) -> None:
+        self.best.reset()
+
+    def on_train_epoch_end(self) -> None:
+        self.best(self.mean.compute())
+        self.log("best", self.best.compute())
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.1, 0.9)
@@ -165,6 +190,7 @@ LOADERS: dict[str, Callable[[Model], Any]] = {
 EPOCHS: tuple[dict[str, Any], ...] = {"limit_train_batches": 7}, {"accumulate_grad_batches": 2}
 # Twice within one epoch, the second time in the first step after a resume; and before an epoch's last step.
 CASES = [*((name, {}, (12, 13, 18)) for name in LOADERS), *(("own generator", epoch, (4, 9)) for epoch in EPOCHS)]
+CASES += [("shuffle", {}, (9, 12))]  # between epochs
 QUICK = "shuffle", "batch sampler", "two of other lengths", "with a state", "workers"
 MARKED = [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] not in QUICK)) for case in CASES]
 
