@@ -101,14 +101,19 @@ class ResumeGuard(Callback):
 
     def __init__(self) -> None:
         self._states: dict[str, Any] = {}  # of optimizers and schedulers
+        self._starts = True  # a finder saves a checkpoint before it restores it
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._starts = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._starts = False
         checkpoint["engine"] = engine_version()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
-        for callback in trainer.callbacks if trainer.ckpt_path else ():  # type: ignore[attr-defined]
+        for callback in trainer.callbacks if self._starts else ():  # type: ignore[attr-defined]
             if advice := INEXACT.get(type(callback)):
                 raise UserError(f"{type(callback).__name__} cannot be resumed exactly: {advice}")
         theirs, ours = checkpoint.get("engine"), engine_version()
