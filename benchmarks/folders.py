@@ -1,6 +1,5 @@
 """``python -m benchmarks.folders``: reads a folder of images beside a plain ``DataLoader`` with Pillow."""
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -16,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.measure import described, machine
 from mnist_lit.engine import ImageDataModule
 
+IMAGES, WORKERS = 20_000, 2
 SIDE = 64  # pixels to which they are brought
-WORKERS = 2
 
 
 def make(path: Path) -> None:
@@ -46,13 +45,11 @@ class Plain(Dataset):
 
 def main() -> None:
     """Print medians of interleaved repeats: seconds to the first batch and to the last."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.folders", description=__doc__)
-    parser.add_argument("--images", type=int, default=20_000)
-    images, about = parser.parse_args().images, machine()
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    about = machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"
-        names = (f"{index % 10}/{index}.{'jpg' if index % 2 else 'png'}" for index in range(images))
+        names = (f"{index % 10}/{index}.{'jpg' if index % 2 else 'png'}" for index in range(IMAGES))
         with Pool() as processes:
             processes.map(make, [folder / name for name in names])
 
@@ -77,7 +74,7 @@ def main() -> None:
     for name, seconds in times.items():
         first, last = (statistics.median(each) for each in zip(*seconds, strict=True))
         print(f"{name:24} first batch {first:6.2f} s, epoch {last:6.2f} s")
-    print(f"{images:,} images, {WORKERS} workers; {described(about)}")
+    print(f"{IMAGES:,} images, {WORKERS} workers; {described(about)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from common import ARCHIVE, ENVIRONMENT, Run
-from forks import Forks
+from forks import start, wait
 
 # Torch is imported where it is needed: the process that only hands out tests starts without it.
 
@@ -29,12 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Forks:
-    return Forks()
-
-
-@pytest.fixture(scope="session")
-def cli_in(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Run:
+def cli_in(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """``python -m mnist_lit ...`` in the folder that comes first; it must succeed, or fail if not ``ok``.
 
     It may do either if ``ok`` is None. It is a process of its own in any case. Unless it is a fork of one that has
@@ -50,8 +45,8 @@ def cli_in(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Run:
             output, errors = printed / "output", printed / "errors"
             for path in (output, errors):
                 path.write_text("")
-            forks.start(folder, arguments, environment, output, errors)
-            done = subprocess.CompletedProcess(arguments, forks.wait(), output.read_text(), errors.read_text())
+            code = wait(start(folder, arguments, environment, output, errors))
+            done = subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
         else:
             command = [sys.executable, "-m", "mnist_lit", *arguments]
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
@@ -87,15 +82,9 @@ def digits(small: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def mnist_archive() -> Path:
-    """The real archive, for tests marked ``mnist``."""
-    return Path(ARCHIVE or "").resolve()
-
-
-@pytest.fixture(scope="session")
-def mnist_dir(mnist_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with the real archive in its place, decoded once for all tests."""
+def mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the real archive in its place, decoded once for all tests, for those marked ``mnist``."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "mnist").mkdir()
-    (folder / "mnist" / "mnist.pkl.gz").symlink_to(mnist_archive)
+    (folder / "mnist" / "mnist.pkl.gz").symlink_to(Path(ARCHIVE or "").resolve())
     return folder

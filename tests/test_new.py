@@ -21,13 +21,8 @@ REQUIREMENT = "from mnist_lit.new import requirement; print(requirement())"
 
 
 def shell(command: str, folder: Path, ok: bool = True, **environment: str) -> str:
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command],
-        cwd=folder,
-        env=ENVIRONMENT | environment,
-        capture_output=True,
-        text=True,
-    )
+    line, environment = ["bash", "-euo", "pipefail", "-c", command], ENVIRONMENT | environment
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout
 

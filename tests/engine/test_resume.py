@@ -9,14 +9,14 @@ import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 from common import CONFIGS, ENVIRONMENT, OVERLAYS, RUN, Run, assert_one_message, assert_same, checkpoint, curves
-from forks import Forks
+from forks import start, wait
 from interrupt import signal_at
 from test_execution import assert_same_training
 
@@ -206,20 +206,20 @@ def test_eight_starts_at_once_make_eight_folders(tmp_path: Path) -> None:
 
 
 @slow
-def test_run_that_is_being_trained_is_not_resumed(cli_in: Run, forks: Forks, small: Path, tmp_path: Path) -> None:
+def test_run_that_is_being_trained_is_not_resumed(cli_in: Run, small: Path, tmp_path: Path) -> None:
     """Another process waits for it a while, and then leaves it alone."""
     (tmp_path / "chance.yaml").write_text(CHANCE)
     command = ["fit", "--config=chance.yaml", *COMMON, f"--data.dataset={small}", "--ckpt_path=last"]
     output, last = tmp_path / "output", tmp_path / RUN / "checkpoints" / "last.ckpt"
     pause = signal_at("SIGSTOP", "on_train_batch_end", 8)
-    pid, deadline = forks.start(tmp_path, [*command, *pause], ENVIRONMENT, output, output), time.monotonic() + 60
+    trained, deadline = start(tmp_path, [*command, *pause], ENVIRONMENT, output, output), time.monotonic() + 60
     try:
         while not last.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         refused = cli_in(tmp_path, *command, ok=False, fork=False)
     finally:
-        os.kill(pid, signal.SIGCONT)
-        assert forks.wait() == 0, output.read_text()
+        os.kill(trained.pid, signal.SIGCONT)
+        assert wait(trained) == 0, output.read_text()
     assert_one_message(refused, f"{RUN} is being trained by another process")
     assert checkpoint(last)["global_step"] == 48
 
@@ -231,25 +231,24 @@ DATASETS = {
 
 
 @slow
-def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Path, tmp_path: Path) -> None:
+def test_forty_killed_runs_end_as_the_uninterrupted_one(small: Path, tmp_path: Path) -> None:
     """Killed at random moments, one to three times each; every fourth has to make its dataset first, and three
     of eight are met for the first time in a phase that chance may miss.
     """
     chance = random.Random(1)
 
-    def start(folder: Path, name: str, *arguments: object) -> int:
+    def start_in(folder: Path, name: str, *arguments: object) -> Any:
         folder.mkdir(exist_ok=True)
         (folder / "chance.yaml").write_text(CHANCE)
         data = DATASETS[name] or ("--data.dataset", small)
         settings = ["fit", "--config=chance.yaml", *COMMON, *map(str, data + arguments)]
         settings += ["--last_checkpoint.every_n_train_steps=3", "--trainer.callbacks+=interrupt.Phase"]
-        return forks.start(folder, settings, ENVIRONMENT, folder / "output", folder / "output")
+        return start(folder, settings, ENVIRONMENT, folder / "output", folder / "output")
 
     seconds = {}
     for name in DATASETS:
         started = time.monotonic()
-        start(tmp_path / name, name)
-        assert forks.wait() == 0, (tmp_path / name / "output").read_text()
+        assert wait(start_in(tmp_path / name, name)) == 0, (tmp_path / name / "output").read_text()
         seconds[name] = time.monotonic() - started
 
     kills: Counter[str] = Counter()
@@ -257,7 +256,7 @@ def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Pat
         name, folder, attempt = "small" if i % 4 else "digits", tmp_path / f"killed-{i}", 0
         phase, met = folder / "phase", {1: "data", 2: "training", 3: "validation"}.get(i % 8)
         while True:
-            pid = start(folder, name, "--ckpt_path=last")
+            process = start_in(folder, name, "--ckpt_path=last")
             if attempt < 3 and (attempt == 0 or chance.random() < 0.5):
                 deadline = time.monotonic() + 10
                 if attempt == 0 and met:
@@ -265,9 +264,8 @@ def test_forty_killed_runs_end_as_the_uninterrupted_one(forks: Forks, small: Pat
                         time.sleep(0.001)
                 else:
                     time.sleep(chance.uniform(0, 0.9 * seconds[name]))
-                with suppress(ProcessLookupError):  # it may be done already
-                    os.kill(pid, signal.SIGKILL)
-            code = forks.wait()
+                process.kill()  # it may be done already
+            code = wait(process)
             if code == 0 and attempt == 0:  # the machine has become faster
                 seconds[name] *= 0.8
                 shutil.rmtree(folder)

@@ -127,16 +127,11 @@ def test_hopeless_trial_is_pruned_after_an_epoch(cli: Run, arguments: tuple, tmp
     folder = tmp_path / "lightning_logs" / "sweep"
     folder.mkdir(parents=True)
     study = optuna.create_study(storage=f"sqlite:///{folder}/study.db", study_name="sweep")
+    lr, old = "model.init_args.lr", {"run": "lightning_logs/old", "config": "model: Logistic\n"}
+    tried = {"params": {lr: 0.5}, "distributions": {lr: optuna.distributions.FloatDistribution(0.1, 1.0)}}
     for _ in range(5):
-        study.add_trial(
-            optuna.create_trial(
-                value=1e-6,
-                intermediate_values={0: 1e-6, 1: 1e-6},
-                params={"model.init_args.lr": 0.5},
-                distributions={"model.init_args.lr": optuna.distributions.FloatDistribution(0.1, 1.0)},
-                user_attrs={"run": "lightning_logs/old", "config": "model: Logistic\n"},
-            )
-        )
+        values = {"value": 1e-6, "intermediate_values": {0: 1e-6, 1: 1e-6}}
+        study.add_trial(optuna.create_trial(**values, **tried, user_attrs=old))
     (tmp_path / "space.yaml").write_text("model.init_args.lr: {low: 0.1, high: 1.0}")
     cli(*arguments, "--trials=6")
     assert [trial.state.name for trial in trials(tmp_path)] == ["COMPLETE"] * 5 + ["PRUNED"]

@@ -13,6 +13,8 @@ from watch import watch
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 PRELOADED = """__main__ forks omegaconf onnxscript torch.onnx._internal.exporter._core mnist_lit.__main__ mnist_lit.data
 mnist_lit.models mnist_lit.engine.cli mnist_lit.engine.sweep mnist_lit.engine.testing""".split()
+CONTEXT: Any = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def run(folder: Path, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> None:
@@ -44,23 +46,17 @@ def wait_for_the_next_second(folder: Path) -> None:
         time.sleep(0.01)
 
 
-class Forks:
-    """Runs, one at a time."""
+def start(folder: Path, *run_of: Any) -> Any:
+    """Start a run with arguments and environment, that appends what it prints to two files; returns its process."""
+    wait_for_the_next_second(folder)
+    process = CONTEXT.Process(target=run, args=(folder, *run_of))
+    process.start()
+    return process
 
-    def __init__(self) -> None:
-        self.context: Any = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
 
-    def start(self, folder: Path, *run_of: Any) -> int:
-        """The pid of a run with arguments and environment, that appends what it prints to two files."""
-        wait_for_the_next_second(folder)
-        self.process = self.context.Process(target=run, args=(folder, *run_of))
-        self.process.start()
-        return self.process.pid
-
-    def wait(self) -> int:
-        """The exit code of the run, negative for a signal; one that takes longer than ten minutes is killed."""
-        self.process.join(600)
-        self.process.kill()
-        self.process.join()
-        return self.process.exitcode
+def wait(process: Any) -> int:
+    """The exit code of a run, negative for a signal; one that takes longer than ten minutes is killed."""
+    process.join(600)
+    process.kill()
+    process.join()
+    return process.exitcode

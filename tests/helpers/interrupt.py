@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,25 +74,16 @@ class Phase(Callback):
     """Keeps the name of what the run is doing in a file, for whoever kills it to look."""
 
     def __init__(self) -> None:
+        self.on_train_batch_start = self.on_train_batch_end = partial(self.write, "training")
+        self.on_validation_start = partial(self.write, "validation")
+        self.on_save_checkpoint = partial(self.write, "checkpoint")
         self.write("data")
 
     @staticmethod
-    def write(phase: str) -> None:
+    def write(phase: str, *_: Any) -> None:
         with open("phase.part", "w") as file:
             file.write(phase)
         os.replace("phase.part", "phase")
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.write("training")
-
-    def on_validation_start(self, *_: Any) -> None:
-        self.write("validation")
-
-    def on_save_checkpoint(self, *_: Any) -> None:
-        self.write("checkpoint")
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.write("training")
 
 
 class StartMethod(Callback):

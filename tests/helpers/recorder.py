@@ -66,11 +66,8 @@ class Recorder(Callback):
         weights = [p.detach().cpu() for p in pl_module.parameters()]
         self.outcome = Outcome(weights, torch.stack(self.losses).tolist(), self.valid_losses)
         if self.path:
-            rank = f".{trainer.global_rank}" if trainer.global_rank else ""
-            torch.save(
-                (self.start, self.order, self.saw_every_image_once_an_epoch, tuple(self.outcome)),
-                self.path + rank,
-            )
+            saved = self.start, self.order, self.saw_every_image_once_an_epoch, tuple(self.outcome)
+            torch.save(saved, self.path + (f".{trainer.global_rank}" if trainer.global_rank else ""))
 
     @classmethod
     def load(cls, path: Path) -> Recorder:

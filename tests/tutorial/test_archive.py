@@ -172,16 +172,17 @@ def test_addresses_are_tried_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.mnist
 @pytest.mark.slow
-def test_eight_processes_at_once_download_and_decode_once(mnist_archive: Path, tmp_path: Path) -> None:
+def test_eight_processes_at_once_download_and_decode_once(mnist_dir: Path, tmp_path: Path) -> None:
+    archive = (mnist_dir / "mnist" / "mnist.pkl.gz").read_bytes()
     program = (
         "import sys; from mnist_lit import MNISTDataModule\n"
         "data = MNISTDataModule('mnist', data_dir=sys.argv[1], url=sys.argv[2])\n"
         "data.prepare_data(); data.setup('fit'); print(data.digest)"
     )
-    with server(mnist_archive.read_bytes()) as (url, requests):
+    with server(archive) as (url, requests):
         command = [sys.executable, "-c", program, str(tmp_path / "data"), url]
         processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
         digests = [process.communicate(timeout=300)[0].split()[-1] for process in processes]
     assert len(requests) == 1
     assert digests == [mnist.DIGEST] * 8
-    assert (tmp_path / "data" / "mnist" / "mnist.pkl.gz").read_bytes() == mnist_archive.read_bytes()
+    assert (tmp_path / "data" / "mnist" / "mnist.pkl.gz").read_bytes() == archive

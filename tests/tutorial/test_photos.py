@@ -170,8 +170,8 @@ def model(cli_in: Run, mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.mnist
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in IN_CI else pytest.mark.matrix) for k in BARS])
 @torch.no_grad()
-def test_four_hundred_photos(model: FastCNN, mnist_archive: Path, kind: str) -> None:
-    images, labels = read_mnist(mnist_archive)["test"]
+def test_four_hundred_photos(model: FastCNN, mnist_dir: Path, kind: str) -> None:
+    images, labels = read_mnist(mnist_dir / "mnist" / "mnist.pkl.gz")["test"]
     found, warned, chosen = [], 0, []
     for seed in SEEDS:
         rng = np.random.default_rng([seed, list(BARS).index(kind)])
