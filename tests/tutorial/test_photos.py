@@ -34,14 +34,11 @@ def saved(pixels: np.ndarray, suffix: str = "PNG") -> io.BytesIO:
 
 
 SEEDS = 101, 102  # by whose photos no rule was chosen
-# Of the digits that the network reads in the originals; here 0.98 or more, but networks differ between processors.
-ALMOST_ALL, MOST = 0.97, 0.9
-BARS = {
-    **dict.fromkeys(("even", "mild", "medium", "strong", "soft shadow", "hard shadow", "vignette"), ALMOST_ALL),
-    **dict.fromkeys(("specks", "ruled", "squared", "smudges", "crop"), ALMOST_ALL),
-    **dict.fromkeys(("frame", "table", "box"), MOST),
-}
-IN_CI = "strong", "soft shadow", "specks", "ruled", "table", "box", "crop"
+# The numbers from which the photos of each kind are drawn.
+KINDS = {"even": 0, "strong": 3, "soft shadow": 4, "hard shadow": 5, "specks": 7}
+KINDS |= {"ruled": 8, "squared": 9, "crop": 11, "table": 13, "box": 14}
+MOST = {"table": 0.9, "box": 0.9}  # of what the network reads in the originals; here 0.98, but networks differ
+ALSO = "even", "hard shadow", "squared"
 
 # ------------------------------------------------------------------------------------------------- photos as they are
 
@@ -65,16 +62,12 @@ def slope(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def lighting(kind: str, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    if kind in (low := {"mild": (0.7, 0.85), "medium": (0.4, 0.6), "strong": (0.15, 0.25)}):
-        return 1 - (1 - rng.uniform(*low[kind])) * slope(rng, height, width)
+    if kind == "strong":
+        return 1 - (1 - rng.uniform(0.15, 0.25)) * slope(rng, height, width)
     if kind in ("soft shadow", "hard shadow"):
         blur = rng.uniform(0.05, 0.2) if kind == "soft shadow" else 2.5 / max(height, width)
         steps = ((slope(rng, height, width) - rng.uniform(0.25, 0.75)) / blur + 0.5).clip(0, 1)
         return 1 - (1 - rng.uniform(0.45, 0.75)) * steps
-    if kind == "vignette":
-        row, column = np.mgrid[:height, :width]
-        radius = ((column / width - 0.5) ** 2 + (row / height - 0.5) ** 2) * 2
-        return 1 - rng.uniform(0.4, 0.8) * radius ** rng.uniform(0.8, 1.6)
     return np.ones((height, width))
 
 
@@ -94,10 +87,6 @@ def clutter(kind: str, rng: np.random.Generator, height: int, width: int, box: l
             draw.line((0, place, w, place + tilt * w), 255, thick)
             if kind == "squared":
                 draw.line((place, 0, place - tilt * h, h), 255, thick)
-    elif kind == "frame":
-        left, top, right, bottom = 3 * rng.uniform(0.01, 0.1, 4) * size
-        draw.rectangle((0, 0, w, h), 255)
-        draw.rectangle((left, top, w - right, h - bottom), 0)
     elif kind == "table":
         for side in rng.permutation(4)[: rng.integers(1, 4)]:
             p, q = rng.uniform(0.03, 0.2, 2)
@@ -114,7 +103,7 @@ def clutter(kind: str, rng: np.random.Generator, height: int, width: int, box: l
     return np.asarray(image.resize((width, height), Image.Resampling.BOX), np.float32) / 255
 
 
-ROOM = {"frame": 0.13, "table": 0.22, "box": 0.14}  # of the picture at each side, for what is there
+ROOM = {"table": 0.22, "box": 0.14}  # of the picture at each side, for what is there
 
 
 def photo(digit: np.ndarray, kind: str, rng: np.random.Generator) -> io.BytesIO:
@@ -141,11 +130,6 @@ def photo(digit: np.ndarray, kind: str, rng: np.random.Generator) -> io.BytesIO:
     other = clutter(kind, rng, height, width, [left, top, left + ink.shape[1], top + ink.shape[0]])
     tone = paper + (dark - paper) * (rng.uniform(0.15, 1) if kind in ("ruled", "squared") else rng.uniform(0.7, 1))
     picture = paper * (1 - other) + tone * other
-    for _ in range(rng.integers(1, 4) if kind == "smudges" else 0):
-        row, column = np.mgrid[:height, :width]
-        y, x, high, wide = rng.uniform(0, height), rng.uniform(0, width), *(rng.uniform(0.03, 0.2, 2) * size)
-        blot = np.exp(-(((row - y) / high) ** 2) - ((column - x) / wide) ** 2)
-        picture = picture + (dark - paper) * rng.uniform(0.05, 0.25) * blot
     picture = (picture * (1 - placed) + dark * placed) * lighting(kind, rng, height, width)
     picture = (1 - picture if look == "negative" else picture) + rng.normal(0, rng.uniform(0, 0.02), picture.shape)
     image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
@@ -168,13 +152,13 @@ def model(cli_in: Run, mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.slow
 @pytest.mark.mnist
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in IN_CI else pytest.mark.matrix) for k in BARS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.matrix] * (k in ALSO)) for k in KINDS])
 @torch.no_grad()
 def test_four_hundred_photos(model: FastCNN, mnist_dir: Path, kind: str) -> None:
     images, labels = read_mnist(mnist_dir / "mnist" / "mnist.pkl.gz")["test"]
     found, warned, chosen = [], 0, []
     for seed in SEEDS:
-        rng = np.random.default_rng([seed, list(BARS).index(kind)])
+        rng = np.random.default_rng([seed, KINDS[kind]])
         drawn = rng.integers(0, len(images), 200).tolist()
         for image, warning in (attempt(photo(images[index].reshape(28, 28), kind, rng)) for index in drawn):
             found.append(image)
@@ -185,14 +169,14 @@ def test_four_hundred_photos(model: FastCNN, mnist_dir: Path, kind: str) -> None
         for pixels in (np.stack(found), images[chosen])
     )
     print(f"{kind:12} {read} of 400 right, {clean} of the originals, {warned} warned of")
-    assert read >= BARS[kind] * clean
+    assert read >= MOST.get(kind, 0.97) * clean
     assert warned <= (40 if kind in ("crop", "box") else 10)
 
 
 # ------------------------------------------------------------------------------------------------------ one by one
 
 
-@pytest.mark.parametrize("kind", ["even", *IN_CI])
+@pytest.mark.parametrize("kind", KINDS)
 def test_digit_comes_out_as_it_was(digits: np.ndarray, kind: str) -> None:
     """As the digit itself does, but for the width of the pen, which each photo draws anew."""
     rng = np.random.default_rng(1)
