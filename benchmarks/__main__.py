@@ -30,8 +30,8 @@ def script(name: str, model: str) -> list[str]:
 def mnist_lit(config: str, *options: str, root: Path = ROOT) -> list[str]:
     """A command of mnist_lit's, with the clock as one more callback; checkouts do not share their fast copies."""
     data = "--data.dataset=DATA", f"--data.data_dir=data/{root.name}", "--seed_everything=SEED"
-    clock = "--trainer.callbacks+=benchmarks.contenders.clock", "--trainer.callbacks.path=clock.json"
-    return ["mnist_lit", "fit", "--config", str(root / "configs" / f"{config}.yaml"), *options, *data, *clock]
+    clock = '--trainer.callbacks+={"class_path": "benchmarks.contenders.clock", "init_args": {"path": "clock.json"}}'
+    return ["mnist_lit", "fit", "--config", str(root / "configs" / f"{config}.yaml"), *options, *data, clock]
 
 
 def epochs(model: str) -> dict[str, list[str]]:
