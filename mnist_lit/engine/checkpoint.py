@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import operator
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,15 @@ class Checkpoint:
     def step(self) -> int:
         """Number of optimizer steps so far."""
         return self.content["global_step"]
+
+    @property
+    def log_step(self) -> int:
+        """The step at which loggers go on; Lightning's count for them differs with several optimizers."""
+        with explain_damage(self.path):
+            loop = self.content["loops"]["fit_loop"]
+            epochs = loop["epoch_progress"]["current"]
+            within = epochs["ready"] - epochs["processed"]  # a batch is counted after the checkpoint
+            return operator.index(loop["epoch_loop.state_dict"]["_batches_that_stepped"] + within)
 
     @property
     def weights(self) -> dict[str, Tensor]:

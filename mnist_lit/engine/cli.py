@@ -202,7 +202,7 @@ class CLI(LightningCLI):
         if self.chosen:
             self.pristine["model"].setdefault("init_args", {}).update(self.chosen)
         if resumed:
-            self.step = resumed.step
+            self.step = resumed.log_step
             refuse_conflicts(resumed, self.pristine)
         if checkpoint:
             _take_from_checkpoint(checkpoint, config)

@@ -86,6 +86,20 @@ def epoch_sums(trainer: Trainer, add: dict[str, Any] | None = None) -> dict[str,
     return {key: value for key, value in add.items() if key not in sums}
 
 
+def log_step(trainer: Trainer) -> int:
+    """The step at which Lightning logs, which differs from ``global_step`` if a batch has several optimizer steps.
+
+    Lightning 2.6 counts batches in ``_batches_that_stepped``, those whose gradients are accumulated as one. If a later
+    version renames it, training fails.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def count_log_step(trainer: Trainer) -> None:
+    """Count a step that Lightning does not; see ``log_step``."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped += 1
+
+
 def epoch_metrics(trainer: Trainer) -> list[Metric]:
     """The metrics that the training epoch has logged and resets at its end; see ``epoch_sums`` on ``_results``."""
     return [result.value for result in trainer.fit_loop.epoch_loop._results.values() if not result.is_tensor]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from mnist_lit.engine.compat import log_step
 from mnist_lit.engine.outputs import class_names, classification, display, find_classes, find_images
 from mnist_lit.engine.sheets import confusion_sheet, contact_sheet
 
@@ -105,7 +106,7 @@ class Dashboard(Callback):
                 weights = [weight for group in optimizer.param_groups for weight in group["params"]]
                 gradients = [weight.grad for weight in weights if weight.grad is not None]
                 scalars["train/gradient_norm"] = float(torch.nn.utils.get_total_norm(gradients))
-        _log_scalars(trainer, scalars, trainer.global_step)
+        _log_scalars(trainer, scalars, log_step(trainer))
 
     # ----------------------------------------------------------------------------------------- evaluation
 
@@ -152,7 +153,7 @@ class Dashboard(Callback):
             return
         # The counts are summed over processes; the mistakes are those of the first.
         counts = trainer.strategy.reduce(counts, reduce_op="sum").cpu()
-        step, names = max(trainer.global_step - 1, 0), class_names(trainer, len(counts))
+        step, names = log_step(trainer), class_names(trainer, len(counts))
         shares = (counts.diag() / counts.sum(1)).tolist()
         tags = {f"{stage}_acc_of_class/{name}": share for name, share in zip(names, shares, strict=True)}
         _log_scalars(trainer, tags, step)

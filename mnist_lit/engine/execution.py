@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from mnist_lit.engine.compat import count_log_step
 from mnist_lit.engine.errors import UserError
 
 # Options that would count executions instead of steps, with the value that has no effect.
@@ -88,10 +89,12 @@ class StepsPerExecution(Callback):
         """
         if self.steps == 1:
             return step(batch)
-        trainer, optimizer, outputs = pl_module.trainer, pl_module.optimizers(), []
+        trainer, optimizer, outputs = pl_module.trainer, pl_module.optimizers(), list[Any]()
         assert isinstance(optimizer, LightningOptimizer)
         batch_size = trainer.train_dataloader.batch_size // self.steps  # type: ignore[union-attr]
         for part in zip(*(tensor.split(batch_size) for tensor in batch), strict=True):
+            if outputs:
+                count_log_step(trainer)
             output = step(part)
             output = {"loss": output} if isinstance(output, Tensor) else output
             optimizer.zero_grad()

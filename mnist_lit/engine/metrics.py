@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from mnist_lit.engine.compat import log_step
 from mnist_lit.engine.errors import explain_damage
 from mnist_lit.engine.outputs import as_outputs, class_names, step_outputs
 
@@ -68,11 +69,11 @@ class Metrics(Callback):
                 values = self._trained.compute("interval", trainer, "train")
                 # Lightning reads the bar's values after every step, which would wait for a GPU.
                 values = {name: value.cpu() for name, value in values.items()}
-                self._log(trainer, pl_module, values, step - 1, sync_dist=False)
+                self._log(trainer, pl_module, values, log_step(trainer) + step - trainer.global_step, sync_dist=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = self._trained.compute("epoch", trainer, "train", suffix="_epoch")
-        self._log(trainer, pl_module, values, trainer.global_step - 1)
+        self._log(trainer, pl_module, values, log_step(trainer) - 1)  # as Lightning does
 
     # ----------------------------------------------------------------------------------------- evaluation
 
@@ -90,7 +91,7 @@ class Metrics(Callback):
         for index, means in evaluated.items():
             suffix = f"/dataloader_idx_{index}" if len(evaluated) > 1 else ""  # as in Lightning's own names
             values = means.compute("split", trainer, "test" if trainer.testing else "val", suffix)
-            self._log(trainer, pl_module, values, max(trainer.global_step - 1, 0))
+            self._log(trainer, pl_module, values, log_step(trainer))
 
     on_test_epoch_end = on_validation_epoch_end
 

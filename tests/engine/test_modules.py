@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,22 @@ def test_module_trains_resumes_tests_and_exports(cli_in: Run, tmp_path: Path, na
         ours = model.eval()(model.on_after_batch_transfer((images, target), 0)[0])
     (theirs,) = onnxruntime.InferenceSession(best.with_suffix(".onnx")).run(None, {"images": images.numpy()})
     np.testing.assert_allclose(theirs, ours.numpy(), atol=1e-5)
+
+
+def test_curves_of_several_optimizers_go_on(cli_in: Run, tmp_path: Path) -> None:
+    """Killed after a step that is not in the checkpoint, the run logs it once."""
+    fit = ("fit", "--model=others.TwoOptimizers", "--model.num_classes=3", *QUIET, "--trainer.log_every_n_steps=2")
+    fit = (*fit, "--last_checkpoint.every_n_train_steps=6")
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    cli_in(tmp_path / "whole", *fit)
+    killed = cli_in(tmp_path / "killed", *fit, *signal_at("SIGKILL", "on_train_batch_start", 22), ok=None)
+    assert killed.returncode == -signal.SIGKILL
+    cli_in(tmp_path / "killed", *fit, "--ckpt_path=last")
+    whole = curves(tmp_path / "whole" / RUN)
+    assert curves(tmp_path / "killed" / RUN) == whole
+    assert [step for step, _ in whole["own"]] == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert [step for step, _ in whole["train/loss"]] == [*range(16)]
 
 
 def warnings(printed: str) -> list[str]:

@@ -88,6 +88,25 @@ class Scaled(InConfigureModel):
         return batch[0] * 2 - 1, batch[1]
 
 
+class TwoOptimizers(Own):
+    """Makes two optimizer steps with every batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            preds = self(batch[0])
+            loss = F.cross_entropy(preds, batch[1])
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("own", loss)
+        return {"loss": loss.detach(), "preds": preds.detach(), "target": batch[1]}
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([weight], 0.1) for weight in self.parameters()]
+
+
 class Returns(Own):
     """Batches of other kinds, and steps that return what the engine does not expect.
 
