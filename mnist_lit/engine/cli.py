@@ -97,30 +97,41 @@ class CLI(LightningCLI):
     """``LightningCLI`` that keeps the best and the last checkpoint, reports mistakes early and ends with a table.
 
     Args:
-        project: the project that runs.
+        classes: the classes of the model and the data module, as in ``LightningCLI``; by default any.
+        project: the project that runs; by default the script.
         command: the only command to collect options for, because each takes 0.1 s; "" for all.
-        callbacks: callbacks in addition to those in the config.
         options: as in ``LightningCLI``.
+
+    Example:
+        >>> CLI(MyModel, MyDataModule)
     """
 
     linked: tuple[str, ...] = FROM_DATA
 
-    def __init__(self, project: Project, command: str = "", callbacks: Sequence[Callback] = (), **options: Any) -> None:
-        self.project, self.command, self.callbacks = project, command, callbacks
+    def __init__(self, *classes: Any, project: Project | None = None, command: str = "", **options: Any) -> None:
+        self.project, self.command = project or Project(Path(sys.argv[0]).stem), command
         self.run = Run()  # which the command makes or resumes
         self.checkpoint: Checkpoint | None = None  # which it starts from
         self.step = 0  # at which fit resumes
         self.ckpt_path: str | None = None  # as it was typed
-        super().__init__(LightningModule, **options)  # and any data module, or none
+        defaults = {"save_config_callback": None, "trainer_class": Trainer, "parser_class": Parser}
+        super().__init__(*classes, **{**defaults, **options})
 
     # ------------------------------------------------------------------------------------------- options
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The command of this process, if it is known, else all."""
-        return {name: skipped for name, skipped in COMMANDS.items() if self.command in (name, "")}
+        known = COMMANDS if hasattr(self.trainer_class, "export") else LightningCLI.subcommands()
+        return {name: skipped for name, skipped in known.items() if self.command in (name, "")}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        self.options = parser  # the command's
+    @property
+    def given(self) -> Namespace:
+        """The command's options; with ``run=False``, all options."""
+        return self.config.get(str(self.config.get("subcommand")), self.config)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_core_arguments_to_parser(parser)
+        self.options = parser  # of the command, or of the last one
         parser.add_function_arguments(run_options)
         parser.add_class_arguments(BestCheckpoint, "best_checkpoint")
         parser.add_class_arguments(LastCheckpoint, "last_checkpoint")
@@ -129,7 +140,8 @@ class CLI(LightningCLI):
         parser.link_arguments("mode", "best_checkpoint.mode")
         if self.project.data_module:
             parser.set_defaults({"data": {"class_path": self.project.data_module}})
-        for name in self.linked:  # ignored if the model or the data module has none
+        any_class = self.subclass_mode_model and self.subclass_mode_data
+        for name in self.linked if any_class else ():  # ignored if the model or the data module has none
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -142,20 +154,22 @@ class CLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             raise UserError(f"{error}{did_you_mean(sys.argv[2:], self.options)}") from error
-        if (command := self.config.subcommand) is None:
+        if (command := self.config.get("subcommand", "fit")) is None:
             parser.print_help()
             sys.exit(2)
-        config = expand_home(self.config[command])
-        if config.get("lr_scheduler") and not config.get("optimizer"):
+        config = expand_home(self.given)
+        if config.get("lr_scheduler") and not config.get("optimizer", True):  # it may have another name
             raise UserError("--lr_scheduler changes nothing without --optimizer: give both")
         places = {"trainer.default_root_dir": config.trainer, "best_checkpoint.dirpath": config.best_checkpoint}
         for option, section in places.items():
-            if "://" in str(place := section[option.partition(".")[2]]):
+            if "://" in str(place := section.get(option.partition(".")[2])):
                 raise UserError(f"--{option}={place}: runs are written to folders; mount it, or copy the run later")
         own = LightningModule.train_dataloader
-        brings_data = getattr(_model_class(config), "train_dataloader", own) is not own
-        if brings_data and config.data == self.options.get_defaults().data:
+        brings_data = self.subclass_mode_model and getattr(_model_class(config), "train_dataloader", own) is not own
+        if brings_data and self.project.data_module and config.data == self.options.get_defaults().data:
             config.data = None  # the project's data module does not take the place of the model's own loaders
+        if "weights_only" not in config:
+            return  # no command: the script passes its checkpoint to trainer.fit
         if not any(arg.startswith("--weights_only") for arg in sys.argv):
             config.weights_only = None  # a config may come with the checkpoint, so it cannot switch off safe loading
         # LightningCLI would let hyperparameters in the checkpoint override the config, even class names from an
@@ -167,11 +181,11 @@ class CLI(LightningCLI):
 
     def _find_checkpoint(self, command: str, config: Namespace) -> Checkpoint | None:
         path, weights_only = self.ckpt_path, config.weights_only is not False
-        if command == "fit" and path and config.trainer.fast_dev_run:
+        if command == "fit" and path and config.trainer.get("fast_dev_run"):
             raise UserError("--trainer.fast_dev_run resumes nothing; leave out --ckpt_path")
         if command == "fit" and path == "last":
-            root = Path(config.trainer.default_root_dir or ".")
-            return newest_checkpoint(root, config.model.class_path, config.run_name, weights_only)
+            root = Path(config.trainer.get("default_root_dir") or ".")
+            return newest_checkpoint(root, config.get("model", {}).get("class_path"), config.run_name, weights_only)
         if path in ("best", "last") or (path is None and command == "export"):
             raise UserError(f"{command} needs the path of a checkpoint in --ckpt_path")
         if path is None:
@@ -194,38 +208,40 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Keep a copy of the options, complete them, and find the run's folder."""
-        config, checkpoint = self.config[self.subcommand], self.checkpoint
+        config, checkpoint = self.given, self.checkpoint
         resumed = checkpoint if self.subcommand == "fit" else None
         name, config.run_name = config.run_name, None  # other runs are started from this config, under other names
-        self.pristine = yaml.safe_load(self.options.dump(config, skip_none=False))
-        self.chosen = _chosen_for_model(config)
+        self.pristine = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        self.pristine = self.pristine.get(self.subcommand, self.pristine)
+        self.chosen = _chosen_for_model(config) if self.subclass_mode_model else {}
         if self.chosen:
             self.pristine["model"].setdefault("init_args", {}).update(self.chosen)
         if resumed:
             self.step = resumed.log_step
             refuse_conflicts(resumed, self.pristine)
         if checkpoint:
-            _take_from_checkpoint(checkpoint, config)
-        for chosen in (*as_list(config.trainer.callbacks), config.get("lr_scheduler")):
+            config.ckpt_path = checkpoint.path
+            _take_from_checkpoint(checkpoint, config.get("data"), self.datamodule_class)
+        for chosen in (*as_list(config.trainer.get("callbacks")), config.get("lr_scheduler")):
             options = chosen.get("init_args") if isinstance(chosen, Namespace) else None
             if options and options.get("monitor") == "auto":
                 options["monitor"], options["mode"] = config.monitor, infer_mode(config.monitor, config.mode)
-        config.ckpt_path = checkpoint and checkpoint.path
-        if self.subcommand == "export" or config.trainer.fast_dev_run:
+        if self.subcommand == "export" or config.trainer.get("fast_dev_run"):
             return
-        run = Run.of_checkpoint(resumed.path, self.project) if resumed else None
-        root = Path(config.trainer.default_root_dir or ".")
-        self.run = run or Run.create(root, name, self.project, exist_ok=self.ckpt_path == "last")
-        if self.subcommand == "fit":
+        project = self.project if self.subcommand else None
+        run = Run.of_checkpoint(resumed.path, project) if resumed else None
+        root = Path(config.trainer.get("default_root_dir") or ".")
+        self.run = run or Run.create(root, name, project, exist_ok=self.ckpt_path == "last")
+        if self.subcommand in ("fit", None):
             self.run.lock()
         if self.run.exists:
-            loggers = [logger for logger in as_list(config.trainer.logger) if isinstance(logger, Namespace)]
+            loggers = [logger for logger in as_list(config.trainer.get("logger")) if isinstance(logger, Namespace)]
             self.run.redirect_loggers(loggers, self.step)
 
     def instantiate_classes(self) -> None:
         if self.checkpoint:
             with explain_damage(self.checkpoint.path):  # some options come from there
-                self.options.validate(self.config[self.subcommand])
+                self.parser.validate(self.config)
         super().instantiate_classes()
         for name, value in self.chosen.items():
             if (known := getattr(self.datamodule, name, None)) not in (None, value):
@@ -233,39 +249,41 @@ class CLI(LightningCLI):
         # Every model is offered all of FROM_DATA; only those that it takes are its hyperparameters.
         for name in set(FROM_DATA) - parameters(type(self.model)).keys():
             self.model.hparams.pop(name, None)
-        threads = set_threads(self.config[self.subcommand].num_threads, self.trainer.num_devices)
+        threads = set_threads(self.given.num_threads, self.trainer.num_devices)
         self.pristine["num_threads"] = int(threads)
 
     def instantiate_trainer(self, **options: Any) -> lightning.pytorch.Trainer:
-        config, made = self.config[self.subcommand].trainer, self.config_init[self.subcommand]
+        config, made = self.given.trainer, self.config_init.get(str(self.subcommand), self.config_init)
+        chosen = as_list(options.pop("callbacks", made.trainer.get("callbacks")))
+        ours = dict[str, Any]()
         if self.run.exists:
-            options["default_root_dir"] = str(self.run.root)
-            if config.logger in (None, True):
-                options["logger"] = TensorBoardLogger(
+            ours["default_root_dir"] = str(self.run.root)
+            if config.get("logger") in (None, True):
+                ours["logger"] = TensorBoardLogger(
                     self.run.root,
                     LOGS,
                     version=self.run.name,
                     purge_step=self.step,  # steps from there on are logged again
                     default_hp_metric=False,
                 )
-        plugins = as_list(made.trainer.plugins)
+        plugins = as_list(made.trainer.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            options["plugins"] = [*plugins, CheckpointFiles()]
+            ours["plugins"] = [*plugins, CheckpointFiles()]
         self.run.to_save = self.pristine
         self.run.save_as = f"config-from-step-{self.step}.yaml" if self.step else "config.yaml"
-        ours = made.best_checkpoint, made.last_checkpoint, made.dashboard
+        chosen += made.best_checkpoint, made.last_checkpoint, made.dashboard
         switches = {"enable_checkpointing": Checkpointing, "enable_progress_bar": ProgressBar}
-        off = tuple(kind for switch, kind in switches.items() if config[switch] is False)
-        callbacks = default_callbacks(self.run, *as_list(made.trainer.callbacks), *ours, *self.callbacks, without=off)
-        made.trainer.callbacks = None  # LightningCLI would add its callbacks to these
-        return super().instantiate_trainer(**options, callbacks=callbacks)
+        off = tuple(kind for switch, kind in switches.items() if config.get(switch) is False)
+        ours["callbacks"] = default_callbacks(self.run, *chosen, without=off)
+        taken = {name: value for name, value in ours.items() if name in config}  # another Trainer may take fewer
+        return super().instantiate_trainer(**{**taken, **options})
 
     def after_instantiate_classes(self) -> None:
         """Check that the checkpoint fits the model, or load the initial weights, before anything takes time."""
-        config, checkpoint = self.config[self.subcommand], self.checkpoint
+        config, checkpoint = self.given, self.checkpoint
         if checkpoint:
             checkpoint.check(self.model)
-        if self.subcommand == "fit":
+        if self.subcommand in ("fit", None):
             self._check_start(config, checkpoint)
         if self.run.exists:
             self.run.start_loggers(self.trainer.loggers, self.step)
@@ -273,7 +291,7 @@ class CLI(LightningCLI):
     def _check_start(self, config: Namespace, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
             if config.init_from is not None:
-                init_from(self.model, config.init_from, config.init_strict, config.weights_only is not False)
+                init_from(self.model, config.init_from, config.init_strict, config.get("weights_only") is not False)
             return
         if not {"optimizer_states", "lr_schedulers"} <= checkpoint.content.keys():
             raise UserError(
@@ -327,15 +345,16 @@ def _chosen_for_model(config: Namespace) -> dict[str, Any]:
     return {name: options[name] for name in FROM_DATA if options.get(name) not in (None, found.get(name))}
 
 
-def _take_from_checkpoint(checkpoint: Checkpoint, config: Namespace) -> None:
+def _take_from_checkpoint(checkpoint: Checkpoint, section: Namespace | None, datamodule_class: Any) -> None:
     """Take options of the data module that are not given from the checkpoint: images to predict do not tell them.
 
     A data module lists them in ``from_checkpoint``.
     """
-    if config.get("data") is None:
+    if section is None:
         return
-    options = config.data.get("init_args") or {}
-    for name in getattr(pkgutil.resolve_name(config.data.class_path), "from_checkpoint", ("num_classes",)):
+    path, options = section.get("class_path"), section.get("init_args", section)
+    kind = pkgutil.resolve_name(path) if path else datamodule_class
+    for name in getattr(kind, "from_checkpoint", ("num_classes",)):
         if name in options and options[name] is None:
             options[name] = checkpoint.hparam(name)
 
@@ -388,20 +407,15 @@ def build(project: Project, ckpt_path: str, args: Sequence[str] = ()) -> CLI:
 
 
 def run(project: Project, args: list[str], callbacks: Sequence[Callback] = (), cli_class: type[CLI] = CLI) -> CLI:
-    """Run one command of ``LightningCLI``, with callbacks in addition to those in its config."""
+    """Run one command of ``CLI``, with callbacks in addition to those in its config."""
     sys.argv[1:] = args  # Lightning starts further processes with these
     command = args[0] if args and args[0] in COMMANDS else ""
     script = project.name.replace("_", "-")
     settings = {"allow_abbrev": False, "exit_on_error": False}  # a typo is not an abbreviation
     return cli_class(
-        project,
-        command,
-        callbacks,
-        save_config_callback=None,
-        trainer_class=Trainer,
-        parser_class=Parser,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
+        project=project,
+        command=command,
+        trainer_defaults={"callbacks": list(callbacks)},
         parser_kwargs={
             "prog": script if Path(sys.argv[0]).name == script else project.command(),
             "epilog": f"More commands, each with a --help: {', '.join(more_commands(project))}",

@@ -184,8 +184,8 @@ class Run(Callback):
         """The options in that file; empty if there is no file, or it is not a run's."""
         with suppress(OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError):
             content = yaml.safe_load(no_pipe(self.config).read_text("utf-8"))
-            chosen = [content["model"], *as_list(content["trainer"].get("callbacks"))]
-            kinds = [(type(each["class_path"]), type(each.get("init_args") or {})) for each in chosen]
+            chosen = [content.get("model", {}), *as_list(content["trainer"].get("callbacks"))]
+            kinds = [(type(each.get("class_path", "")), type(each.get("init_args") or {})) for each in chosen]
             return content if set(kinds) == {(str, dict)} else {}
         return {}
 

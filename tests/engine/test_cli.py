@@ -159,3 +159,50 @@ def test_script_finds_your_modules_and_prints_what_the_terminal_can_show(small: 
     command = [script, "fit", "--model=mine.Mine", "--data.dataset", small, *QUICK]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert "Mine on" in done.stdout.decode("ascii"), done.stderr
+
+
+OWN = """
+from lightning.pytorch import Callback, Trainer
+
+class Own(CLI):
+    def add_arguments_to_parser(self, parser):
+        parser.add_argument("--note")
+
+def trainer(max_epochs: int, callbacks: list[Callback] | None = None) -> Trainer:
+    return Trainer(max_epochs=max_epochs, callbacks=callbacks)
+
+Own(CNN, MNISTDataModule, trainer_class=trainer)
+"""
+
+
+@slow
+@pytest.mark.parametrize(
+    ("script", "command", "refusal"),
+    [
+        ("CLI(CNN, MNISTDataModule)", ["fit"], "--model.lr=0.7 (0.05 in the checkpoint)"),
+        (OWN, ["fit", "--note=mine"], "--model.lr=0.7 (0.05 in the checkpoint)"),
+        (
+            "cli = CLI(CNN, MNISTDataModule, run=False)\ncli.trainer.fit(cli.model, cli.datamodule)",
+            *([], "unrecognized arguments: --ckpt_path=last"),
+        ),
+    ],
+    ids=["classes", "own parser and trainer", "run=False"],
+)
+def test_script_names_its_classes(small: Path, tmp_path: Path, script: str, command: list[str], refusal: str) -> None:
+    """Whose arguments are options, as with ``LightningCLI``."""
+    (tmp_path / "train.py").write_text(
+        f"from mnist_lit import CNN, MNISTDataModule\nfrom mnist_lit.engine import CLI\n{script}"
+    )
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        options = [*command, f"--data.dataset={small}", "--trainer.max_epochs=1", *more]
+        started = [sys.executable, "train.py", *options]
+        return subprocess.run(started, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+    done = run("--model.lr=0.05")
+    assert "CNN on" in done.stdout, done.stderr
+    config = yaml.safe_load((run_of(tmp_path) / "config.yaml").read_text())
+    last = checkpoint(run_of(tmp_path) / "checkpoints" / "last.ckpt")
+    assert config["model"]["lr"] == last["hyper_parameters"]["lr"] == 0.05
+    assert config["trainer"]["max_epochs"] == last["epoch"] + 1 == 1
+    assert refusal in run("--model.lr=0.7", "--ckpt_path=last").stderr
