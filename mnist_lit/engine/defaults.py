@@ -6,12 +6,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 
 from mnist_lit.engine.best import BestCheckpoint
+from mnist_lit.engine.compat import LessOverhead
 from mnist_lit.engine.dashboard import Dashboard
 from mnist_lit.engine.divergence import StopOnNonFinite
 from mnist_lit.engine.exact import ExactResume
 from mnist_lit.engine.last import LastCheckpoint
 from mnist_lit.engine.metrics import Metrics
-from mnist_lit.engine.overhead import LessOverhead
 from mnist_lit.engine.predictions import PredictionsFile
 from mnist_lit.engine.progress import ProgressBar
 from mnist_lit.engine.provenance import Provenance

@@ -37,8 +37,8 @@ from mnist_lit.engine import (
     StopOnNonFinite,
     Summary,
 )
+from mnist_lit.engine.compat import LessOverhead
 from mnist_lit.engine.errors import UserError
-from mnist_lit.engine.overhead import LessOverhead
 from mnist_lit.engine.progress import ProgressBar
 from mnist_lit.engine.resume import ResumeGuard
 
