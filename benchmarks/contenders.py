@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.tutorial.tutorial import WrappedDataLoader, cnn_layers, fit
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
 
 Pair = tuple[Tensor, Tensor]
 EPOCHS, BATCH = 2, 64  # of the tutorial's models
@@ -185,7 +188,7 @@ def recipe(_: str, data: str, mark: Marks) -> None:
     print(mark.moments["accuracy"])
 
 
-def clock(path: str, mark: Marks | None = None) -> Any:
+def clock(path: str, mark: Marks | None = None) -> "Callback":
     """A callback that takes the marks of a run of Lightning's; configs can name it."""
     from lightning.pytorch.callbacks import LambdaCallback
 
