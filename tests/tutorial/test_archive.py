@@ -5,8 +5,6 @@ import io
 import os
 import pickle
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import CONTEXT, wait
 from hostile import hostile
 
 from mnist_lit import MNISTDataModule
@@ -170,19 +169,21 @@ def test_addresses_are_tried_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_same(mnist.read_mnist(archive))
 
 
+def open_mnist(folder: Path, url: str) -> None:
+    data = MNISTDataModule("mnist", data_dir=str(folder), url=url)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.digest == mnist.DIGEST
+
+
 @pytest.mark.mnist
 @pytest.mark.slow
 def test_eight_processes_at_once_download_and_decode_once(mnist_dir: Path, tmp_path: Path) -> None:
     archive = (mnist_dir / "mnist" / "mnist.pkl.gz").read_bytes()
-    program = (
-        "import sys; from mnist_lit import MNISTDataModule\n"
-        "data = MNISTDataModule('mnist', data_dir=sys.argv[1], url=sys.argv[2])\n"
-        "data.prepare_data(); data.setup('fit'); print(data.digest)"
-    )
     with server(archive) as (url, requests):
-        command = [sys.executable, "-c", program, str(tmp_path / "data"), url]
-        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-        digests = [process.communicate(timeout=300)[0].split()[-1] for process in processes]
+        processes = [CONTEXT.Process(target=open_mnist, args=(tmp_path, url)) for _ in range(8)]
+        for process in processes:
+            process.start()
+        assert [wait(process) for process in processes] == [0] * 8
     assert len(requests) == 1
-    assert digests == [mnist.DIGEST] * 8
-    assert (tmp_path / "data" / "mnist" / "mnist.pkl.gz").read_bytes() == archive
+    assert (tmp_path / "mnist" / "mnist.pkl.gz").read_bytes() == archive

@@ -38,7 +38,7 @@ SEEDS = 101, 102  # by whose photos no rule was chosen
 KINDS = {"even": 0, "strong": 3, "soft shadow": 4, "hard shadow": 5, "specks": 7}
 KINDS |= {"ruled": 8, "squared": 9, "crop": 11, "table": 13, "box": 14}
 MOST = {"table": 0.9, "box": 0.9}  # of what the network reads in the originals; here 0.98, but networks differ
-ALSO = "even", "hard shadow", "squared"
+ALSO = "even", "hard shadow", "specks", "squared", "crop"
 
 # ------------------------------------------------------------------------------------------------- photos as they are
 
