@@ -66,6 +66,8 @@ class Trainer(lightning.pytorch.Trainer):
             require("export", "onnx", "onnxscript", "onnxruntime")
         checkpoint = Checkpoint.read(ckpt_path, weights_only is not False)
         source: Any = datamodule or model
+        # Hooks may ask their trainer whether it trains. This one neither shards the data nor changes their precision.
+        model.trainer = source.trainer = lightning.pytorch.Trainer(accelerator="cpu", devices=1, logger=False)
         batches, stage = _evaluation_set(source)
         if datamodule:
             model.setup("test")

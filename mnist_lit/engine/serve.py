@@ -119,6 +119,9 @@ def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
     precision, device = built.trainer.precision_plugin, built.trainer.strategy.root_device
     model.load_state_dict(built.checkpoint.weights, strict=model.strict_loading)
     precision.convert_module(model)
+    model.trainer = built.trainer
+    if built.datamodule:
+        built.datamodule.trainer = built.trainer
     threads = torch.get_num_threads()
 
     @torch.inference_mode()

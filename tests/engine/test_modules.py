@@ -13,6 +13,7 @@ import pytest
 import torch
 from common import CONFIGS, ROOT, RUN, Run, assert_same, checkpoint, curves, predictions
 from interrupt import signal_at
+from lightning.pytorch import Trainer
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.max_epochs=2")
 slow = pytest.mark.slow
@@ -39,6 +40,7 @@ def test_module_trains_resumes_tests_and_exports(cli_in: Run, tmp_path: Path, na
     assert "test_loss" in cli_in(tmp_path / "whole", "test", "--ckpt_path", best).stdout
     cli_in(tmp_path / "whole", "export", "--ckpt_path", best)
     model = getattr(others, name)(3)
+    model.trainer = Trainer(logger=False, accelerator="cpu")
     model.setup("test")
     model.configure_model()
     model.load_state_dict(checkpoint(best)["state_dict"])

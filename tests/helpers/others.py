@@ -78,14 +78,15 @@ class InSetup(Own):
 
 
 class Scaled(InConfigureModel):
-    """Changes the batch where the data module usually does, and has a buffer of infinities."""
+    """Changes the batch where the data module usually does, otherwise in training, and has a buffer of infinities."""
 
     def make(self) -> None:
         super().make()
         self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch[0] * 2 - 1, batch[1]
+        images = batch[0].flip(-1) if self.trainer.training else batch[0]
+        return images * 2 - 1, batch[1]
 
 
 class TwoOptimizers(Own):
