@@ -11,7 +11,8 @@ from interrupt import signal_at
 
 FIT = ("fit", "--config", CONFIGS / "logistic.yaml", "--model.lr=2", "--trainer.max_epochs=5")
 FIT += ("--trainer.log_every_n_steps=4", "--dashboard.every_n_epochs=0")
-MORE = product(("val/acc", "val/loss"), ("auto", "max"), (1, 3), (None, "my/{step}"), ("whole", "resumed", "moved"))
+NAMES, HOW = ("{epoch}-{val/loss:.3f}", "my/{step}"), ("whole", "resumed", "moved")
+MORE = product(("val/acc", "val/loss"), ("auto", "max"), (1, 3), NAMES, HOW)
 
 
 @pytest.mark.slow

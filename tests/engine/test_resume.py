@@ -216,7 +216,7 @@ def test_run_that_is_being_trained_is_not_resumed(cli_in: Run, small: Path, tmp_
     try:
         while not last.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        refused = cli_in(tmp_path, *command, ok=False, fork=False)
+        refused = cli_in(tmp_path, *command, ok=False)
     finally:
         os.kill(trained.pid, signal.SIGCONT)
         assert wait(trained) == 0, output.read_text()

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ import optuna
 import pytest
 import yaml
 from common import CONFIGS, ENVIRONMENT, Run, assert_one_message, checkpoint
+from forks import start, wait
 from interrupt import signal_at
 from PIL import Image
 
@@ -99,25 +99,23 @@ def test_processes_share_a_study_and_make_up_for_a_killed_one(arguments: tuple, 
     space = "model.init_args.lr: {choices: [1e-1, 2e-1, 0.4]}\nmodel.init_args.momentum: {choices: [0.0, 0.5]}\n"
     (tmp_path / "space.yaml").write_text(space)  # 1e-1 is a text in YAML
     shared = (*arguments, "--sampler=grid", f"--storage={storage}", "--study=ours", "--trainer.max_epochs=1")
-    command = [sys.executable, "-m", "mnist_lit", *map(str, shared)]
-    started = {}
-    with (tmp_path / "output").open("a") as output:
-        for name, more in {"a": signal_at("SIGKILL", "on_train_batch_end", 8), "b": (), "c": ()}.items():
-            wait = ("--trainer.callbacks+=interrupt.WaitFor", f"--trainer.callbacks.path={name}")
-            started[name] = subprocess.Popen([*command, *wait, *more], cwd=tmp_path, env=ENVIRONMENT, stdout=output)
-        while not all((tmp_path / f"{name}.waits").exists() for name in started):
-            assert {process.poll() for process in started.values()} == {None}
-            time.sleep(0.1)
-        (tmp_path / "a").touch()
-        assert started["a"].wait() == -signal.SIGKILL
-        for name in "bc":
-            (tmp_path / name).touch()
-        assert [started[name].wait(timeout=300) for name in "bc"] == [0, 0]
+    output, started = tmp_path / "output", {}
+    for name, more in {"a": signal_at("SIGKILL", "on_train_batch_end", 8), "b": (), "c": ()}.items():
+        waits = ("--trainer.callbacks+=interrupt.WaitFor", f"--trainer.callbacks.path={name}")
+        started[name] = start(tmp_path, [*map(str, shared), *waits, *more], ENVIRONMENT, output, tmp_path / "errors")
+    while not all((tmp_path / f"{name}.waits").exists() for name in started):
+        assert all(process.is_alive() for process in started.values())
+        time.sleep(0.1)
+    (tmp_path / "a").touch()
+    assert wait(started["a"]) == -signal.SIGKILL
+    for name in "bc":
+        (tmp_path / name).touch()
+    assert [wait(started[name]) for name in "bc"] == [0, 0], (tmp_path / "errors").read_text()
     found = optuna.load_study(study_name="ours", storage=storage).get_trials()
     finished = [trial for trial in found if trial.state.name in FINISHED]
     assert sorted(tuple(trial.params.values()) for trial in finished) == list(product(*values))
     assert len({trial.user_attrs["run"] for trial in finished}) == 6
-    assert (tmp_path / "output").read_text().count("Train with it again") == 2
+    assert output.read_text().count("Train with it again") == 2
     assert not list(tmp_path.glob("lightning_logs/version_*"))
 
 
