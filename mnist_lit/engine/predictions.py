@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from pickle import PicklingError
 from typing import Any
 
 import torch
@@ -60,11 +61,12 @@ class PredictionsFile(BasePredictionWriter):
         stem = run.folder / (f"predictions-rank{trainer.global_rank}" if trainer.global_rank else "predictions")
         values = [value for batch in predictions if (value := _values(batch)) is not None]
         if len(values) < max(len(predictions), 1) or len({value.shape[1:] for value in values}) > 1:
-            atomic_save(list(predictions), stem.with_suffix(".pt"))
-            rank_zero_warn(
-                "no predictions.csv: predict_step does not return (B, num_classes) or (B,); "
-                f"{relative(stem)}.pt has its outputs, for torch.load"
-            )
+            reason = "no predictions.csv: predict_step does not return (B, num_classes) or (B,)"
+            try:
+                atomic_save(list(predictions), stem.with_suffix(".pt"))
+                rank_zero_warn(f"{reason}; {relative(stem)}.pt has its outputs, for torch.load")
+            except (AttributeError, TypeError, PicklingError) as error:  # such as objects of a local class
+                rank_zero_warn(f"{reason}, nor anything that can be saved ({error})")
             return
         predicted = torch.cat(values).float().cpu()
         indices = [index for batches in batch_indices for batch in batches for index in batch]

@@ -113,7 +113,7 @@ class Returns(Own):
 
     Args:
         num_classes: of which its own data have three.
-        returned: what validation and prediction return: scalar, values or maps.
+        returned: what validation and prediction return: scalar, values, maps or functions.
         batches: pairs, triples or dicts.
         monitored: the name by which it logs the loss.
     """
@@ -138,7 +138,8 @@ class Returns(Own):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, _ = self.pair(batch)
         values = self(images)[:, 0]  # (B,)
-        return {"scalar": values.mean(), "values": values, "maps": images}[self.returned]  # maps (B, C, H, W)
+        kinds = {"scalar": values.mean(), "values": values, "maps": images, "functions": lambda: values}
+        return kinds[self.returned]  # maps (B, C, H, W)
 
     def train_dataloader(self) -> DataLoader:
         images, target = super().train_dataloader().dataset.tensors
