@@ -1,4 +1,4 @@
-"""Several processes as torchrun starts them: on one machine, and on two "machines" that are this one."""
+"""Several processes as torchrun or Lightning starts them: on one machine, and on two "machines" that are this one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ FIT += ("--trainer.log_every_n_steps=5",)
 
 
 def start(folder: Path, *arguments: object, processes: int = 2, nodes: tuple[str, ...] = ("--standalone",)):
+    """By torchrun, or without any ``nodes`` by Lightning."""
     folder.mkdir(exist_ok=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc_per_node={processes}"]
+    torchrun = ["-m", "torch.distributed.run", *nodes, f"--nproc_per_node={processes}"] if nodes else []
     on_cpu = ("--config", OVERLAYS / "ddp.yaml", "--trainer.accelerator=cpu", f"--trainer.devices={processes}")
     return subprocess.Popen(
-        [*torchrun, "-m", "mnist_lit", *map(str, (*arguments, *on_cpu))],
+        [sys.executable, *torchrun, "-m", "mnist_lit", *map(str, (*arguments, *on_cpu))],
         cwd=folder,
         # Without the second, restarted processes may read addresses of dead ones (pytorch issue 135712).
         env=ENVIRONMENT | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
@@ -85,11 +86,18 @@ def test_two_machines_are_two_processes(fitted: Path, tmp_path: Path) -> None:
     assert [path.suffix for path in sorted((shared / "copies").iterdir())] == ["", ".pt"]  # the lock and the copy
 
 
-def test_killed_process_restarts_the_group(fitted: Path, tmp_path: Path) -> None:
-    """From the last checkpoint, to the bytes of the uninterrupted run."""
+@pytest.mark.parametrize("nodes", [("--standalone", "--max-restarts=3"), ()], ids=["torchrun", "by hand"])
+def test_killed_process_restarts_the_group(fitted: Path, tmp_path: Path, nodes: tuple[str, ...]) -> None:
+    """From the last checkpoint, to the bytes of the uninterrupted run; Lightning ends, and the same command resumes."""
     arguments = (*FIT, "--data.dataset", fitted / "uneven.npz", "--last_checkpoint.every_n_train_steps=8")
+    arguments += ("--ckpt_path=last",)
     kill = signal_at("SIGKILL", "on_train_batch_start", 20, rank=1)
-    restarts = ("--standalone", "--max-restarts=3")
-    wait(start(tmp_path, *arguments, *kill, "--ckpt_path=last", nodes=restarts))
+    killed = start(tmp_path, *arguments, *kill, nodes=nodes)
+    if nodes:
+        wait(killed)
+    else:
+        killed.communicate(timeout=300)
+        assert killed.returncode
+        wait(start(tmp_path, *arguments, nodes=nodes))
     assert (tmp_path / RUN / "config-from-step-16.yaml").exists()
     assert_same_end(tmp_path, fitted)
