@@ -5,18 +5,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import known
 import numpy as np
 import plain
 import pytest
 import requests
 import torch
+import torch.nn.functional as F
 from browser import tensorboard
 from common import CONFIGS, RUN, Run
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from mnist_lit.engine import Dashboard, Metrics
 from mnist_lit.engine.outputs import display
@@ -63,6 +65,39 @@ def assert_served(plugins: str) -> None:
     assert found["val/loss"] == pytest.approx(losses[-1][2])
 
 
+LABELS = torch.tensor([0, 0, 1, 2, 0, 1, 0, 2, 0, 1])
+CONFUSED = torch.tensor([[0, 5, 0], [0, 3, 0], [0, 0, 2]])  # rows true, columns predicted
+
+
+class Known(LightningDataModule):
+    """Ten images (1, 8, 8). Pixel 0 has the label, pixel 1 how confident the model will be, the rest is a pattern."""
+
+    num_classes, class_names = 3, ("cat", "dog", "horse")
+
+    def __init__(self) -> None:
+        super().__init__()
+        images = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        images[:, 0, 0, 0], images[:, 0, 0, 1] = LABELS / 10, torch.arange(10) / 10
+        self.images, self.data = images, TensorDataset(images, LABELS)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.data, batch_size=4)
+
+    test_dataloader = predict_dataloader = val_dataloader = train_dataloader
+
+
+class Model(plain.Model):
+    """Its predictions are known: it takes every cat for a dog."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ParameterList([torch.zeros(1)])
+
+    def forward(self, images: Tensor) -> Tensor:
+        label, confidence = (images[:, 0, 0, 0] * 10).round().long(), 2 + images[:, 0, 0, 1]
+        return F.one_hot(label.clamp(min=1), 3) * confidence[:, None] + 0 * self.net[0]
+
+
 def images_of(run: Path) -> dict[str, list[tuple[int, np.ndarray]]]:
     """Per tag the steps and pictures."""
     events = EventAccumulator(str(run)).Reload()
@@ -77,7 +112,7 @@ def images_of(run: Path) -> dict[str, list[tuple[int, np.ndarray]]]:
 def fit(folder: Path, dashboard: Dashboard, model: LightningModule | None = None) -> Path:
     """A plain ``Trainer`` with the module whose predictions are known, three steps to an epoch."""
     options = {"logger": TensorBoardLogger(folder), "enable_checkpointing": True, "log_every_n_steps": 3}
-    trainer = plain.fit(model or known.Model(), folder, dashboard, Metrics({}), data=known.Data(), **options)
+    trainer = plain.fit(model or Model(), folder, dashboard, Metrics({}), data=Known(), **options)
     return Path(trainer.log_dir or "")
 
 
@@ -93,8 +128,8 @@ def test_parts_are_chosen(tmp_path: Path) -> None:
 
 
 def test_part_that_fails_is_left_out(tmp_path: Path) -> None:
-    class OneClass(known.Model):
-        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
+    class OneClass(Model):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
             return {**self.training_step(batch, batch_idx), "preds": self(batch[0])[:, :1]}
 
     with pytest.warns(UserWarning, match="no confusion_matrix in the dashboard"):
@@ -106,14 +141,14 @@ def test_pictures_show_what_the_model_does(tmp_path: Path) -> None:
     """Rows of the confusion matrix are true classes, mistakes are "target > prediction", the worst first; class names
     come from the data module, and go into the checkpoint.
     """
-    run, images = fit(tmp_path, Dashboard(mistakes=4)), known.Data().images
+    run, images = fit(tmp_path, Dashboard(mistakes=4)), Known().images
     shown, names = {tag: pictures[-1][1] for tag, pictures in images_of(run).items()}, ["cat", "dog", "horse"]
-    assert (shown["val/confusion_matrix"] == np.asarray(confusion_sheet(known.CONFUSED, names))).all()
-    worst = [index for index in reversed(range(10)) if known.LABELS[index] == 0][:4]
-    sure = known.Model()(images).softmax(1).amax(1)[worst]
+    assert (shown["val/confusion_matrix"] == np.asarray(confusion_sheet(CONFUSED, names))).all()
+    worst = [index for index in reversed(range(10)) if LABELS[index] == 0][:4]
+    sure = Model()(images).softmax(1).amax(1)[worst]
     captions = [f"cat > dog {confidence:.0%}" for confidence in sure.tolist()]
     assert (shown["val/mistakes"] == np.asarray(contact_sheet(display(images[worst]), captions))).all()
-    captions = [names[label] for label in known.LABELS[:4]]
+    captions = [names[label] for label in LABELS[:4]]
     assert (shown["train/samples"] == np.asarray(contact_sheet(display(images[:4]), captions))).all()
     scalars = EventAccumulator(str(run)).Reload()
     assert [scalars.Scalars(f"val_acc_of_class/{name}")[-1].value for name in names] == [0, 1, 1]
