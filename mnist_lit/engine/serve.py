@@ -15,6 +15,7 @@ import logging
 import os
 import shlex
 import socket
+import timeit
 from base64 import b64decode
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,6 @@ from mnist_lit.engine.threads import available_cpus
 
 require("serve", "fastapi", "uvicorn", "python_multipart")
 
-import anyio
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse
@@ -49,6 +49,7 @@ PATIENCE = 20  # seconds for a request to arrive
 DECODING = 2  # pictures at a time: each may need 200 MB
 TOGETHER = 64  # images that are computed at once
 FEW = 2**15  # pixels: one thread is done with so few sooner than it wakes another
+QUICK = 0.001  # seconds, likewise
 JSON = "application/json"
 Pixels = list[Any]  # (H, W), (C, H, W) or (H, W, C)
 Predict = Callable[[np.ndarray], np.ndarray]  # images uint8 (n, C, H, W) to predictions (n, ...)
@@ -144,22 +145,24 @@ def open_checkpoint(project: Project, path: Path, args: list[str]) -> Served:
     return Served(predict, name, shape, data, names if are_probabilities(found) else None)
 
 
-def together(predict: Predict) -> Callable[[np.ndarray], Awaitable[np.ndarray]]:
-    """Compute images of requests at once that arrive together, or while others are computed."""
+def together(served: Served) -> Callable[[np.ndarray], Awaitable[np.ndarray]]:
+    """Compute images as they come, or where that takes long, at once those that arrive while others are computed."""
     waiting, turn = list[tuple[np.ndarray, asyncio.Future]](), asyncio.Lock()
+    example = np.zeros((1, *served.shape), np.uint8)
+    quick = min(timeit.repeat(lambda: served.predict(example), number=1, repeat=3)) < QUICK
 
     def compute(images: np.ndarray) -> np.ndarray:
-        return np.concatenate([predict(images[i : i + TOGETHER]) for i in range(0, len(images), TOGETHER)])
+        return np.concatenate([served.predict(images[i : i + TOGETHER]) for i in range(0, len(images), TOGETHER)])
 
     async def take_turn(images: np.ndarray) -> np.ndarray:
+        if quick and len(images) == 1:
+            return compute(images)
         mine = asyncio.get_running_loop().create_future()
         waiting.append((images, mine))
-        await asyncio.sleep(0)  # for those that are here already
         async with turn:
             if not mine.done():  # by the one before
                 batch, waiting[:] = waiting[:], []
-                every = np.concatenate([images for images, _ in batch])
-                rows = compute(every) if every.size <= FEW else await asyncio.to_thread(compute, every)
+                rows = await asyncio.to_thread(compute, np.concatenate([images for images, _ in batch]))
                 for images, future in batch:
                     future.set_result(rows[: len(images)])
                     rows = rows[len(images) :]
@@ -173,7 +176,7 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
     app = FastAPI(title=about["name"], docs_url=None, redoc_url=None)
     # No web page elsewhere reaches the server under a name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-    compute, threads = together(served.predict), ThreadPoolExecutor(DECODING)
+    compute, threads = together(served), ThreadPoolExecutor(DECODING)
     classes, (channels, height, width) = served.classes, served.shape
     about = {**about, "classes": classes, "channels": channels, "image_size": [height, width], "draws": bool(fit)}
     info = json.dumps(about).replace("<", "\\u003c")  # no name ends the page's script
@@ -192,28 +195,38 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
         if "transfer-encoding" in request.headers or int(request.headers.get("content-length", 0)) > MAX_BYTES:
             raise HTTPException(413, f"the request has no Content-Length, or more than {MAX_BYTES >> 20} MiB")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        task = asyncio.current_task()
+        assert task is not None
+        # A timeout of asyncio's or anyio's takes ten times as long.
+        patience = asyncio.get_running_loop().call_later(PATIENCE, task.cancel)
         try:
-            with anyio.fail_after(PATIENCE):
-                if kind == "multipart/form-data":
-                    form = (await request.form(max_files=MAX_IMAGES)).multi_items()
-                    uploads = [item for _, item in form if isinstance(item, UploadFile)]
-                    return [(file.filename or "", await file.read()) for file in uploads]
-                body = await request.body()
-        except (TimeoutError, ClientDisconnect) as error:
+            if kind == "multipart/form-data":
+                form = (await request.form(max_files=MAX_IMAGES)).multi_items()
+                uploads = [item for _, item in form if isinstance(item, UploadFile)]
+                return [(file.filename or "", await file.read()) for file in uploads]
+            body = await request.body()
+        except (asyncio.CancelledError, ClientDisconnect) as error:
             raise HTTPException(408, f"the request took more than {PATIENCE} s to arrive") from error
+        finally:
+            patience.cancel()
         if kind != JSON:
             return [("", body)]
         with suppress(ValueError):  # pydantic's, and that of base64
             if body.count(b",") <= MAX_VALUES:
                 images = Sent.model_validate_json(body).images
-                return [("", _from_base64(image) if isinstance(image, str) else image) for image in images]
+                return [
+                    ("", b64decode(each.rpartition("base64,")[2], validate=True) if isinstance(each, str) else each)
+                    for each in images
+                ]
         expected = f"files in base64, or arrays of pixels, at most {MAX_IMAGES:,} with {MAX_VALUES:,} pixels"
         raise HTTPException(422, f'not the JSON that is expected: {{"images": [...]}} with {expected}')
 
-    def read(sent: bytes | Pixels) -> tuple[np.ndarray, str]:
+    async def read(sent: bytes | Pixels) -> tuple[np.ndarray, str]:
         """The image uint8 (C, H, W) that the model sees, and a warning or ""."""
         if isinstance(sent, bytes):
-            return read_picture(io.BytesIO(sent), channels, (height, width), fit)
+            decode = partial(read_picture, io.BytesIO(sent), channels, (height, width), fit)
+            few = _number_of_pixels(sent) <= FEW
+            return decode() if few else await asyncio.get_running_loop().run_in_executor(threads, decode)
         with suppress(ValueError):  # rows of several lengths
             pixels = np.array(sent)
             if pixels.shape == (height, width, channels):
@@ -223,56 +236,41 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
                 return pixels, ""
         raise UserError(f"expected {channels} x {height} x {width} whole numbers up to 255, or a file")
 
-    def read_all(sent: list[tuple[str, bytes | Pixels]], show: bool) -> tuple[np.ndarray, list[Prediction]]:
+    schema = {"requestBody": {"content": {JSON: {"schema": Sent.model_json_schema()}, "image/*": {}}}}
+
+    @app.post("/predict", response_model=Answer, openapi_extra=schema)
+    async def predict(request: Request) -> Response:
+        sent, show = await receive(request), request.query_params.get("input") == "true"
+        if not sent:
+            raise HTTPException(422, "there is no image in the request")
         images, predictions = np.empty((len(sent), *served.shape), np.uint8), []
         for index, (name, image) in enumerate(sent):
+            if index:
+                await asyncio.sleep(0)  # in which others have their turn
             try:
-                images[index], warning = read(image)
+                images[index], warning = await read(image)
             except UserError as error:
                 raise HTTPException(422, f"{name[-100:] or f'image {index + 1}'}: {error}") from error
             seen = images[index].tolist() if show else None
             predictions.append(Prediction(name=name, warning=warning, input=seen))
-        return images, predictions
-
-    def answer(predictions: list[Prediction], rows: np.ndarray) -> str:
-        for prediction, row in zip(predictions, rows, strict=True):  # row: (num_classes,), or any shape
+        rows = await compute(images)  # each (num_classes,), or any shape
+        for prediction, row in zip(predictions, rows, strict=True):
             values = row.ravel().tolist()
             if classes is None:
                 prediction.values = values
             else:
                 prediction.class_, prediction.confidence = classes[int(row.argmax())], max(values)
                 prediction.probabilities = dict(zip(classes, values, strict=True))
-        return Answer(predictions=predictions).model_dump_json(by_alias=True)
-
-    schema = {"requestBody": {"content": {JSON: {"schema": Sent.model_json_schema()}, "image/*": {}}}}
-
-    @app.post("/predict", response_model=Answer, openapi_extra=schema)
-    async def predict(request: Request) -> Response:
-        if not (sent := await receive(request)):
-            raise HTTPException(422, "there is no image in the request")
-        few = sum(_number_of_pixels(image) for _, image in sent) <= FEW
-        run = _at_once if few else partial(asyncio.get_running_loop().run_in_executor, threads)
-        images, predictions = await run(read_all, sent, request.query_params.get("input") == "true")
-        return Response(await run(answer, predictions, await compute(images)), media_type=JSON)
+        return Response(Answer(predictions=predictions).model_dump_json(by_alias=True), media_type=JSON)
 
     return app
 
 
-def _from_base64(text: str) -> bytes:
-    """A file, also from a data URL."""
-    return b64decode(text.rpartition("base64,")[2], validate=True)
-
-
-def _number_of_pixels(sent: bytes | Pixels) -> int:
-    """Number of pixels to decode, by a file's header; 0 if it is no image, or an array."""
-    if isinstance(sent, bytes):
-        with suppress(UserError), open_image(io.BytesIO(sent)) as image:
-            return image.width * image.height
+def _number_of_pixels(file: bytes) -> int:
+    """What the header of an image file says; 0 if it is none."""
+    with suppress(UserError), open_image(io.BytesIO(file)) as image:
+        return image.width * image.height
     return 0
-
-
-async def _at_once(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
 
 
 def load(args: list[str], project: Project, fit_pictures: FitPictures | None) -> tuple[FastAPI, argparse.Namespace]:
