@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     Callback,
     LearningRateFinder,
@@ -31,6 +32,7 @@ INEXACT = {
     StochasticWeightAveraging: "its average and schedule are restored in part; use EMAWeightAveraging",
     ModelPruning: "its masks are not restored; train in one piece",
     LearningRateFinder: "the run would start over; leave it out, the checkpoint has the learning rate",
+    BaseFinetuning: "what it has unfrozen would be frozen again; use FineTuning",
     BatchSizeFinder: "the run would start over; leave it out, and give the batch size that it found",
 }
 ANOTHER_WAY = "it resumes, but the last bits of its results may differ from those of the uninterrupted run"
@@ -114,7 +116,7 @@ class ResumeGuard(Callback):
         if trainer.state.fn != "fit":
             return
         for callback in trainer.callbacks if self._starts else ():  # type: ignore[attr-defined]
-            if advice := INEXACT.get(type(callback)):
+            if advice := next((INEXACT[kind] for kind in INEXACT if isinstance(callback, kind)), None):
                 raise UserError(f"{type(callback).__name__} cannot be resumed exactly: {advice}")
         theirs, ours = checkpoint.get("engine"), engine_version()
         if theirs != ours:

@@ -13,6 +13,7 @@ import torch
 from common import assert_same
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     LearningRateFinder,
@@ -77,11 +78,20 @@ def test_validation_that_is_not_finite_warns(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- resuming
 
 
+class Freezes(BaseFinetuning):
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module.net[0])  # type: ignore[index]
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Any) -> None:
+        """Unfreezes nothing."""
+
+
 @pytest.mark.parametrize(
     "callback",
     [
         StochasticWeightAveraging(0.1),
         ModelPruning("l1_unstructured"),
+        Freezes(),
         LearningRateFinder(num_training_steps=2),
         BatchSizeFinder(max_trials=1),
     ],
