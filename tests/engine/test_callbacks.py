@@ -1,7 +1,5 @@
 """Each callback in a plain ``Trainer``, from Python, without the command line."""
 
-from __future__ import annotations
-
 import csv
 import math
 from copy import copy

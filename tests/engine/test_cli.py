@@ -1,7 +1,5 @@
 """The command line as its users meet it: a process, real files, and what it prints."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """Several processes as torchrun or Lightning starts them: on one machine, and on two "machines" that are this one."""
 
-from __future__ import annotations
-
 import re
 import socket
 import subprocess
@@ -10,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import CONFIGS, ENVIRONMENT, OVERLAYS, RUN, Run, assert_same, checkpoint, curves
+from common import CONFIGS, ENVIRONMENT, LAST, OVERLAYS, RUN, Run, assert_same, checkpoint, curves
 from interrupt import signal_at
 
 pytestmark = pytest.mark.slow
-LAST = RUN / "checkpoints" / "last.ckpt"
 FIT = ("fit", "--config", CONFIGS / "fast.yaml", "--data.batch_size=32", "--trainer.max_epochs=3")
 FIT += ("--trainer.log_every_n_steps=5",)
 

@@ -1,7 +1,5 @@
 """Modules that nobody here wrote, through every command; one's own data, loss, optimizer, schedule and callback."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 from functools import partial
@@ -11,13 +9,12 @@ import numpy as np
 import others
 import pytest
 import torch
-from common import CONFIGS, ROOT, RUN, Run, assert_same, checkpoint, curves, predictions
+from common import BEST, CONFIGS, LAST, ROOT, RUN, Run, assert_same, checkpoint, curves, predictions
 from interrupt import signal_at
 from lightning.pytorch import Trainer
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.max_epochs=2")
 slow = pytest.mark.slow
-BEST, LAST = (RUN / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
 NET = "--model=Classifier --model.net=my_net.Net --model.net.width=16".split()
 MODULES = ["Own", *(pytest.param(name, marks=slow) for name in ("InSetup", "Scaled"))]
 

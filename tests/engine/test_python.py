@@ -1,7 +1,5 @@
 """The engine from Python: a plain ``Trainer`` with ``default_callbacks``, in a script and in a notebook."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
