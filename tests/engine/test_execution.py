@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import CONFIGS, OVERLAYS, Run, assert_same, checkpoint, curves
+from common import CONFIGS, OVERLAYS, Run, assert_same_last, curves
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from plain import Model, fit
@@ -27,9 +27,7 @@ ALSO = "scheduler", "bf16"
 
 
 def assert_same_training(run: Path, other: Path) -> None:
-    ours, theirs = (checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, other))
-    for key in ("state_dict", "global_step", "optimizer_states", "lr_schedulers"):
-        assert_same(ours[key], theirs[key], key)
+    assert_same_last(run, other, "state_dict", "global_step", "optimizer_states", "lr_schedulers")
     assert curves(run) == curves(other)
     assert "train/loss" in curves(run)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import CONFIGS, ENVIRONMENT, LAST, OVERLAYS, RUN, Run, assert_same, checkpoint, curves
+from common import CONFIGS, ENVIRONMENT, LAST, OVERLAYS, RUN, Run, assert_same_last, curves
 from interrupt import signal_at
 
 pytestmark = pytest.mark.slow
@@ -49,10 +49,6 @@ def fitted(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same_end(ours: Path, theirs: Path) -> None:
-    assert_same(*(checkpoint(folder / LAST)["state_dict"] for folder in (ours, theirs)))
-
-
 def test_metrics_of_two_processes_are_those_of_one(cli_in: Run, fitted: Path) -> None:
     """On 299 images, none of them counted twice; those of validation are in the curves of the run."""
     arguments = (*FIT[1:], "--data.dataset=uneven.npz", "--ckpt_path", LAST)
@@ -78,7 +74,7 @@ def test_two_machines_are_two_processes(fitted: Path, tmp_path: Path) -> None:
     folders = [tmp_path / str(rank) for rank in range(2)]
     nodes = [(*common, f"--node_rank={rank}") for rank in range(2)]
     wait(*(start(folder, *arguments, processes=1, nodes=node) for folder, node in zip(folders, nodes, strict=True)))
-    assert_same_end(folders[0], fitted)
+    assert_same_last(folders[0] / RUN, fitted / RUN, "state_dict")
     assert len(list(shared.glob("read-by-*"))) == 1
     assert [path.suffix for path in sorted((shared / "copies").iterdir())] == ["", ".pt"]  # the lock and the copy
 
@@ -97,4 +93,4 @@ def test_killed_process_restarts_the_group(fitted: Path, tmp_path: Path, nodes: 
         assert killed.returncode
         wait(start(tmp_path, *arguments, nodes=nodes))
     assert (tmp_path / RUN / "config-from-step-16.yaml").exists()
-    assert_same_end(tmp_path, fitted)
+    assert_same_last(tmp_path / RUN, fitted / RUN, "state_dict")

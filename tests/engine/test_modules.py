@@ -9,7 +9,7 @@ import numpy as np
 import others
 import pytest
 import torch
-from common import BEST, CONFIGS, LAST, ROOT, RUN, Run, assert_same, checkpoint, curves, predictions
+from common import BEST, CONFIGS, LAST, ROOT, RUN, Run, assert_same_last, checkpoint, curves, predictions
 from interrupt import signal_at
 from lightning.pytorch import Trainer
 
@@ -29,9 +29,8 @@ def test_module_trains_resumes_tests_and_exports(cli_in: Run, tmp_path: Path, na
     stopped = cli_in(tmp_path / "stopped", *fit, *signal_at("SIGTERM", "on_train_batch_start", 12), ok=None)
     assert stopped.returncode == 143
     cli_in(tmp_path / "stopped", *fit, "--ckpt_path=last")
-    whole, resumed = (checkpoint(tmp_path / kind / LAST) for kind in ("whole", "stopped"))
-    for part in ("state_dict", "optimizer_states", "processes"):
-        assert_same(resumed[part], whole[part])
+    ours, theirs = (tmp_path / kind / RUN for kind in ("stopped", "whole"))
+    assert_same_last(ours, theirs, "state_dict", "optimizer_states", "processes")
 
     best = tmp_path / "whole" / BEST
     assert "test_loss" in cli_in(tmp_path / "whole", "test", "--ckpt_path", best).stdout

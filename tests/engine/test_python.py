@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import ENVIRONMENT, RUN, assert_same, checkpoint
+from common import ENVIRONMENT, RUN, assert_same_last, checkpoint
 
 TABLE = ("Classifier on", "best: epoch", "val/acc")
 SCRIPT = """
@@ -49,9 +49,8 @@ def test_script_has_what_the_command_line_has(small: Path, tmp_path: Path) -> No
     assert f"ckpt_path='{stopped}'" in run("SIGINT", ends_with=130).stderr
     assert checkpoint(tmp_path / stopped)["global_step"] == 20
     assert "Epoch" not in run("", stopped).stdout
-    ours, theirs = (checkpoint(tmp_path / f"lightning_logs/version_{n}/checkpoints/last.ckpt") for n in (2, 0))
-    for key in ("state_dict", "optimizer_states", "global_step"):
-        assert_same(ours[key], theirs[key])
+    ours, theirs = (tmp_path / f"lightning_logs/version_{number}" for number in (2, 0))
+    assert_same_last(ours, theirs, "state_dict", "optimizer_states", "global_step")
 
 
 @pytest.mark.slow

@@ -58,6 +58,13 @@ def assert_same(one: object, other: object, where: str = "") -> None:
     assert ours == theirs, where
 
 
+def assert_same_last(run: Path, other: Path, *keys: str) -> None:
+    """The same in the last checkpoints of two runs."""
+    ours, theirs = (checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, other))
+    for key in keys:
+        assert_same(ours[key], theirs[key], key)
+
+
 def assert_one_message(done: subprocess.CompletedProcess[str], *parts: str) -> str:
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stdout + done.stderr
