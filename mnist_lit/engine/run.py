@@ -103,13 +103,13 @@ class Run(Callback):
         """Keep other processes from training in this folder until this one ends or trains in another one.
 
         Raises:
-            UserError: if another process trains in it, or a link leads out of it.
+            UserError: if another process trains in it, a link leads out of it, or it holds a pipe or a device.
         """
         if rank_zero_only.rank or not self.exists:  # type: ignore[attr-defined]
             return
         # Somebody else may have made the folder; nothing is written outside of it.
         for path in (*self.folder.iterdir(), *self.checkpoints.glob("*")):
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(self.folder.resolve()):
+            if no_pipe(path).is_symlink() and not Path(os.path.realpath(path)).is_relative_to(self.folder.resolve()):
                 raise UserError(
                     f"{relative(path)} is a link out of the run's folder; remove it to train in that folder"
                 )
@@ -205,7 +205,7 @@ class Run(Callback):
         """
         known = list[tuple[str, str]]()
         with suppress(OSError, ValueError, TypeError):  # not there, or damaged
-            known = [(kind, own) for kind, own in json.loads(no_pipe(self._own_runs).read_text("utf-8"))]
+            known = [(kind, own) for kind, own in json.loads(self._own_runs.read_text("utf-8"))]
         for logger in loggers:
             options, kind = logger.get("init_args") or Namespace(), logger.class_path.rpartition(".")[2]
             if kind in ("TensorBoardLogger", "CSVLogger") and (options.name, options.get("version")) == (LOGS, None):
