@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, explain_damage
 from mnist_lit.engine.run import Run
 
 DEFAULT_MONITOR = "val/loss"
@@ -148,13 +148,14 @@ class BestCheckpoint(ModelCheckpoint):
             return path and os.path.join(str(self.dirpath), os.path.basename(path))
 
         names = ("best_model_path", "kth_best_model_path", "last_model_path")
-        state = {**state_dict, **{name: here(state_dict[name]) for name in names}, "dirpath": str(self.dirpath)}
-        kept = {here(path): torch.as_tensor(score).view(()) for path, score in state["best_k_models"].items()}
-        state["best_k_models"] = kept
-        ours = all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept)
-        if ours and state["kth_best_model_path"] in {"", *kept}:
-            super().load_state_dict(state)
-            vars(self).update({name: state[name] for name in KEPT})
+        with explain_damage():
+            state = {**state_dict, **{name: here(state_dict[name]) for name in names}, "dirpath": str(self.dirpath)}
+            kept = {here(path): torch.as_tensor(score).view(()) for path, score in state["best_k_models"].items()}
+            state["best_k_models"] = kept
+            ours = all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept)
+            if ours and state["kth_best_model_path"] in {"", *kept}:
+                super().load_state_dict(state)
+                vars(self).update({name: state[name] for name in KEPT})
 
 
 def best_checkpoint(trainer: Trainer) -> Checkpoint | None:

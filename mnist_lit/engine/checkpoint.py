@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -29,7 +30,7 @@ EXCEPTION = "exception.ckpt"
 # Keys that every checkpoint of Lightning has, with values of their kinds; and those that it may have.
 LAYOUT = {"state_dict": {}, "loops": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2"}
 HPARAMS: dict[str, Any] = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}}
-OPTIONAL = HPARAMS | {"callbacks": {}, "loggers": [], "processes": []}
+OPTIONAL = HPARAMS | {"callbacks": {}, "loggers": [], "processes": [{"loaders": [], "sums": {}, "metrics": {}}]}
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -104,12 +105,12 @@ class Checkpoint:
         content = load_file(path, weights_only)
         content = HPARAMS | content if isinstance(content, dict) else {}
         for key, example in (LAYOUT | OPTIONAL).items():
-            if not isinstance(content.get(key, OPTIONAL.get(key)), type(example)):
+            if not same_kinds(content.get(key, OPTIONAL.get(key)), example, counts=True):
                 raise UserError(f"{path} is not a checkpoint of Lightning (without {key})")
         if not all(isinstance(weight, Tensor) for weight in content["state_dict"].values()):
             raise UserError(f"{path} is not a checkpoint of Lightning (its state_dict does not only hold tensors)")
-        if not _are_counts({key: content[key] for key in ("epoch", "global_step")}):
-            raise UserError(f"{path} is not a checkpoint of Lightning (its steps are not counts)")
+        with explain_damage(path):
+            Version(content["pytorch-lightning_version"])
         return cls(str(path), content)
 
     @property
@@ -122,8 +123,6 @@ class Checkpoint:
         """The step at which loggers go on; Lightning's count for them differs with several optimizers."""
         with explain_damage(self.path):
             loop = self.content["loops"]["fit_loop"]
-            if not _are_counts(loop):
-                raise ValueError("its loops do not hold counts")
             epochs = loop["epoch_progress"]["current"]
             within = epochs["ready"] - epochs["processed"]  # a batch is counted after the checkpoint
             return operator.index(loop["epoch_loop.state_dict"]["_batches_that_stepped"] + within)
@@ -152,13 +151,22 @@ class Checkpoint:
         return value if sizes else None
 
     def finished(self, trainer: Trainer) -> str:
-        """How to train longer, if the trainer would have nothing left to do; else ""."""
-        epochs = self.content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        stopped = [
-            state["wait_count"] >= max(state["patience"], 1)
-            for key, state in self.content.get("callbacks", {}).items()
-            if trainer.early_stopping_callbacks and key.startswith("EarlyStopping")
-        ]
+        """How to train longer, if the trainer would have nothing left to do; else "".
+
+        Raises:
+            UserError: if the counts of epochs and steps are damaged.
+        """
+        if not same_kinds(self.content["loops"].get("fit_loop"), trainer.fit_loop.state_dict(), counts=True):
+            raise UserError(f"{self.path} cannot be used as a checkpoint (its loops are not Lightning's)")
+        with explain_damage(self.path):
+            loops = self.content["loops"]["fit_loop"]
+            type(trainer.fit_loop)(trainer).load_state_dict(loops)
+            epochs = loops["epoch_progress"]["current"]["processed"]
+            stopped = [
+                int(state["wait_count"]) >= max(int(state["patience"]), 1)
+                for key, state in self.content.get("callbacks", {}).items()
+                if trainer.early_stopping_callbacks and key.startswith("EarlyStopping")
+            ]
         if self.step >= trainer.max_steps >= 0:
             return "raise --trainer.max_steps"
         if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
@@ -182,11 +190,21 @@ class Checkpoint:
             )
 
 
-def _are_counts(nest: Any) -> bool:
-    """Whether a nest of dicts holds whole numbers that are not negative, or lists. Others may be counted for ever."""
-    if isinstance(nest, Mapping):
-        return all(map(_are_counts, nest.values()))
-    return isinstance(nest, list) or (isinstance(nest, int) and 0 <= nest < 2**63)
+def same_kinds(theirs: Any, ours: Any, counts: bool = False) -> bool:
+    """Whether what a nest has in common with an example is of its kinds. None in the example stands for anything, and
+    ``counts`` for numbers that are whole and not negative.
+    """
+    if isinstance(ours, Mapping):
+        if not isinstance(theirs, Mapping):
+            return False
+        there = [key for key, value in ours.items() if key in theirs or type(value) in (int, float)]
+        return all(same_kinds(theirs.get(key), ours[key], counts) for key in there)
+    if isinstance(ours, (list, tuple)):
+        return isinstance(theirs, (list, tuple)) and all(map(same_kinds, theirs, ours))
+    if isinstance(ours, (int, float)) and not isinstance(ours, bool):
+        whole = type(theirs) is int and abs(theirs) < 2**63  # as others store them
+        return whole and theirs >= 0 if counts else whole or isinstance(theirs, float)
+    return ours is None or type(theirs) is type(ours)
 
 
 Shape = tuple[int, ...] | None  # None where there is no such weight

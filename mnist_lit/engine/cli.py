@@ -41,7 +41,7 @@ from mnist_lit.engine.checkpoint import (
 )
 from mnist_lit.engine.dashboard import Dashboard
 from mnist_lit.engine.defaults import default_callbacks
-from mnist_lit.engine.errors import ENGINE, UserError, explain_damage, raised_in_restoring, require, unusable
+from mnist_lit.engine.errors import ENGINE, UserError, explain_damage, require
 from mnist_lit.engine.export import Trainer
 from mnist_lit.engine.last import LastCheckpoint
 from mnist_lit.engine.messages import leave_out_noise
@@ -114,17 +114,8 @@ class CLI(LightningCLI):
         self.checkpoint: Checkpoint | None = None  # which it starts from
         self.step = 0  # at which fit resumes
         self.ckpt_path: str | None = None  # as it was typed
-        self.restored = "", 0  # the path of the checkpoint, and the last epoch in which its values are first used
         defaults = {"save_config_callback": None, "trainer_class": Trainer, "parser_class": Parser}
-        try:
-            super().__init__(*classes, **{**defaults, **options})
-        except (UserError, MisconfigurationException, OSError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            path, epoch = self.restored
-            if path and self.trainer.current_epoch <= epoch and raised_in_restoring(error):
-                raise unusable(path, error) from error
-            raise
+        super().__init__(*classes, **{**defaults, **options})
 
     # ------------------------------------------------------------------------------------------- options
 
@@ -291,7 +282,6 @@ class CLI(LightningCLI):
         """Check that the checkpoint fits the model, or load the initial weights, before anything takes time."""
         config, checkpoint = self.given, self.checkpoint
         if checkpoint:
-            self.restored = checkpoint.path, checkpoint.content["epoch"] + 1
             checkpoint.check(self.model)
         if self.subcommand in ("fit", None):
             self._check_start(config, checkpoint)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
 ENGINE = __name__.partition(".")[0]  # the package that the extras belong to, whichever project runs
-# Modules that restore what is in a checkpoint, or use it first; not those that load data or compute gradients.
-RESTORING = re.compile(
-    rf"(lightning|torch(?!\.(_tensor|autograd|distributed|utils\.data)\b)|torchmetrics|numpy|packaging|{__package__})(\.|$)"
-)
 
 
 class UserError(Exception):
@@ -29,23 +22,17 @@ class UserError(Exception):
 
 def unusable(path: Any, error: Exception) -> UserError:
     """The error for a file that is not a usable checkpoint."""
-    reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-    return UserError(f"{path} cannot be used as a checkpoint ({reason[:200]})")
+    lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
+    return UserError(f"{path} cannot be used as a checkpoint ({lines[0]})")
 
 
 @contextmanager
-def explain_damage(path: Any) -> Iterator[None]:
-    """Name the checkpoint if something in it cannot be used."""
+def explain_damage(path: Any = None) -> Iterator[None]:
+    """Name the checkpoint if something in it cannot be restored."""
     try:
         yield
     except Exception as error:  # whatever is in a damaged file
-        raise unusable(path, error) from error
-
-
-def raised_in_restoring(error: Exception) -> bool:
-    """Whether only modules that restore a checkpoint took part in an error, and no code of the project's."""
-    names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
-    return all(RESTORING.match(name) or name.partition(".")[0] in sys.stdlib_module_names for name in names)
+        raise unusable(path or "--ckpt_path", error) from error
 
 
 def no_pipe(path: str | Path) -> Path:

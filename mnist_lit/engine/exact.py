@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torchmetrics import Metric
 
 from mnist_lit.engine.compat import epoch_metrics, epoch_sums, set_update_count, wrap_training_loaders
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, explain_damage
 
 
 def random_state() -> dict[str, Any]:
@@ -130,11 +130,19 @@ class ResumableLoader(DataLoader):
         return state if self._seed >= 0 else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume from this position when the next epoch starts; refused there if it counts batches of another size."""
-        if state_dict:
-            position = (operator.index(state_dict[name]) for name in ("seed", "epoch", "taken", "size"))
-            self._seed, self._epoch, self._taken, self._counted = position
-            self._resumes = True
+        """Resume from this position when the next epoch starts.
+
+        Raises:
+            UserError: if it is damaged; or when the epoch starts, if it counts batches of another size.
+        """
+        if not state_dict:
+            return
+        with explain_damage(self.trainer.ckpt_path):
+            position = [operator.index(state_dict[name]) for name in ("seed", "epoch", "taken", "size")]
+            if min(position) < 0 or max(position) >= 2**32:
+                raise ValueError(f"{position} is not a position in an epoch")
+        self._seed, self._epoch, self._taken, self._counted = position
+        self._resumes = True
 
 
 class ExactResume(Callback):
@@ -198,12 +206,13 @@ class ExactResume(Callback):
             loader.load_state_dict(position)
         ends = not trainer.fit_loop.restarted_mid_epoch
         self._sums = {} if ends else state.get("sums", {})
-        if "random" in state:  # not before, because data that a loader draws has to be that of the first start
-            set_random_state(state["random"])
-        metrics = state.get("metrics", {})
-        updates, reset = state.get("updates", {}), state.get("reset", metrics)  # not in older checkpoints
-        kept = {name: values for name, values in metrics.items() if not (ends and name in reset)}
-        self._metrics = {name: (values, updates.get(name, 1)) for name, values in kept.items()}
+        with explain_damage(trainer.ckpt_path):
+            if "random" in state:  # not before, because data that a loader draws has to be that of the first start
+                set_random_state(state["random"])
+            metrics = state.get("metrics", {})
+            updates, reset = state.get("updates", {}), state.get("reset", metrics)  # not in older checkpoints
+            kept = {name: values for name, values in metrics.items() if not (ends and name in reset)}
+            self._metrics = {name: (values, updates.get(name, 1)) for name, values in kept.items()}
         if len(stateful) < len(loaders):
             rank_zero_warn(
                 "the training loader has no state_dict and no map-style dataset: a run that is stopped within an epoch "
@@ -225,18 +234,22 @@ class ExactResume(Callback):
         self._sums = {}
 
     def _restore_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name, metric in _metrics(pl_module) if self._metrics else ():
-            if name in self._metrics:
-                values, updates = self._metrics[name]
-                for key, value in values.items():
-                    setattr(metric, key, _to(value, metric.device))
-                set_update_count(metric, updates)
+        if not self._metrics:
+            return
+        with explain_damage(trainer.ckpt_path):
+            for name, metric in _metrics(pl_module):
+                if name in self._metrics:
+                    values, updates = self._metrics[name]
+                    for key, value in values.items():
+                        setattr(metric, key, _to(value, metric.device))
+                    set_update_count(metric, updates)
         self._metrics = {}
 
     def _add_sums(self, trainer: Trainer) -> None:
         """Add the sums from the checkpoint to the values, each as soon as it has been logged again."""
         if self._sums:
-            self._sums = epoch_sums(trainer, self._sums)
+            with explain_damage(trainer.ckpt_path):
+                self._sums = epoch_sums(trainer, self._sums)
 
 
 def _loaders(trainer: Trainer) -> list[Any]:

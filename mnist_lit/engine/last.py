@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from mnist_lit.engine.checkpoint import EXCEPTION, explain_write_errors
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, explain_damage
 from mnist_lit.engine.run import Run, relative
 
 PENDING = "last.pending"
@@ -128,7 +128,8 @@ class LastCheckpoint(Checkpoint):
         return {"metrics": self._metrics, "epoch_ends": self._epoch_ends}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._metrics, self._epoch_ends = dict(state_dict["metrics"]), state_dict["epoch_ends"]
+        with explain_damage():
+            self._metrics, self._epoch_ends = dict(state_dict["metrics"]), state_dict["epoch_ends"]
 
     def _save(self, trainer: Trainer) -> None:
         self._metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}

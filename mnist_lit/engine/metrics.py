@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from mnist_lit.engine.compat import log_step
+from mnist_lit.engine.errors import explain_damage
 from mnist_lit.engine.outputs import as_outputs, class_names, step_outputs
 
 # Batches are gathered up to one of these limits and then evaluated together.
@@ -132,9 +133,10 @@ class Metrics(Callback):
             pl_module.class_names = checkpoint["class_names"]
         states = checkpoint.get("metrics", [])
         if trainer.state.fn == "fit" and len(states) == trainer.world_size:  # else the means start again
-            state = states[trainer.global_rank]
-            self._trained.load_state_dict(state, trainer.strategy.root_device)
-            self._logged = set(state["logged"])
+            with explain_damage(trainer.ckpt_path):
+                state = states[trainer.global_rank]
+                self._trained.load_state_dict(state, trainer.strategy.root_device)
+                self._logged = set(state["logged"])
 
 
 class _Means:

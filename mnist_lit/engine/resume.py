@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mnist_lit.engine.checkpoint import Checkpoint
+from mnist_lit.engine.checkpoint import Checkpoint, same_kinds
 from mnist_lit.engine.errors import UserError
 from mnist_lit.engine.provenance import engine_version
 from mnist_lit.engine.run import as_list
@@ -102,7 +102,7 @@ class ResumeGuard(Callback):
     """
 
     def __init__(self) -> None:
-        self._states: list[Any] = []  # of schedulers
+        self._states: dict[str, Any] = {}  # of optimizers and schedulers
         self._starts = True  # a finder saves a checkpoint before it restores it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,12 +121,16 @@ class ResumeGuard(Callback):
         theirs, ours = checkpoint.get("engine"), engine_version()
         if theirs != ours:
             rank_zero_warn(f"the checkpoint was written by {theirs}, this is {ours}: {ANOTHER_WAY}")
-        self._states = checkpoint.get("lr_schedulers", [])
+        self._states = {key: checkpoint.get(key, []) for key in ("optimizer_states", "lr_schedulers")}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the schedules, which exist by now and are not restored yet."""
-        for config, state in zip(trainer.lr_scheduler_configs, self._states, strict=False):
-            scheduler = config.scheduler
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        ours = [[each.state_dict() for each in made] for made in (trainer.optimizers, schedulers)]
+        for (name, states), fresh in zip(self._states.items(), ours, strict=False):
+            if not same_kinds(states, fresh):
+                raise UserError(f"{trainer.ckpt_path} cannot be used as a checkpoint (its {name} do not fit)")
+        for scheduler, state in zip(schedulers, self._states.get("lr_schedulers", []), strict=False):
             lengths = _horizons(scheduler.state_dict())
             for name, length in _horizons(state).items():
                 if lengths.get(name, length) != length:
@@ -135,7 +139,7 @@ class ResumeGuard(Callback):
                         f"run asks for {lengths[name]}, such as by another --trainer.max_epochs; resume with the "
                         f"length that it was started with, or start a new run with --init_from={trainer.ckpt_path}"
                     )
-        self._states = []
+        self._states = {}
 
 
 def _horizons(state: Mapping[str, Any]) -> dict[str, Any]:

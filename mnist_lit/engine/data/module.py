@@ -22,7 +22,7 @@ from mnist_lit.engine.data.files import Pair, cached, make_arrays, read_dataset
 from mnist_lit.engine.data.folders import open_folder
 from mnist_lit.engine.data.loaders import BatchTensorDataset, augment, eval_dataloader, train_dataloader
 from mnist_lit.engine.data.sources import Source, Task
-from mnist_lit.engine.errors import UserError
+from mnist_lit.engine.errors import UserError, explain_damage
 from mnist_lit.engine.images import Fit, find_images, read_picture
 from mnist_lit.engine.outputs import class_names
 from mnist_lit.engine.threads import available_cpus
@@ -326,9 +326,11 @@ class ImageDataModule(LightningDataModule):
         """Resume in the checkpoint's order. Raises ``UserError`` if it was trained on another dataset."""
         if self.trainer is None or self.trainer.state.fn != "fit":
             return  # a model may be tested on another dataset than it was trained on
-        self.seed = torch.Generator().manual_seed(operator.index(state_dict["seed"]) % 2**63).initial_seed()
-        if state_dict["digest"] != self.digest:
+        with explain_damage(self.trainer.ckpt_path):
+            dataset, digest = state_dict["dataset"], state_dict["digest"]
+            self.seed = torch.Generator().manual_seed(operator.index(state_dict["seed"]) % 2**63).initial_seed()
+        if digest != self.digest:
             raise UserError(
-                f"the checkpoint was trained on {state_dict['dataset']}, this run has {self.dataset_used}; "
-                f"resume with --data.dataset={state_dict['dataset']}, or start a new run without --ckpt_path"
+                f"the checkpoint was trained on {dataset}, this run has {self.dataset_used}; "
+                f"resume with --data.dataset={dataset}, or start a new run without --ckpt_path"
             )
