@@ -5,8 +5,6 @@ answer to the last one. With ``--soak MINUTES`` one server gets good and hostile
 printed are its status codes, its slowest good answer and its memory. Linux.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import io

@@ -1,7 +1,5 @@
 """Your data: MNIST as the tutorial has it, or a dataset of your own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Your models: networks, and ``LightningModule``s that train them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

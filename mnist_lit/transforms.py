@@ -1,7 +1,5 @@
 """Your transforms: what ``data.train_transform`` and ``data.mix`` do to batches of training images."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -6,8 +6,6 @@ Learning Repository, 1998, https://doi.org/10.24432/C50P49, licence CC BY 4.0 (t
 set, unchanged but for its file format). This module turns them into 70,000 images of MNIST's form.
 """
 
-from __future__ import annotations
-
 from importlib.resources import as_file, files
 
 import numpy as np

@@ -1,7 +1,5 @@
 """MNIST: addresses, download, and the digest that proves what arrived."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Lengths are pixels of a picture whose longer side has 400 of them.
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

@@ -1,7 +1,5 @@
 """The tutorial's kind of file: a pickle of numpy arrays, read without running any code from it."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import pickletools

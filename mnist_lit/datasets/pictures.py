@@ -1,7 +1,5 @@
 """Pictures of single digits, brought into MNIST's form."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Mapping

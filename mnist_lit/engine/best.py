@@ -1,7 +1,5 @@
 """The best checkpoint of a run."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Checkpoint files: atomic writes, safe loading, and access to their content."""
 
-from __future__ import annotations
-
 import glob
 import operator
 import os
@@ -92,7 +90,7 @@ class Checkpoint:
     content: dict[str, Any] = field(repr=False)
 
     @classmethod
-    def read(cls, path: str | Path, weights_only: bool = True) -> Checkpoint:
+    def read(cls, path: str | Path, weights_only: bool = True) -> "Checkpoint":
         """Read a file onto the CPU.
 
         Args:

@@ -1,7 +1,5 @@
 """The command line: ``fit``, ``validate``, ``test``, ``predict`` and ``export`` on ``LightningCLI``."""
 
-from __future__ import annotations
-
 import errno
 import inspect
 import io

@@ -1,7 +1,5 @@
 """Everything that relies on behaviour that other libraries do not promise; a test for each use notices a change."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """``torch.compile`` as a callback."""
 
-from __future__ import annotations
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 

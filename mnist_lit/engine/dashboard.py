@@ -1,7 +1,5 @@
 """Pictures and numbers of a run in its loggers, without code in the model."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The callbacks of every run."""
 
-from __future__ import annotations
-
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 

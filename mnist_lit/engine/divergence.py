@@ -1,7 +1,5 @@
 """Stop a run whose loss or weights are no longer finite."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

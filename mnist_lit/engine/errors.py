@@ -1,7 +1,5 @@
 """The errors that end a command with one message, an exit code and no traceback."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """What exact resume needs besides Lightning's checkpoint: random states, and the position in the epoch."""
 
-from __future__ import annotations
-
 import operator
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Several optimizer steps in one step of Lightning, for small networks, where its overhead counts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

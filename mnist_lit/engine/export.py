@@ -1,7 +1,5 @@
 """Export a checkpoint to one file that predicts without this project: ONNX, or the format of ``torch.export``."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Mapping

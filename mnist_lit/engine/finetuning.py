@@ -1,7 +1,5 @@
 """Transfer learning: a network for other images and classes, old weights for it, and the head first."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

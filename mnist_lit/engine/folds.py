@@ -1,7 +1,5 @@
 """``folds``: cross-validation. Every fold is a normal run of ``fit``, and a table has the mean over them."""
 
-from __future__ import annotations
-
 import argparse
 import statistics
 

@@ -1,7 +1,5 @@
 """Image files as arrays of pixels. Without torch, so that what serves an ONNX file need not import it."""
 
-from __future__ import annotations
-
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping

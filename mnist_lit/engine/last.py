@@ -1,7 +1,5 @@
 """The last checkpoint of a run, from which it resumes, and its stop by a signal."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

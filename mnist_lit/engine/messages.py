@@ -1,7 +1,5 @@
 """How warnings look, and which lines of libraries are not shown."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import threading

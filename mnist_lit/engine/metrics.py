@@ -1,7 +1,5 @@
 """Metrics in a callback: outputs of steps are gathered, and evaluated when they are logged."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Prepares the command line for jsonargparse, and suggests the names that were probably meant."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json

@@ -4,8 +4,6 @@ Steps may return whatever Lightning allows. Metrics, dashboards, prediction tabl
 what they need, and leave out what is not there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypedDict
 

@@ -1,7 +1,5 @@
 """What ``predict`` leaves in the run's folder: a table, and a sheet of images."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from pickle import PicklingError

@@ -1,7 +1,5 @@
 """The progress bar, on one line."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

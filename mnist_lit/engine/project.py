@@ -1,7 +1,5 @@
 """The project that runs: its name and its defaults."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field

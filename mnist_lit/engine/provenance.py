@@ -1,7 +1,5 @@
 """What made a run, in its folder: command, code, versions, machine, and how it ended."""
 
-from __future__ import annotations
-
 import hmac
 import json
 import os

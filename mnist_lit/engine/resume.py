@@ -1,7 +1,5 @@
 """Resuming: refuses options that the checkpoint would silently override."""
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A run: one folder with everything that it writes, whatever its loggers."""
 
-from __future__ import annotations
-
 import atexit
 import csv
 import json
@@ -52,7 +50,9 @@ class Run(Callback):
         self.to_save: Mapping[str, Any] = {}
 
     @classmethod
-    def create(cls, root: Path, name: str | None = None, project: Project | None = None, exist_ok: bool = False) -> Run:
+    def create(
+        cls, root: Path, name: str | None = None, project: Project | None = None, exist_ok: bool = False
+    ) -> "Run":
         """Make the folder of a new run in ``lightning_logs`` under ``root``, by default the next ``version_N``.
 
         Processes that start at the same time get different ones.
@@ -86,14 +86,14 @@ class Run(Callback):
         return cls(folder, project)
 
     @classmethod
-    def of_checkpoint(cls, path: str | Path, project: Project | None = None) -> Run | None:
+    def of_checkpoint(cls, path: str | Path, project: Project | None = None) -> "Run | None":
         """The run that wrote a checkpoint, if the file is still in that run's folder."""
         checkpoints = Path(path).absolute().parent
         found = checkpoints.name == "checkpoints" and checkpoints.parent.parent.name == LOGS
         return cls(checkpoints.parent, project) if found else None
 
     @classmethod
-    def of(cls, trainer: Trainer) -> Run:
+    def of(cls, trainer: Trainer) -> "Run":
         """The run of a trainer; without the command line, in the folder of Lightning's first logger."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         run = next((callback for callback in callbacks if isinstance(callback, cls)), None)

@@ -1,7 +1,5 @@
 """Learning rate schedules in configs: by step or epoch, and in sequence."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Pictures to look at: sheets of images with captions, and confusion matrices."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Atomic writes, and folders that one process at a time writes to."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Iterator

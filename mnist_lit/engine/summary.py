@@ -1,7 +1,5 @@
 """The table at the end of a run, and the commands that come next."""
 
-from __future__ import annotations
-
 import shlex
 import time
 from datetime import timedelta

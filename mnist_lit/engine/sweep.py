@@ -4,8 +4,6 @@ The study is a queue of trials in a database, which processes and machines may s
 them, and queued again if that one dies; a finished trial is never repeated.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import itertools

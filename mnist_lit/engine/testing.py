@@ -1,7 +1,5 @@
 """The tests that a project inherits, for every config with a model in its ``configs/``."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

@@ -1,7 +1,5 @@
 """Number of processors that a process may use, and of threads that it computes with."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Starting a new run from old weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lightning.pytorch import LightningModule

@@ -1,7 +1,5 @@
 """``python -m mnist_lit new``: start a project that uses the engine."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import keyword

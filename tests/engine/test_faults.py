@@ -1,7 +1,5 @@
 """What goes wrong ends in one message, and nothing that was there before is lost."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Exact resume with loaders, modules and data of anybody's, in a plain ``Trainer``."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal
@@ -67,7 +65,7 @@ class Model(LightningModule):
         loader: makes its training loader.
     """
 
-    def __init__(self, loader: Callable[[Model], Any]) -> None:
+    def __init__(self, loader: Callable[["Model"], Any]) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
         self.mean, self.average, self.best, self.loader = MeanMetric(), Average(), MaxMetric(), loader
@@ -130,7 +128,9 @@ class Watch(Callback):
     on_train_end = on_train_epoch_start
 
 
-def fit(folder: Path, make: Callable[[Model], Any], *stops: int, **options: Any) -> tuple[Model, list[list[int]], Any]:
+def fit(
+    folder: Path, make: Callable[["Model"], Any], *stops: int, **options: Any
+) -> tuple[Model, list[list[int]], Any]:
     """Train, stopped in some steps and resumed; the module, the numbers that it has seen, and each epoch's means."""
     seen, means = [], {}
     for index, stop in enumerate([*stops, -1]):
@@ -172,7 +172,7 @@ def loader(**options: Any) -> Callable[[Model], DataLoader]:
 
 TENSORS = TensorDataset(torch.arange(3.0 * N).reshape(N, 3) / N, torch.arange(N))
 BATCHES = TensorDataset(*(tensor.unflatten(0, (-1, BATCH)) for tensor in TENSORS.tensors))  # whole ones, by one index
-LOADERS: dict[str, Callable[[Model], Any]] = {
+LOADERS: dict[str, Callable[["Model"], Any]] = {
     "shuffle": loader(shuffle=True),
     "own generator": lambda model: loader(shuffle=True, generator=model.generator)(model),
     "weighted": loader(sampler=WeightedRandomSampler(torch.arange(N).float(), N)),

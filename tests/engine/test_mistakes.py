@@ -2,8 +2,6 @@
 it can be known before.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """Resuming with other options: they count, or they are refused before training; a run from old weights is a new run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Run folders as they may come from anybody: nothing in them does harm, and every end is one message."""
 
-from __future__ import annotations
-
 import math
 import os
 import random

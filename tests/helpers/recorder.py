@@ -1,7 +1,5 @@
 """What a Lightning run did, in the oracle's terms."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter
@@ -70,7 +68,7 @@ class Recorder(Callback):
             torch.save(saved, self.path + (f".{trainer.global_rank}" if trainer.global_rank else ""))
 
     @classmethod
-    def load(cls, path: Path) -> Recorder:
+    def load(cls, path: Path) -> "Recorder":
         """What a run in another process saved."""
         recorder = cls()
         saved = torch.load(path, weights_only=True)

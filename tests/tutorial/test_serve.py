@@ -1,7 +1,5 @@
 """A checkpoint, and an ONNX file of it, behind HTTP: the real server, real requests, real Chromium."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Arrays as people have them, read from files without trusting these, in one form, and with a fast copy."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """Folders of image files, one for each class."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

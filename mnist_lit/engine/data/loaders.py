@@ -1,7 +1,5 @@
 """Data loaders: whole batches by one index, in an order that follows from seed and epoch alone."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Arrays and folders of images as a ``LightningDataModule``."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import operator

@@ -1,7 +1,5 @@
 """An open dataset: its splits, its folds, the names of its classes."""
 
-from __future__ import annotations
-
 import math
 import os
 from typing import Any, Literal, NamedTuple
@@ -48,13 +46,13 @@ class Source(NamedTuple):
             return math.prod(self.splits["train"][1].shape[1:])
         return max(len(self.class_names or ()), *(int(y.max()) + 1 for _, y in self.splits.values() if len(y)))
 
-    def numbered(self, names: list[str]) -> Source:
+    def numbered(self, names: list[str]) -> "Source":
         """Number the classes by their places in a list of names that has all of theirs."""
         ours = self.class_names or list(map(str, range(self.num_classes)))
         numbers = torch.tensor([names.index(name) for name in ours])
         return self._replace(splits={split: (x, numbers[y]) for split, (x, y) in self.splits.items()})
 
-    def fold(self, fold: int, folds: int, seed: int) -> Source:
+    def fold(self, fold: int, folds: int, seed: int) -> "Source":
         """Validate on one of several folds of the training and validation images, each class evenly."""
         images, targets = zip(self.splits["train"], self.splits["valid"], strict=True)
         x, y = torch.cat(images) if isinstance(images[0], Tensor) else np.concatenate(images), torch.cat(targets)
