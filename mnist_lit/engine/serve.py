@@ -58,7 +58,7 @@ Predict = Callable[[np.ndarray], np.ndarray]  # images uint8 (n, C, H, W) to pre
 class Sent(BaseModel):
     """JSON: files in base64, or arrays of pixels of the model's size, whole numbers up to 255."""
 
-    images: list[str | Pixels] = Field(max_length=MAX_IMAGES)
+    images: list[Pixels | str] = Field(max_length=MAX_IMAGES)
 
 
 class Prediction(BaseModel):
@@ -232,12 +232,12 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
             if pixels.shape == (height, width, channels):
                 pixels = pixels.transpose(2, 0, 1)
             whole = pixels.dtype.kind in "iu" and pixels.shape in (served.shape, (height, width))
-            if whole and pixels.min() >= 0 and pixels.max() <= 255:
+            if whole and not (pixels >> 8).any():  # no bit beyond the eighth, and no sign
                 return pixels, ""
         raise UserError(f"expected {channels} x {height} x {width} whole numbers up to 255, or a file")
 
     async def predict(request: Request) -> Response:
-        sent, show = await receive(request), request.query_params.get("input") == "true"
+        sent, show = await receive(request), request.scope["query_string"] == b"input=true"
         if not sent:
             raise HTTPException(422, "there is no image in the request")
         images, predictions = np.empty((len(sent), *served.shape), np.uint8), []
