@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     Callback,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
     StochasticWeightAveraging,
@@ -31,6 +32,7 @@ INEXACT = {
     ModelPruning: "its masks are not restored; train in one piece",
     LearningRateFinder: "the run would start over; leave it out, the checkpoint has the learning rate",
     BaseFinetuning: "what it has unfrozen would be frozen again; use FineTuning",
+    GradientAccumulationScheduler: "it would begin with the next epoch; give --trainer.accumulate_grad_batches instead",
     BatchSizeFinder: "the run would start over; leave it out, and give the batch size that it found",
 }
 ANOTHER_WAY = "it resumes, but the last bits of its results may differ from those of the uninterrupted run"
