@@ -136,8 +136,8 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best ones so far, also if the run's folder was moved.
 
-        Only file names are taken from the paths in the checkpoint: files in another folder would be deleted when the
-        next best is saved.
+        Of the paths in the checkpoint only names are taken that this callback gives: other files would be deleted when
+        the next best is saved.
         """
         if not self.dirpath:
             return
@@ -150,7 +150,9 @@ class BestCheckpoint(ModelCheckpoint):
             state = {**state_dict, **{name: here(state_dict[name]) for name in names}, "dirpath": str(self.dirpath)}
             kept = {here(path): torch.as_tensor(score).view(()) for path, score in state["best_k_models"].items()}
             state["best_k_models"] = kept
-            ours = all(os.path.exists(path) and os.path.basename(path) != "last.ckpt" for path in kept)
+            pattern = re.sub(r"\\{.*?\\}", ".*", re.escape(str(self.filename).replace(os.sep, "_")))
+            names_of_ours = re.compile(rf"(?!last\.ckpt){pattern}\.ckpt")
+            ours = all(os.path.exists(path) and names_of_ours.fullmatch(os.path.basename(path)) for path in kept)
             if ours and state["kth_best_model_path"] in {"", *kept}:
                 super().load_state_dict(state)
                 vars(self).update({name: state[name] for name in KEPT})

@@ -6,8 +6,11 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from common import CONFIGS, RUN, Run, checkpoint, curves
 from interrupt import signal_at
+
+from mnist_lit.engine import BestCheckpoint
 
 FIT = ("fit", "--config", CONFIGS / "logistic.yaml", "--model.lr=2", "--trainer.max_epochs=5")
 FIT += ("--trainer.log_every_n_steps=4", "--dashboard.every_n_epochs=0")
@@ -49,3 +52,14 @@ def test_best_is_the_best(
         assert all(re.fullmatch(r"best(-epoch=\d-step=\d+)?\.ckpt", path.name) for path in paths)
     printed = re.search(r"--ckpt_path (\S+)", done.stdout)[1]
     assert checkpoint(tmp_path / printed)["global_step"] == best[0]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("best.ckpt", True), ("last.ckpt", False), ("mine.ckpt", False)])
+def test_only_files_of_its_own_names_are_taken_from_a_checkpoint(tmp_path: Path, name: str, kept: bool) -> None:
+    """Any other would be deleted with the next best."""
+    path = tmp_path / name
+    path.touch()
+    named = {"best_model_path": str(path), "best_k_models": {str(path): torch.tensor(0.5)}}
+    restored = BestCheckpoint(dirpath=str(tmp_path))
+    restored.load_state_dict(BestCheckpoint(dirpath=str(tmp_path)).state_dict() | named)
+    assert (restored.best_model_path == str(path)) == kept == bool(restored.best_k_models)
