@@ -71,19 +71,21 @@ def signal_at(signum: str, hook: str, step: int, rank: int | None = None, **run:
 
 
 class Phase(Callback):
-    """Keeps the name of what the run is doing in a file, for whoever kills it to look."""
+    """Keeps the name of what the run is doing in a file, for whoever kills it to look; may wait for that."""
 
-    def __init__(self) -> None:
+    def __init__(self, waits: str = "") -> None:
+        self.waits = waits
         self.on_train_batch_start = self.on_train_batch_end = partial(self.write, "training")
         self.on_validation_start = partial(self.write, "validation")
         self.on_save_checkpoint = partial(self.write, "checkpoint")
         self.write("data")
 
-    @staticmethod
-    def write(phase: str, *_: Any) -> None:
+    def write(self, phase: str, *_: Any) -> None:
         with open("phase.part", "w") as file:
             file.write(phase)
         os.replace("phase.part", "phase")
+        if phase == self.waits:
+            signal.pause()
 
 
 class StartMethod(Callback):
