@@ -36,7 +36,7 @@ from mnist_lit.engine.project import Project
 from mnist_lit.engine.run import LOGS, relative
 from mnist_lit.engine.storage import atomic_write
 
-HEARTBEAT = 5  # seconds; a process that is silent for twice as long counts as dead
+HEARTBEAT = 15  # seconds; a process that is silent for twice as long counts as dead
 DONE = TrialState.COMPLETE, TrialState.PRUNED
 AHEAD = TrialState.WAITING, TrialState.RUNNING
 PLOTS = "optimization_history", "intermediate_values", "slice", "parallel_coordinate", "param_importances"
