@@ -11,6 +11,7 @@ import numpy as np
 # https://github.com/numpy/numpy/blob/main/numpy/_core/src/multiarray/methods.c).
 ALLOWED = """numpy.ndarray numpy.dtype numpy.core.multiarray._reconstruct numpy.core.numeric._frombuffer
 _codecs.encode""".split()
+CORE = np.zeros(0).__reduce__()[0].__module__.removesuffix(".multiarray")  # numpy._core since numpy 2
 MAX_OPCODES = 1_000  # six arrays take up to 264; others can exhaust memory or crash the process
 
 
@@ -19,9 +20,10 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Find one of ``ALLOWED``."""
-        if f"{module.replace('numpy._core', 'numpy.core')}.{name}" not in ALLOWED:
+        module = module.replace("numpy._core", "numpy.core")
+        if f"{module}.{name}" not in ALLOWED:
             raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}, which is not part of a numpy array")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(module.replace("numpy.core", CORE), name)
 
 
 def read_pickle(content: bytes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
