@@ -237,7 +237,7 @@ def application(served: Served, about: dict[str, Any], fit: Fit | None, hosts: l
         raise UserError(f"expected {channels} x {height} x {width} whole numbers up to 255, or a file")
 
     async def predict(request: Request) -> Response:
-        sent, show = await receive(request), request.scope["query_string"] == b"input=true"
+        sent, show = await receive(request), request.query_params.get("input") == "true"
         if not sent:
             raise HTTPException(422, "there is no image in the request")
         images, predictions = np.empty((len(sent), *served.shape), np.uint8), []

@@ -110,7 +110,7 @@ def test_every_kind_of_request_is_answered_as_predict_does(served: Started, fold
     expected = np.array([[row[f"p_{digit}"] for digit in range(10)] for row in table], float)
     images = [path.read_bytes() for path in paths[:100]]
     texts = [f"data:image/png;base64,{b64encode(image).decode()}" for image in images]
-    pixels = [served.predict("predict?input=true", data=image)[0]["input"] for image in images[:3]]
+    pixels = [served.predict("predict?by=page&input=true", data=image)[0]["input"] for image in images[:3]]
     with ThreadPoolExecutor(16) as clients:  # which are computed together
         alone = sum(clients.map(lambda image: served.predict(data=image), images), [])
     uploaded = served.predict(**form(paths))
