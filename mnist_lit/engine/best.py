@@ -178,4 +178,6 @@ def logged_values(trainer: Trainer) -> dict[str, float]:
 
 def _way_out(trainer: Trainer) -> str:
     names = ", ".join(sorted(trainer.callback_metrics))
-    return f"the model logs {f'{names}; choose one of these with --monitor and --mode' if names else 'nothing'}"
+    return (
+        f"the model logs {names}; choose one of these with --monitor and --mode" if names else "the model logs nothing"
+    )

@@ -1,7 +1,6 @@
 """Checkpoint files: atomic writes, safe loading, and access to their content."""
 
 import glob
-import operator
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from mnist_lit.engine.compat import saved_log_step
 from mnist_lit.engine.errors import UserError, explain_damage, no_pipe, unusable
 from mnist_lit.engine.run import LOGS, Run
 from mnist_lit.engine.storage import atomic_save, printable
@@ -120,10 +120,7 @@ class Checkpoint:
     def log_step(self) -> int:
         """The step at which loggers go on; Lightning's count for them differs with several optimizers."""
         with explain_damage(self.path):
-            loop = self.content["loops"]["fit_loop"]
-            epochs = loop["epoch_progress"]["current"]
-            within = epochs["ready"] - epochs["processed"]  # a batch is counted after the checkpoint
-            return operator.index(loop["epoch_loop.state_dict"]["_batches_that_stepped"] + within)
+            return saved_log_step(self.content["loops"]["fit_loop"])
 
     @property
     def weights(self) -> dict[str, Tensor]:

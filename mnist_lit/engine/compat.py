@@ -1,6 +1,7 @@
 """Everything that relies on behaviour that other libraries do not promise; a test for each use notices a change."""
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -110,6 +111,13 @@ def log_step(trainer: Trainer) -> int:
     version renames it, training fails.
     """
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def saved_log_step(fit_loop: Mapping[str, Any]) -> int:
+    """The step at which Lightning goes on to log, from the loop's state in a checkpoint; see ``log_step``."""
+    epochs = fit_loop["epoch_progress"]["current"]
+    within = epochs["ready"] - epochs["processed"]  # a batch is counted after the checkpoint
+    return operator.index(fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] + within)
 
 
 def count_log_step(trainer: Trainer) -> None:
